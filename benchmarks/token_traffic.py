@@ -86,7 +86,7 @@ class TokenRouting:
         """Count a known routing.
 
         `maps` are each rank's router map, bool [T, E]; T may differ. `slots` are each rank's slots
-        of its pairs, by expert, then token (see `dispatch.replica_choice`).
+        of its pairs, by expert, then token (see `token_routes.token_order`).
         """
         num_ranks = len(maps)
         check_node_size(num_ranks, node_size)

@@ -328,10 +328,10 @@ class Expected:
 
 
 def slots_of(case: Case) -> list[torch.Tensor]:
-    from megatron_laer.layer.dispatch.replica_choice import choose_replicas
+    from megatron_laer.layer.dispatch.token_routes import token_order
 
     return [
-        choose_replicas(map_TE, plan_of(case, rank).quotas, case.node_size, rank)
+        token_order(map_TE, plan_of(case, rank).quotas)
         for rank, map_TE in enumerate(routing_maps(case))
     ]
 

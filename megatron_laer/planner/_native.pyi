@@ -82,21 +82,19 @@ def decide(
     node_size: int,
     home: int,
     rank: int,
-    top_k: int = 0,
     /,
 ) -> tuple[_Int16 | None, _Int64, _Int64 | None, bool, float | None, float | None, _RankQuotas]: ...
 def rank_quotas(
     slots_S: _Int16, row_S: _Int64, columns_NC: _Int64, num_experts: int, /
 ) -> _RankQuotas: ...
 def agreed_counts(rows: _Int64, tags: int, /) -> _Int64 | None: ...
-def slot_loads(counts_NE: _Int64, slots_S: _Int16, node_size: int, top_k: int = 0, /) -> _Int64: ...
+def slot_loads(counts_NE: _Int64, slots_S: _Int16, node_size: int, /) -> _Int64: ...
 def rank_row(
     counts_NE: _Int64,
     slots_S: _Int16,
     loads_S: _Int64,
     node_size: int,
     rank: int,
-    top_k: int = 0,
     /,
 ) -> _Int64: ...
 def rank_columns(
@@ -105,20 +103,12 @@ def rank_columns(
     loads_S: _Int64,
     node_size: int,
     rank: int,
-    top_k: int = 0,
     /,
 ) -> _Int64: ...
 def totals(
-    counts_NE: _Int64, slots_S: _Int16, loads_S: _Int64, node_size: int, top_k: int = 0, /
+    counts_NE: _Int64, slots_S: _Int16, loads_S: _Int64, node_size: int, /
 ) -> tuple[_Int64, _Int64, _Int64, _Int64, _Int64]: ...
-def construct(
-    counts_NE: _Int64,
-    current_S: _Int16,
-    node_size: int,
-    home: int,
-    costs: CostModel | None = None,
-    /,
-) -> _Int16: ...
+def construct(counts_NE: _Int64, current_S: _Int16, node_size: int, home: int, /) -> _Int16: ...
 def replicate(
     counts_NE: _Int64, capacity: int, node_size: int, level: int, /
 ) -> tuple[_Int16, _Int64, bool]: ...

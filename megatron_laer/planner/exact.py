@@ -32,29 +32,27 @@ class ExactQuotas:
     """Quotas of a microbatch as the loads of all slots; rows and columns follow from them.
 
     A source's tokens for an expert go to its own rank first, then to replicas in its node, then to
-    other nodes. Of a node's sources each keeps the same share inside. With `top_k` they are shared
-    out more evenly, so that tokens have a choice. No N*S matrix is formed.
+    other nodes. Of a node's sources each keeps the same share inside. No N*S matrix is formed.
     """
 
     layout: ExpertLayout
     node_size: int
     counts_NE: Int64
     loads_S: Int64
-    top_k: int = 0
 
     def rank_row(self, rank: int) -> Int64:
         """Return the tokens that `rank` sends to each slot, int64 [S]. O(N*E + S)."""
         check_rank(self.layout.num_ranks, rank)
-        return native.rank_row(*self._arguments(), rank, self.top_k)
+        return native.rank_row(*self._arguments(), rank)
 
     def rank_columns(self, rank: int) -> Int64:
         """Return the tokens that each source sends to `rank`'s slots, int64 [N, C]. O(N*E + S)."""
         check_rank(self.layout.num_ranks, rank)
-        return native.rank_columns(*self._arguments(), rank, self.top_k)
+        return native.rank_columns(*self._arguments(), rank)
 
     def totals(self) -> SplitTotals:
         """Return the totals of slots and ranks. O(N*E + S)."""
-        return SplitTotals(*native.totals(*self._arguments(), self.top_k))
+        return SplitTotals(*native.totals(*self._arguments()))
 
     def rank_loads_N(self) -> Int64:
         loads_N: Int64 = self.loads_S.reshape(self.layout.num_ranks, -1).sum(axis=1)
@@ -74,18 +72,16 @@ class ExactSplit:
     def solve(self, counts_NE: Int64) -> ExactQuotas:
         """Solve the quotas of a microbatch with these counts, int64 [N, E]."""
         counts_NE = checked_counts(counts_NE, self.geometry)
-        node_size, top_k = self.geometry.node_size, self.geometry.top_k
-        loads_S = native.slot_loads(counts_NE, self.layout.slot_expert_S, node_size, top_k)
-        return ExactQuotas(self.layout, node_size, counts_NE, loads_S, top_k)
+        node_size = self.geometry.node_size
+        loads_S = native.slot_loads(counts_NE, self.layout.slot_expert_S, node_size)
+        return ExactQuotas(self.layout, node_size, counts_NE, loads_S)
 
     def totals(self, counts_NE: Int64) -> SplitTotals:
         return self.solve(counts_NE).totals()
 
 
 @lru_cache(maxsize=256)
-def exact_split(layout: ExpertLayout, node_size: int, top_k: int = 0) -> ExactSplit:
-    """Return the exact split of a layout on nodes of `node_size` ranks; see `Geometry.top_k`."""
-    geometry = Geometry(
-        layout.num_ranks, layout.num_experts, layout.capacity, node_size, top_k=top_k
-    )
+def exact_split(layout: ExpertLayout, node_size: int) -> ExactSplit:
+    """Return the exact split of a layout on nodes of `node_size` ranks, cached by content."""
+    geometry = Geometry(layout.num_ranks, layout.num_experts, layout.capacity, node_size)
     return ExactSplit(layout, geometry)

@@ -23,9 +23,6 @@ from megatron_laer.planner.layout import (
 class Geometry:
     """Shape of a layer's planning problem; G divides N, and ranks r*G..r*G+G-1 share a node.
 
-    `top_k` is the number of experts of a token: exact quotas then count on tokens that visit a node
-    anyway for another expert. With 0, each pair of a token and an expert counts alone.
-
     With `Sharding.EXPERTS` the first `home_slots` slots of a rank have its home experts, in stock's
     placement. A replica slot has an expert of another rank, or is empty.
     """
@@ -35,7 +32,6 @@ class Geometry:
     capacity: int
     node_size: int
     sharding: Sharding = Sharding.ROWS
-    top_k: int = 0
 
     def __post_init__(self) -> None:
         check_shape(self.num_ranks, self.capacity, self.num_experts)

@@ -175,14 +175,13 @@ class Guard:
             geometry.node_size,
             geometry.home_slots,
             rank,
-            geometry.top_k,
         )
         layout = planned if fresh is None else from_native(fresh, planned)
-        size, top_k = geometry.node_size, geometry.top_k
-        quotas = ExactQuotas(layout, size, counts_NE, loads_S, top_k)
+        size = geometry.node_size
+        quotas = ExactQuotas(layout, size, counts_NE, loads_S)
         kept: ExactQuotas | None = quotas
         if kept_loads_S is not None:
-            kept = ExactQuotas(planned, size, counts_NE, kept_loads_S, top_k)
+            kept = ExactQuotas(planned, size, counts_NE, kept_loads_S)
         elif self.mode == PlanMode.EXACT:
             kept = None
         mine = RankQuotas(*of_rank)

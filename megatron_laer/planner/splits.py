@@ -102,10 +102,8 @@ class EvenQuotas:
         return self.split.rank_columns(self.counts_NE, rank)
 
 
-def solve_quotas(
-    split: Split, counts_NE: Int64, layout: ExpertLayout, node_size: int, top_k: int = 0
-) -> Quotas:
-    """Split the tokens of a microbatch over the replicas of their experts; `Geometry.top_k`."""
+def solve_quotas(split: Split, counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Quotas:
+    """Split the tokens of a microbatch over the replicas of their experts."""
     if split == Split.EXACT:
-        return exact_split(layout, node_size, top_k).solve(counts_NE)
+        return exact_split(layout, node_size).solve(counts_NE)
     return EvenQuotas(even_split(layout, node_size), counts_NE)

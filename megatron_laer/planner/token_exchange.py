@@ -72,11 +72,6 @@ def with_token_exchange(
     return replace(costs, tokens=prices, pairs_per_rank=tokens * top_k)
 
 
-def counting_visits(geometry: Geometry, exchange: TokenExchange, top_k: int) -> Geometry:
-    """Return the geometry whose quotas count on tokens that visit a node anyway, with `node`."""
-    return replace(geometry, top_k=top_k) if exchange == TokenExchange.NODE else geometry
-
-
 @dataclass(frozen=True)
 class _Rows:
     """An average rank's rows inside nodes and between them."""

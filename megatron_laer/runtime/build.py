@@ -33,7 +33,6 @@ from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.token_exchange import (
     choose_token_exchange,
-    counting_visits,
     with_token_exchange,
 )
 from megatron_laer.precision import Precision, recipe_of
@@ -89,7 +88,7 @@ def build_coordinator(
     choice, compared = choose_geometry(config, shape, multiple, top_k, priced)
     chosen = choice.costs
     exchange = chosen.tokens.exchange
-    geometry = counting_visits(choice.geometry, exchange, top_k)
+    geometry = choice.geometry
     if groups.rank == groups.index == 0:
         # Printed like Megatron's own lines on derived values; its logging hides what only informs.
         if config.sharding == Auto.AUTO:

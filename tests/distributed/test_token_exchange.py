@@ -46,19 +46,13 @@ CASES = {
 }
 
 
-def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome, Outcome]:
-    """Dispatch by Megatron's rows, twice through nodes, and with a choice of replicas."""
-    from megatron_laer.layer.dispatch import replica_choice
-
+def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome]:
+    """Dispatch by Megatron's rows, and twice through nodes."""
     dtype = getattr(torch, dtype_name)
     with gloo_groups(case.node_size) as groups:
         by_rank = run(case, groups, nodes=False, dtype=dtype)
-        # Choose never, since the share exceeds 1; then always.
-        with mock.patch.object(replica_choice, "_LEAST_SHARE", 1.1):
-            through_nodes = [run(case, groups, nodes=True, dtype=dtype) for _ in range(2)]
-        with mock.patch.object(replica_choice, "_LEAST_SHARE", 0.0):
-            chosen = run(case, groups, nodes=True, dtype=dtype)
-    return by_rank, *through_nodes, chosen
+        nodes, again = (run(case, groups, nodes=True, dtype=dtype) for _ in range(2))
+    return by_rank, nodes, again
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -66,16 +60,15 @@ def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome, Outcom
 def test_experts_get_the_same_bits_and_sums_differ_by_rounding(
     ranks: RankPools, case: str, dtype: str
 ) -> None:
-    for by_rank, nodes, again, chosen in ranks(CASES[case].ranks).run(both, CASES[case], dtype):
+    for by_rank, nodes, again in ranks(CASES[case].ranks).run(both, CASES[case], dtype):
         for mine, stocks in zip(nodes.experts, by_rank.experts, strict=True):
             assert torch.equal(mine, stocks)
         # One bf16 rounding per sum: over a rank's pairs, a node's ranks, and nodes.
         bound = {} if dtype == "float32" else {"rtol": 5e-2, "atol": 5e-2}
-        for ours in (nodes, chosen):
-            for mine, stocks in zip(
-                (ours.combined, *ours.grads), (by_rank.combined, *by_rank.grads), strict=True
-            ):
-                torch.testing.assert_close(mine, stocks, **bound)
+        for mine, stocks in zip(
+            (nodes.combined, *nodes.grads), (by_rank.combined, *by_rank.grads), strict=True
+        ):
+            torch.testing.assert_close(mine, stocks, **bound)
         assert torch.equal(nodes.grads[1], by_rank.grads[1]) or dtype == "bfloat16"
         for mine, repeated in zip(
             (nodes.combined, *nodes.grads), (again.combined, *again.grads), strict=True

@@ -19,7 +19,7 @@ from megatron_laer.planner.outcome import Outcome
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.planner.token_exchange import counting_visits, with_token_exchange
+from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
 from megatron_laer.telemetry.metrics_file import METRICS, MetricsWriter, Shape
 from megatron_laer.telemetry.trace_file import TraceWriter
@@ -35,11 +35,10 @@ SHARES_E = np.random.default_rng(4).dirichlet(np.full(16, 0.3))
 
 def record(folder, sharding, exchange):
     """Record two steps of one pass as training does, with prices of its own choice."""
-    shape = Geometry(4, 16, 6, 2, sharding)
+    geometry = Geometry(4, 16, 6, 2, sharding)
     costs = replace(COSTS, cluster=load_cluster("h100-8"))
-    costs = with_token_exchange(costs, exchange, shape, TOP_K, TOKENS)
-    costs = costs.with_exchange(Auto.AUTO, shape)
-    geometry = counting_visits(shape, exchange, TOP_K)
+    costs = with_token_exchange(costs, exchange, geometry, TOP_K, TOKENS)
+    costs = costs.with_exchange(Auto.AUTO, geometry)
     guard = Guard(PlanMode.ADAPTIVE, costs, geometry)
     config = FSEPConfig(sharding=sharding, capacity=geometry.capacity)
     priced = {"top_k": TOP_K, "tokens_per_rank": TOKENS}

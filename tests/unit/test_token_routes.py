@@ -12,9 +12,13 @@ import pytest
 import torch
 
 from megatron_laer.config import Split
-from megatron_laer.layer.dispatch.replica_choice import token_order
 from megatron_laer.layer.dispatch.row_map import RowMap
-from megatron_laer.layer.dispatch.token_routes import arrivals, pair_routes, second_stage
+from megatron_laer.layer.dispatch.token_routes import (
+    arrivals,
+    pair_routes,
+    second_stage,
+    token_order,
+)
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.planner.token_rows import SizeMessages
@@ -51,7 +55,7 @@ class Exchange:
             for rank in range(num_ranks)
         ]
         self.slots = [
-            token_order(map_TE, quotas, node_size)
+            token_order(map_TE, quotas)
             for map_TE, quotas in zip(self.maps, self.quotas, strict=True)
         ]
         self.routes = [

@@ -22,8 +22,3 @@ def launch_dispatch_kernels(
     runs = upload(torch.zeros(sum(sizes), dtype=torch.int32), device).split(sizes)
     _, _, ends_1, by_token_0 = kernels.send_rows(routing_map_1E, 0, *runs[:5])
     kernels.sum_rows(torch.empty(0, width, dtype=dtype, device=device), ends_1, by_token_0)
-    # One group of one pair, which has one place.
-    pair_1 = torch.zeros(1, dtype=torch.int64, device=device)
-    here_11 = torch.ones(1, 1, dtype=torch.int32, device=device)
-    one_11 = torch.ones(1, 1, dtype=torch.int64, device=device)
-    kernels.choose_places(pair_1, pair_1.clone(), here_11, pair_1, one_11 - 1, one_11, [1], 0)

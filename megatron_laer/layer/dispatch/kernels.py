@@ -3,19 +3,14 @@
 Every result has one writer, or is a count of integers, so bits never depend on timing. Numbers of
 tokens and groups are not specialised, so that other ones compile nothing.
 
-Legend: T tokens, E experts, S slots, P (token, expert) pairs, H columns of a row. Choices have B
-places, J groups of pairs, K places of a group, W waves.
+Legend: T tokens, E experts, S slots, P (token, expert) pairs, H columns of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
-
-_PAIRS = 512  # of a block
 
 
 def send_rows(
@@ -85,151 +80,6 @@ def sum_rows(rows_PH: torch.Tensor, ends_T: torch.Tensor, by_token_P: torch.Tens
         grid = (num_tokens, triton.cdiv(width, block))
         _sum_rows[grid](rows_PH.contiguous(), ends_T, by_token_P, sums_TH, width, BLOCK=block)
     return sums_TH
-
-
-def choose_places(
-    token_P: torch.Tensor,
-    place_P: torch.Tensor,
-    here_TB: torch.Tensor,
-    first_J: torch.Tensor,
-    place_JK: torch.Tensor,
-    tokens_JK: torch.Tensor,
-    ends_W: Sequence[int],
-    home: int,
-) -> None:
-    """Choose places of groups of pairs, as the waves of `replica_choice` do, in place.
-
-    Args:
-        token_P, place_P: token and place of each pair; those of a group are a run.
-        here_TB: int32, pairs of each token at each place; updated.
-        first_J: first pair of each group, wave by wave.
-        place_JK, tokens_JK: places of each group, and the pairs that each serves.
-        ends_W: end of each wave's groups.
-    """
-    taken_P = torch.empty_like(token_P, dtype=torch.int32)
-    width, num_places = place_JK.shape[1], here_TB.shape[1]
-    bounds = [0, 0, *ends_W, ends_W[-1]]
-    for arriving, leaving, end in zip(bounds, bounds[1:], bounds[2:], strict=False):
-        # The wave that has chosen is counted again, and the next one is not while it chooses.
-        _recount[(end - arriving,)](
-            *(token_P, place_P, here_TB, first_J, tokens_JK, arriving, leaving),
-            *(width, num_places),
-            BLOCK=_PAIRS,
-        )
-        if end > leaving:
-            _choose[(end - leaving,)](
-                *(token_P, place_P, taken_P, here_TB, first_J, place_JK, tokens_JK, leaving),
-                *(width, num_places, home),
-                BLOCK=_PAIRS,
-            )
-
-
-@triton.jit
-def _pairs_of(tokens_JK, group, width):
-    size = tl.zeros((), tl.int64)
-    for at in range(width):
-        size += tl.load(tokens_JK + group * width + at)
-    return size
-
-
-# Numbers of groups and places differ by microbatch, and with them the alignment in an upload.
-@triton.jit(
-    do_not_specialize=["arriving", "leaving", "width", "num_places"],
-    do_not_specialize_on_alignment=["first_J", "tokens_JK"],
-)
-def _recount(
-    token_P,
-    place_P,
-    here_TB,
-    first_J,
-    tokens_JK,
-    arriving,
-    leaving,
-    width,
-    num_places,
-    BLOCK: tl.constexpr,
-):
-    """Add the pairs of a group to the counts of their places, or subtract those of a later one."""
-    group = arriving + tl.program_id(0)
-    change = tl.where(group < leaving, 1, -1).to(tl.int32)
-    first, size = tl.load(first_J + group), _pairs_of(tokens_JK, group, width)
-    for begin in range(0, size, BLOCK):
-        number = begin + tl.arange(0, BLOCK)
-        inside = number < size
-        token = tl.load(token_P + first + number, mask=inside, other=0)
-        place = tl.load(place_P + first + number, mask=inside, other=0)
-        tl.atomic_add(here_TB + token * num_places + place, change, mask=inside)
-
-
-@triton.jit
-def _goes(here_TB, token, place, tokens, home, num_places, inside):
-    """Return whether tokens go to a place that serves some, without this group's pairs."""
-    count = tl.load(here_TB + token * num_places + place, mask=inside, other=0)
-    return ((count > 0) | (place == home)) & (tokens > 0)
-
-
-@triton.jit(
-    do_not_specialize=["leaving", "width", "num_places", "home"],
-    do_not_specialize_on_alignment=["first_J", "place_JK", "tokens_JK"],
-)
-def _choose(
-    token_P,
-    place_P,
-    taken_P,
-    here_TB,
-    first_J,
-    place_JK,
-    tokens_JK,
-    leaving,
-    width,
-    num_places,
-    home,
-    BLOCK: tl.constexpr,
-):
-    """Assign each place of a group its number of pairs, by preference and then in order."""
-    group = leaving + tl.program_id(0)
-    first, size = tl.load(first_J + group), _pairs_of(tokens_JK, group, width)
-    places, served = place_JK + group * width, tokens_JK + group * width
-    for begin in range(0, size, BLOCK):
-        number = begin + tl.arange(0, BLOCK)
-        last = tl.zeros((BLOCK,), tl.int32) + width - 1
-        tl.store(taken_P + first + number, last, mask=number < size)
-    tl.debug_barrier()
-    for choice in range(width - 1):
-        wanted = tl.load(served + choice)
-        chosen = tl.load(places + choice)
-        before = tl.zeros((), tl.int64)
-        for preference in range(3):
-            for begin in range(0, size, BLOCK):
-                number = begin + tl.arange(0, BLOCK)
-                inside = number < size
-                token = tl.load(token_P + first + number, mask=inside, other=0)
-                goes = _goes(here_TB, token, chosen, wanted, home, num_places, inside)
-                elsewhere = goes & False
-                for other in range(choice + 1, width):
-                    elsewhere = elsewhere | _goes(
-                        here_TB,
-                        token,
-                        tl.load(places + other),
-                        tl.load(served + other),
-                        home,
-                        num_places,
-                        inside,
-                    )
-                taken = tl.load(taken_P + first + number, mask=inside, other=0)
-                likes = elsewhere.to(tl.int32) - goes.to(tl.int32) + 1 == preference
-                # Those that a wave of this loop took have this choice, which is no less.
-                likes = (likes & inside & (taken == width - 1)).to(tl.int32)
-                rank = before + tl.cumsum(likes, 0) - likes
-                takes = (likes != 0) & (rank < wanted)
-                tl.store(taken_P + first + number, choice, mask=takes)
-                before += tl.sum(likes, 0)
-        tl.debug_barrier()
-    for begin in range(0, size, BLOCK):
-        number = begin + tl.arange(0, BLOCK)
-        inside = number < size
-        taken = tl.load(taken_P + first + number, mask=inside, other=0)
-        tl.store(place_P + first + number, tl.load(places + taken, mask=inside), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -19,10 +19,15 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_laer.layer.dispatch.permutation import reorder
-from megatron_laer.layer.dispatch.replica_choice import choose_replicas
 from megatron_laer.layer.dispatch.row_map import RowMap
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching, rows_by_node
-from megatron_laer.layer.dispatch.token_routes import Arrivals, arrivals, pair_routes, second_stage
+from megatron_laer.layer.dispatch.token_routes import (
+    Arrivals,
+    arrivals,
+    pair_routes,
+    second_stage,
+    token_order,
+)
 from megatron_laer.planner.token_rows import TokenRows
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
@@ -96,7 +101,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         plan, groups = self._current.plan, self._groups
         quotas, layout = plan.quotas, plan.layout
         routing_map = self._routed(routing_map)
-        slot_P = choose_replicas(routing_map, quotas, groups.node_size, groups.rank)
+        slot_P = token_order(routing_map, quotas)
         routes = pair_routes(
             routing_map, slot_P, layout.num_ranks, layout.capacity, groups.node_size
         )

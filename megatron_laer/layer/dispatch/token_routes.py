@@ -67,6 +67,20 @@ class PairRoutes:
         return self.reaches_NT.view(num_ranks // self.node_size, self.node_size, num_tokens)
 
 
+def token_order(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> torch.Tensor:
+    """Assign consecutive runs of an expert's tokens to its replicas, in slot order.
+
+    Returns:
+        The slot of each pair, by expert, then token: slot_P.
+    """
+    sizes = run_sizes(quotas.row_S.size, routing_map_TE.shape[1])
+    by_expert_S = quotas.runs[sum(sizes[:3]) : sum(sizes[:4])]
+    tokens_S = quotas.row_S[by_expert_S].astype(by_expert_S.dtype)
+    packed = torch.from_numpy(np.concatenate([by_expert_S, tokens_S]))
+    slots, tokens = upload(packed, routing_map_TE.device).chunk(2)
+    return torch.repeat_interleave(slots, tokens, output_size=quotas.num_sent)
+
+
 def pair_routes(
     routing_map_TE: torch.Tensor,
     slot_P: torch.Tensor,
@@ -74,7 +88,7 @@ def pair_routes(
     capacity: int,
     node_size: int,
 ) -> PairRoutes:
-    """Find the rows of a rank's pairs, with slots by expert, then token (`replica_choice`)."""
+    """Find the rows of a rank's pairs, with slots as in `token_order`."""
     num_tokens, num_experts = routing_map_TE.shape
     token_P, expert_P = _true_places(routing_map_TE.t(), len(slot_P))
     by_slot_P = torch.sort(slot_P, stable=True).indices

@@ -39,11 +39,11 @@ std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE
   return (take_by_node ? by_node : over_all).finish(node_counts_QE);
 }
 
-Fresh fresh(const Shape& shape, const CostModel* costs, const int64_t* counts_NE,
+Fresh fresh(const Shape& shape, const CostModel* costs, const Counts& counts,
             const int64_t* node_counts_QE) {
   if (shape.home > 0) {
     HomeLayout made = costs == nullptr ? replicate(shape, node_counts_QE, 0)
-                                       : choose_replicas(shape, *costs, counts_NE, node_counts_QE);
+                                       : choose_replicas(shape, *costs, counts, node_counts_QE);
     // Between nodes a flow also keeps tokens in their node: the choice has solved it.
     const bool has_loads = shape.nodes() == 1 ? made.is_ideal : costs != nullptr;
     if (!has_loads) made.loads_S.clear();

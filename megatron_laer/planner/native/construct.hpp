@@ -26,7 +26,7 @@ struct Fresh {
 
 // For these very counts and any shape: with too few slots for the theorem, replicas in proportion
 // to load. Next to home experts, replicas that pay by `costs`, or without it all that balance.
-Fresh fresh(const Shape& shape, const CostModel* costs, const int64_t* counts_NE,
+Fresh fresh(const Shape& shape, const CostModel* costs, const Counts& counts,
             const int64_t* node_counts_QE);
 
 }  // namespace laer

@@ -15,8 +15,9 @@ namespace laer {
 // rounded down. Such copies of a large forecast are read at a few places only, and are no matrices.
 class Counts {
  public:
-  Counts(const Shape& shape, const int64_t* counts_NE)
-      : experts_(shape.experts), counts_NE_(counts_NE) {}
+  // Without the sums of ranks, each is added up when it is asked for.
+  Counts(const Shape& shape, const int64_t* counts_NE, const int64_t* sums_N = nullptr)
+      : experts_(shape.experts), counts_NE_(counts_NE), sums_N_(sums_N) {}
 
   // Factors are in units of 2^-shift; the sums of ranks are known.
   Counts(const Shape& shape, const int64_t* counts_NE, const int64_t* factor_E, int shift,

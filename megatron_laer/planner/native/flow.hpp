@@ -27,7 +27,6 @@ struct FlowGraph {
   std::vector<int> rank_pair;       // pairs of each rank
   std::vector<int64_t> supply;      // [U]
   std::vector<int64_t> own;         // [groups]
-  std::vector<int64_t> home;        // [groups]: tokens that are there, by which a start is made
   std::vector<int64_t> taken_N;     // tokens of experts without a choice, which only take up room
 
   int suppliers() const { return static_cast<int>(supply.size()); }

@@ -18,12 +18,12 @@ namespace {
 // One microbatch, and what both layouts are asked.
 struct Microbatch {
   const Shape& shape;
-  const int64_t* counts_NE;
+  const Counts& counts;
   const int64_t* node_counts_QE;
 
   std::vector<int64_t> loads(const Replicas& replicas) const {
     std::vector<int64_t> loads_S(shape.slots());
-    slot_loads(shape, Counts(shape, counts_NE), node_counts_QE, replicas, loads_S.data());
+    slot_loads(shape, counts, node_counts_QE, replicas, loads_S.data());
     return loads_S;
   }
 
@@ -33,7 +33,7 @@ struct Microbatch {
 
   // A layout for these counts, and the loads of its slots.
   Fresh fresh(const CostModel* costs, const int16_t* planned_S) const {
-    Fresh made = laer::fresh(shape, costs, counts_NE, node_counts_QE);
+    Fresh made = laer::fresh(shape, costs, counts, node_counts_QE);
     if (shape.home == 0) match_previous(shape, planned_S, made.slots_S);
     if (made.loads_S.empty()) made.loads_S = loads(made.slots_S.data());
     return made;
@@ -41,8 +41,8 @@ struct Microbatch {
 
   double seconds(const CostModel& costs, const Replicas& replicas,
                  const std::vector<int64_t>& loads_S) const {
-    return layer_seconds(shape, costs, totals(shape, Counts(shape, counts_NE), node_counts_QE,
-                                              replicas, loads_S.data()));
+    return layer_seconds(
+        shape, costs, totals(shape, counts, node_counts_QE, replicas, loads_S.data()));
   }
 
   int64_t largest(const std::vector<int64_t>& loads_S) const {
@@ -73,7 +73,7 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
       shape.home > 0 ? kept_s - unbalanced_seconds(shape, costs,
                                                    ideal_load(shape, microbatch.node_counts_QE),
                                                    decision.loads_S)
-                     : least_layer_seconds(shape, costs, Counts(shape, microbatch.counts_NE),
+                     : least_layer_seconds(shape, costs, microbatch.counts,
                                            microbatch.node_counts_QE);
   // Beside a layer that takes as little as this one could. Flat exchanges of all slots do not differ.
   const auto exposed_s = [&](const int16_t* slots_S) {
@@ -125,7 +125,11 @@ void by_tolerance(const Microbatch& microbatch, double tolerance, const int16_t*
 Decision decide(const Shape& shape, Mode mode, const CostModel& costs, double tolerance,
                 const int64_t* counts_NE, const int64_t* node_counts_QE,
                 const int16_t* planned_S) {
-  const Microbatch microbatch{shape, counts_NE, node_counts_QE};
+  // Each price asks for the sums of all ranks.
+  std::vector<int64_t> sums_N;
+  if (mode == Mode::kExact || mode == Mode::kByCost) sums_N = rank_sums(shape, counts_NE);
+  const Counts counts(shape, counts_NE, sums_N.empty() ? nullptr : sums_N.data());
+  const Microbatch microbatch{shape, counts, node_counts_QE};
   Decision decision;
   switch (mode) {
     case Mode::kForecast:

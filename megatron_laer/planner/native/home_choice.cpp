@@ -99,9 +99,8 @@ std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const int64
   return layouts;
 }
 
-HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
+HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const Counts& counts,
                            const int64_t* node_counts_QE) {
-  const Counts counts(shape, counts_NE);
   const auto seconds_of = [&](const std::vector<int16_t>& slots_S,
                               const std::vector<int64_t>& loads_S) {
     const Replicas replicas(shape, slots_S.data());

@@ -42,7 +42,7 @@ std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const int64
 
 // The fastest layout that is found for these counts, fetched after the gate. Where it is ideal, and
 // with several nodes, its loads are those of exact quotas.
-HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
+HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const Counts& counts,
                            const int64_t* node_counts_QE);
 
 }  // namespace laer

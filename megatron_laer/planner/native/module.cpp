@@ -96,16 +96,9 @@ laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_siz
           static_cast<int>(slots_S.size() / ranks), node_size, home};
 }
 
-int checked_top_k(const laer::Shape& shape, int top_k) {
-  if (top_k < 0 || top_k > shape.experts) throw py::value_error("top_k must be in 0..E");
-  return top_k;
-}
-
 // For quotas, which need not know which slots are at home.
-laer::Shape quota_shape(const Counts& counts_NE, const Slots& slots_S, int node_size, int top_k) {
-  laer::Shape shape = shape_of(counts_NE, slots_S, node_size, 0, true);
-  shape.top_k = checked_top_k(shape, top_k);
-  return shape;
+laer::Shape quota_shape(const Counts& counts_NE, const Slots& slots_S, int node_size) {
+  return shape_of(counts_NE, slots_S, node_size, 0, true);
 }
 
 // For a new layout: slots of the one in use may be empty where experts have a home.
@@ -159,9 +152,8 @@ py::object agreed_counts(const Counts& rows, int tags) {
   return counts_NE;
 }
 
-py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, int node_size,
-                             int top_k) {
-  const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size, top_k);
+py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, int node_size) {
+  const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size);
   py::array_t<int64_t> loads_S(shape.slots());
   int64_t* loads = loads_S.mutable_data();
   on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
@@ -173,9 +165,8 @@ py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, i
 // A rank's row, [S], or its columns, [N, C].
 template <bool is_row>
 py::array_t<int64_t> rank_part(const Counts& counts_NE, const Slots& slots_S,
-                               const Counts& loads_S, int node_size, int rank,
-                               int top_k) {
-  const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size, top_k);
+                               const Counts& loads_S, int node_size, int rank) {
+  const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size);
   check_size(loads_S, shape.slots(), "loads");
   check_rank(shape, rank);
   using Sizes = std::vector<py::ssize_t>;
@@ -190,8 +181,8 @@ py::array_t<int64_t> rank_part(const Counts& counts_NE, const Slots& slots_S,
 }
 
 py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& loads_S,
-                 int node_size, int top_k) {
-  const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size, top_k);
+                 int node_size) {
+  const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size);
   check_size(loads_S, shape.slots(), "loads");
   const int64_t* loads = loads_S.data();
   laer::Totals sums;
@@ -330,9 +321,8 @@ py::tuple rank_quotas(const Slots& slots_S, const Counts& row_S, const Counts& c
 // planner/splits.py name what is returned.
 py::tuple decide(const std::string& mode, const laer::CostModel& costs,
                  std::optional<double> tolerance, const Counts& counts_NE, const Slots& planned_S,
-                 int node_size, int home, int rank, int top_k) {
-  laer::Shape shape = shape_of(counts_NE, planned_S, node_size, home);
-  shape.top_k = checked_top_k(shape, top_k);
+                 int node_size, int home, int rank) {
+  const laer::Shape shape = shape_of(counts_NE, planned_S, node_size, home);
   check_rank(shape, rank);
   if (mode != "forecast" && mode != "exact" && mode != "adaptive") {
     throw py::value_error("no such mode: " + mode);
@@ -393,11 +383,10 @@ py::array_t<int16_t> make_layout(const laer::Shape& shape, const Counts& counts_
 }
 
 py::array_t<int16_t> construct(const Counts& counts_NE, const Slots& current_S, int node_size,
-                               int home, const laer::CostModel* costs) {
+                               int home) {
   const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
-  if (costs != nullptr) check_costs(shape, *costs);
   return make_layout(shape, counts_NE, current_S, [&](auto counts, auto by_node) {
-    return laer::fresh(shape, costs, counts, by_node).slots_S;
+    return laer::fresh(shape, nullptr, laer::Counts(shape, counts), by_node).slots_S;
   });
 }
 
@@ -557,14 +546,13 @@ py::array_t<int64_t> together(const Counts& pairs_EE, int nodes, int slots_per_n
 PYBIND11_MODULE(_native, module) {
   // Compared with the sources that a checkout has, see planner/native_core.py.
   module.attr("sources") = LAER_SOURCES;
-  const auto top_k = py::arg("top_k") = 0;
   const auto counts = py::arg("counts_NE"), slots = py::arg("slots_S"), loads = py::arg("loads_S");
   const auto node_size = py::arg("node_size"), home = py::arg("home"), rank = py::arg("rank");
   module.def("agreed_counts", &agreed_counts);
-  module.def("slot_loads", &slot_loads, counts, slots, node_size, top_k);
-  module.def("rank_row", &rank_part<true>, counts, slots, loads, node_size, rank, top_k);
-  module.def("rank_columns", &rank_part<false>, counts, slots, loads, node_size, rank, top_k);
-  module.def("totals", &totals, counts, slots, loads, node_size, top_k);
+  module.def("slot_loads", &slot_loads, counts, slots, node_size);
+  module.def("rank_row", &rank_part<true>, counts, slots, loads, node_size, rank);
+  module.def("rank_columns", &rank_part<false>, counts, slots, loads, node_size, rank);
+  module.def("totals", &totals, counts, slots, loads, node_size);
   py::class_<laer::Carried>(module, "Carried")
       .def(py::init([](double intra_s, double inter_s, const Counts& held_N) {
         return laer::Carried{intra_s, inter_s, to_vector(held_N)};
@@ -575,10 +563,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("change_seconds", &change_seconds);
   module.def("exposed", &exposed);
   module.def("decide", &decide, py::arg("mode"), py::arg("costs"), py::arg("tolerance"), counts,
-             py::arg("planned_S"), node_size, home, rank, top_k);
+             py::arg("planned_S"), node_size, home, rank);
   module.def("rank_quotas", &rank_quotas);
-  module.def("construct", &construct, py::arg("counts_NE"), py::arg("current_S"),
-             py::arg("node_size"), py::arg("home"), py::arg("costs") = nullptr);
+  module.def("construct", &construct);
   module.def("replicate", &replicate);
   module.def("proportional", &proportional);
   module.def("proportional_by_node", &proportional_by_node);

@@ -23,24 +23,16 @@ struct Totals {
 // Tokens of each node for each expert, [Q, E].
 void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_counts_QE);
 
+// Tokens of each rank, [N].
+std::vector<int64_t> rank_sums(const Shape& shape, const int64_t* counts_NE);
+
 // Tokens of all nodes for each expert, [E].
 std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts_QE);
 
-// Share of a token's visits to each node, [Q] in units of 2^-kShareBits: the chance that it needs an
-// expert of this node alone, were experts drawn one by one. All 0 without `top_k`.
-constexpr int kShareBits = 10;
-std::vector<int64_t> visit_shares(const Shape& shape, const int64_t* node_counts_QE,
-                                  const Replicas& replicas);
-
-// Of tokens of other nodes, those that visit a node with this share.
-inline int64_t visitors(int64_t tokens, int64_t share) {
-  return static_cast<int64_t>(static_cast<__int128>(tokens) * share >> kShareBits);
-}
-
 // Tokens that each slot computes, [S]: the largest rank load is minimal, then tokens that leave
 // their node are minimal, then, keeping how many tokens of each expert every node takes, tokens
-// that leave their rank. With `top_k` tokens that visit a node anyway count as if they were its own.
-// Without `by_rank`, which takes half of the time, the last of these are not minimal.
+// that leave their rank. Without `by_rank`, which takes half of the time, the last of these are not
+// minimal.
 void slot_loads(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
                 const Replicas& replicas, int64_t* loads_S, bool by_rank = true);
 

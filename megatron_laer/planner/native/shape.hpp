@@ -20,9 +20,6 @@ struct Shape {
   int capacity;
   int node_size;
   int home = 0;
-  // Experts of a token where quotas may count on tokens that visit a node for several of them, else
-  // 0.
-  int top_k = 0;
 
   int slots() const { return ranks * capacity; }
   int nodes() const { return ranks / node_size; }

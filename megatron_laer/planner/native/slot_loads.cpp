@@ -11,34 +11,12 @@
 
 namespace laer {
 
-std::vector<int64_t> visit_shares(const Shape& shape, const int64_t* node_counts_QE,
-                                  const Replicas& replicas) {
-  std::vector<int64_t> alone_Q(shape.nodes(), 0), share_Q(shape.nodes(), 0);
-  if (shape.top_k == 0) return share_Q;
-  const std::vector<int64_t> tokens_E = expert_loads(shape, node_counts_QE);
-  const int64_t total = std::accumulate(tokens_E.begin(), tokens_E.end(), int64_t{0});
-  for (int e = 0; e < shape.experts; ++e) {
-    const int first = replicas.begin_E[e], last = replicas.begin_E[e + 1] - 1;
-    const int slots = shape.capacity * shape.node_size, node = replicas.slot[first] / slots;
-    if (node == replicas.slot[last] / slots) alone_Q[node] += tokens_E[e];
-  }
-  for (int node = 0; node < shape.nodes(); ++node) {
-    double missed = 1;
-    for (int other = 1; other < shape.top_k; ++other) {
-      missed *= 1 - static_cast<double>(alone_Q[node]) / static_cast<double>(std::max<int64_t>(total, 1));
-    }
-    share_Q[node] = static_cast<int64_t>((1 - missed) * (1 << kShareBits));
-  }
-  return share_Q;
-}
-
 namespace {
 
 // Pairs of one expert are neighbours, in rank order; each of its nodes is a group. Slots of experts
 // with no other have their loads, and no pair.
 FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Replicas& replicas,
                      int64_t* loads_S) {
-  const std::vector<int64_t> share_Q = visit_shares(shape, node_counts_QE, replicas);
   FlowGraph graph;
   graph.ranks = shape.ranks;
   graph.supply = expert_loads(shape, node_counts_QE);
@@ -46,7 +24,6 @@ FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Re
   graph.pair_rank.reserve(replicas.slot.size());
   graph.pair_slot.reserve(replicas.slot.size());
   graph.own.reserve(replicas.slot.size());
-  graph.home.reserve(replicas.slot.size());
   graph.pair_begin.reserve(replicas.slot.size() + 1);
   graph.group_begin.reserve(shape.experts + 1);
   for (int e = 0; e < shape.experts; ++e) {
@@ -66,9 +43,7 @@ FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Re
       if (node == last_node) continue;
       last_node = node;
       graph.pair_begin.push_back(graph.pairs() - 1);
-      const int64_t own = node_counts_QE[static_cast<int64_t>(node) * shape.experts + e];
-      graph.home.push_back(own);
-      graph.own.push_back(own + visitors(graph.supply[e] - own, share_Q[node]));
+      graph.own.push_back(node_counts_QE[static_cast<int64_t>(node) * shape.experts + e]);
     }
   }
   graph.index();
@@ -137,7 +112,7 @@ void fill_locally(const Shape& shape, const Counts& counts, const FlowGraph& gra
   for (int e : order) {
     int64_t left = graph.supply[e];
     for (int group = graph.group_begin[e]; group < graph.group_begin[e + 1]; ++group) {
-      int64_t near = graph.home[group];
+      int64_t near = graph.own[group];
       for (int pair = graph.pair_begin[group]; pair < graph.pair_begin[group + 1]; ++pair) {
         const int64_t own = add(pair, std::min(near, counts(graph.pair_rank[pair], e)));
         near -= own;
@@ -179,6 +154,13 @@ void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_cou
     int64_t* to = node_counts_QE + static_cast<int64_t>(rank / shape.node_size) * shape.experts;
     for (int e = 0; e < shape.experts; ++e) to[e] += from[e];
   }
+}
+
+std::vector<int64_t> rank_sums(const Shape& shape, const int64_t* counts_NE) {
+  const Counts counts(shape, counts_NE);
+  std::vector<int64_t> sums_N(shape.ranks);
+  for (int rank = 0; rank < shape.ranks; ++rank) sums_N[rank] = counts.sum(rank);
+  return sums_N;
 }
 
 std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts_QE) {

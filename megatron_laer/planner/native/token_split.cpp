@@ -1,8 +1,7 @@
 // The second half of the exact quotas: which source sends how many tokens to which slot, for loads
 // of slots that are known (slot_loads.cpp). One rank's row or columns need no N*S matrix, as each
 // expert's tokens are intervals that are matched where they overlap. Of a node's tokens that stay in
-// it every source has the same share, so that sources send alike to other nodes. With `top_k` every
-// source also gets a part of each node's room, so that its tokens have a choice.
+// it every source has the same share, so that sources send alike to other nodes.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <algorithm>
@@ -33,61 +32,13 @@ int64_t shared_of(int64_t tokens, int64_t part, int64_t whole) {
   return static_cast<int64_t>(static_cast<__int128>(tokens) * part / whole);
 }
 
-// The sum of floor((factor * x + add) / whole) over 0 <= x < end, modulo 2^64: the steps of the
-// Euclidean algorithm. Products must fit, so whole is below 2^31.
-uint64_t floor_sum(uint64_t end, uint64_t whole, uint64_t factor, uint64_t add) {
-  uint64_t sum = 0;
-  while (true) {
-    sum += end * (end - 1) / 2 * (factor / whole) + end * (add / whole);
-    factor %= whole;
-    add %= whole;
-    const uint64_t top = factor * end + add;
-    if (top < whole) return sum;
-    end = top / whole;
-    add = top % whole;
-    std::swap(whole, factor);
-  }
-}
-
-// Matches the tokens that leave a node with the room of replicas in others. Taken as two rows of
-// intervals, neighbours would go to the same replica. So the row of tokens is scattered by a
-// bijection first, and every source has tokens for each replica in about equal shares: then it can
-// choose which of them go where (layer/dispatch/replica_choice.py).
-class Scatter {
- public:
-  Scatter(int64_t whole, bool is_scattered) : whole_(whole) {
-    if (!is_scattered || whole >= int64_t{1} << 31) return;
-    // Multiples of the golden ratio are spread most evenly (Weyl; Knuth, volume 3, section 6.4).
-    factor_ = std::max<int64_t>(whole * 618033989 / 1000000000, 1);
-    while (std::gcd(factor_, whole) != 1) ++factor_;
-  }
-
-  // Tokens of an interval that go to an interval of the room.
-  int64_t shared(const Interval& tokens, const Interval& room) const {
-    if (tokens.size() == 0 || room.size() == 0) return 0;
-    if (factor_ == 0) return overlap(tokens, room);
-    return below(tokens.end, room.end) - below(tokens.end, room.begin) -
-           below(tokens.begin, room.end) + below(tokens.begin, room.begin);
-  }
-
- private:
-  // Tokens before `end` that go to room before `limit`.
-  int64_t below(int64_t end, int64_t limit) const {
-    if (end == 0 || limit == 0) return 0;
-    const uint64_t passed = floor_sum(end, whole_, factor_, whole_ - limit);
-    return end - static_cast<int64_t>(passed - floor_sum(end, whole_, factor_, 0));
-  }
-
-  int64_t whole_, factor_ = 0;
-};
-
 // One expert's tokens as intervals. Own tokens first; what is left of sources and replicas in a
 // node are two rows of intervals that are matched where they overlap; what lies beyond is matched
 // the same way over all nodes.
 class ExpertSplit {
  public:
   ExpertSplit(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
-              const int64_t* loads_S, const Replicas& replicas, const int64_t* share_Q, int expert)
+              const int64_t* loads_S, const Replicas& replicas, int expert)
       : shape_(shape),
         counts_(counts),
         node_counts_QE_(node_counts_QE),
@@ -95,14 +46,7 @@ class ExpertSplit {
         slot_(replicas.slot.data()),
         begin_(replicas.begin_E[expert]),
         end_(replicas.begin_E[expert + 1]),
-        share_Q_(share_Q),
-        expert_(expert) {
-    if (shape.top_k == 0) return;
-    for_nodes([&](int node, int first, int last) {
-      supply_ += node_supply(node);
-      if (first == last) strangers_ += node_supply(node);
-    });
-  }
+        expert_(expert) {}
 
   int begin() const { return begin_; }
   bool is_alone() const { return end_ == begin_ + 1; }
@@ -155,18 +99,8 @@ class ExpertSplit {
       own_tokens += own(replica);
       load_tokens += load(replica);
     }
-    const int64_t supply = node_supply(node), near = staying(node, supply, load_tokens);
-    const int64_t stay = std::max(near, own_tokens);
+    const int64_t supply = node_supply(node), stay = std::min(supply, load_tokens);
     return {stay - own_tokens, supply - stay, load_tokens - stay};
-  }
-
-  // Tokens that stay in their node: all that can. With `top_k` they make room for visitors from nodes
-  // without a replica, down to the node's share of all tokens.
-  int64_t staying(int node, int64_t supply, int64_t load_tokens) const {
-    const int64_t most = std::min(supply, load_tokens);
-    if (shape_.top_k == 0 || most == 0) return most;
-    const auto even = static_cast<int64_t>(static_cast<__int128>(supply) * load_tokens / supply_);
-    return std::min(most, std::max(even, load_tokens - visitors(strangers_, share_Q_[node])));
   }
 
   // The same for the nodes that have replicas.
@@ -195,18 +129,6 @@ class ExpertSplit {
     }
   }
 
-  Scatter scatter() const {
-    if (shape_.top_k == 0) return Scatter(0, false);
-    int64_t far_tokens = 0;
-    int demanding = 0;
-    for_hosts([&](int at, int first, int last) {
-      const int64_t demand = node(at, first, last).far_demand;
-      far_tokens += demand;
-      demanding += demand > 0;
-    });
-    return Scatter(far_tokens, demanding > 1);
-  }
-
   template <typename Visit>
   void for_targets(int first, int last, Visit visit) const {
     int64_t at = 0;
@@ -223,10 +145,7 @@ class ExpertSplit {
   const int64_t* node_counts_QE_;
   const int64_t* loads_S_;
   const int* slot_;
-  int begin_, end_;
-  const int64_t* share_Q_;
-  int expert_;
-  int64_t supply_ = 0, strangers_ = 0;  // of all nodes and of those without a replica, with `top_k`
+  int begin_, end_, expert_;
 };
 
 }  // namespace
@@ -234,11 +153,10 @@ class ExpertSplit {
 void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
               const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* row_S) {
   const Counts counts(shape, counts_NE);
-  const std::vector<int64_t> share_Q = visit_shares(shape, node_counts_QE, replicas);
   std::fill(row_S, row_S + shape.slots(), 0);
   const int home = rank / shape.node_size;
   for (int e = 0; e < shape.experts; ++e) {
-    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, share_Q.data(), e);
+    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, e);
     if (split.is_alone()) row_S[split.slot(split.begin())] = split.count(rank);
     if (split.is_alone() || split.count(rank) == 0) continue;
     int first = 0, last = 0;
@@ -261,12 +179,11 @@ void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_
       if (node < home) far_begin += split.node(node, begin, end).far_supply;
     });
     const Interval far = at_home.leaving(mine, far_begin);
-    const Scatter scatter = split.scatter();
     split.for_hosts([&](int node, int begin, int end) {
       const auto sums = split.node(node, begin, end);
       if (sums.far_demand == 0) return;
       split.for_targets(begin, end, [&](int replica, const Interval& interval) {
-        row_S[split.slot(replica)] += scatter.shared(far, sums.foreign(interval, demand_begin));
+        row_S[split.slot(replica)] += overlap(far, sums.foreign(interval, demand_begin));
       });
       demand_begin += sums.far_demand;
     });
@@ -276,14 +193,13 @@ void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_
 void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
                   const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* columns_NC) {
   const Counts counts(shape, counts_NE);
-  const std::vector<int64_t> share_Q = visit_shares(shape, node_counts_QE, replicas);
   std::fill(columns_NC, columns_NC + shape.slots(), 0);
   const int home = rank / shape.node_size;
   for (int c = 0; c < shape.capacity; ++c) {
     const int slot = rank * shape.capacity + c;
     if (loads_S[slot] == 0 || replicas.slots_S[slot] == kEmpty) continue;
     auto column = [&](int source) -> int64_t& { return columns_NC[source * shape.capacity + c]; };
-    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, share_Q.data(),
+    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas,
                             replicas.slots_S[slot]);
     Interval far{0, 0};
     int64_t demand_begin = 0;
@@ -306,55 +222,21 @@ void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* n
     });
     if (far.size() == 0) continue;
     int64_t far_begin = 0;
-    const Scatter scatter = split.scatter();
     split.for_nodes([&](int node, int first, int last) {
       const auto sums = split.node(node, first, last);
       if (sums.far_supply == 0) return;
       const int64_t begin = far_begin;
       far_begin += sums.far_supply;
-      if (shape.top_k == 0 && overlap({begin, far_begin}, far) == 0) return;
+      if (overlap({begin, far_begin}, far) == 0) return;
       split.for_sources(node, first, last, [&](int source, const Interval& interval) {
-        column(source) += scatter.shared(sums.leaving(interval, begin), far);
+        column(source) += overlap(sums.leaving(interval, begin), far);
       });
     });
   }
 }
 
-namespace {
-
-// Where a node's tokens make room for visitors, scattering brings some of them back to it. The sums
-// of slots and nodes are exact. Of a node's sources each has its share, as scattering is even: to
-// count them would take several times as long as the rest.
-void add_returning(const ExpertSplit& split, Totals& sums) {
-  const Scatter scatter = split.scatter();
-  int64_t far_begin = 0, demand_begin = 0;
-  split.for_nodes([&](int at, int first, int last) {
-    const auto node = split.node(at, first, last);
-    const Interval leaving{far_begin, far_begin + node.far_supply};
-    const Interval room{demand_begin, demand_begin + node.far_demand};
-    far_begin = leaving.end;
-    demand_begin = room.end;
-    int64_t back = 0;
-    split.for_targets(first, last, [&](int replica, const Interval& interval) {
-      const int64_t tokens = scatter.shared(leaving, node.foreign(interval, room.begin));
-      sums.near_S[split.slot(replica)] += tokens;
-      sums.far_S[split.slot(replica)] -= tokens;
-      back += tokens;
-    });
-    if (back == 0) return;
-    split.for_sources(at, first, last, [&](int source, const Interval& interval) {
-      const Interval part = node.leaving(interval, 0);
-      sums.sent_near_N[source] += shared_of(back, part.end, leaving.size()) -
-                                  shared_of(back, part.begin, leaving.size());
-    });
-  });
-}
-
-}  // namespace
-
 Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
               const Replicas& replicas, const int64_t* loads_S) {
-  const std::vector<int64_t> share_Q = visit_shares(shape, node_counts_QE, replicas);
   Totals sums;
   sums.near_S.assign(shape.slots(), 0);
   sums.far_S.assign(shape.slots(), 0);
@@ -363,7 +245,7 @@ Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_coun
   sums.own_N.assign(shape.ranks, 0);
   // What is sent far is the rest: most pairs of a node and an expert have no replica.
   for (int e = 0; e < shape.experts; ++e) {
-    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, share_Q.data(), e);
+    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, e);
     split.for_hosts([&](int node, int first, int last) {
       const auto sums_of_node = split.node(node, first, last);
       for (int replica = first; replica < last; ++replica) {
@@ -380,7 +262,6 @@ Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_coun
         sums.sent_near_N[source] += sums_of_node.inside(interval).size();
       });
     });
-    if (shape.top_k > 0) add_returning(split, sums);
   }
   for (int rank = 0; rank < shape.ranks; ++rank) {
     sums.sent_near_N[rank] += sums.own_N[rank];

@@ -14,7 +14,6 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.token_exchange import (
     choose_token_exchange,
-    counting_visits,
     with_token_exchange,
 )
 from megatron_laer.telemetry.metrics_file import Shape
@@ -68,8 +67,7 @@ class RunSettings:
             else:
                 exchange = TokenExchange(self.token_exchange)
             costs = with_token_exchange(self.costs, exchange, *sizes)
-            costs = costs.with_exchange(self.restore_algorithm, geometry)
-            found[counting_visits(geometry, exchange, top_k)] = costs
+            found[geometry] = costs.with_exchange(self.restore_algorithm, geometry)
         return found
 
     def geometries(

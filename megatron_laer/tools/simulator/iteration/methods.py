@@ -23,7 +23,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.static import StaticStrategy
 from megatron_laer.planner.strategies import Strategy, make_strategy
-from megatron_laer.planner.token_exchange import counting_visits, with_token_exchange
+from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.planner.wire_form import WireForm
@@ -220,9 +220,7 @@ def _relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strateg
 
 
 def _fsep(settings: MethodSettings, rates: Rates) -> Method:
-    # Quotas count on visited nodes where FSEP's own exchange sends a row to each.
-    exchange = TokenExchange.RANK if settings.flex else settings.costs.tokens.exchange
-    geometry = counting_visits(settings.geometry, exchange, settings.topk)
+    geometry = settings.geometry
     strategy = make_strategy(settings.strategy, geometry=geometry, costs=settings.costs)
     guard = Guard(settings.mode, settings.costs, geometry)
     return Method(
