@@ -61,7 +61,9 @@ class EvenSplit:
     def rank_row(self, counts_NE: Int64, rank: int) -> Int64:
         """Return the tokens that `rank` sends to each slot, int64 [S]. O(S)."""
         self._check(counts_NE, rank)
-        return self._quotas(counts_NE, slice(rank, rank + 1), slice(None))[0]
+        quotas_1S = self._quotas(counts_NE, slice(rank, rank + 1), slice(None))
+        row_S: Int64 = quotas_1S[0]
+        return row_S
 
     def rank_columns(self, counts_NE: Int64, rank: int) -> Int64:
         """Return the tokens that each source sends to `rank`'s slots, int64 [N, C]. O(N*C)."""
