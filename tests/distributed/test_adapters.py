@@ -5,6 +5,7 @@ Rows of the parity table show that LoRA on attention and on experts at home equa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import Raised, RankPool, RankPools
+from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import Adapt, rank_of_environment
 from megatron_laer.rules import STRATEGIES
 from tests.distributed.test_home_names import train_some
@@ -85,105 +86,92 @@ def frozen_on_rank_1(model: torch.nn.Module) -> None:
             parameter.requires_grad = False
 
 
-@pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize(
-    ("adapt", "sharding", "kind", "said"),
-    [
-        (
-            partial(wrapped, name="linear_fc1"),
-            "rows",
-            "RefusedError",
-            "rank 0: layer 1: its experts have _activation.linear_fc1 (LowRank)",
-        ),
-        (
-            wrapped_at_home,
-            "experts",
-            "RefusedError",
-            "rank 0: layer 1: its experts have local_experts.0.linear_fc1 (LowRank)",
-        ),
-        (adapt_experts, "rows", "AttributeError", "no 'weight': FSEP computes experts from slices"),
-        (replaced, "rows", "RefusedError", "rank 0: layer 1: its experts were replaced by Linear"),
-        (replaced, "experts", "RefusedError", "layer 1: its experts were replaced by Linear"),
-        (asked, "rows", "AttributeError", "a linear layer of experts has no 'config'"),
-    ],
-    ids=[
-        *("wrapped", "wrapped at home", "LoRA on rows", "replaced", "replaced at home"),
-        "asked for a linear layer's attributes",
-    ],
-)
-def test_adapters_on_experts_are_refused_with_the_way_out(
-    ranks: RankPools, text_data: str, adapt: Adapt, sharding: str, kind: str, said: str
-) -> None:
-    message = refusal(ranks(2), text_data, adapt, kind, sharding)
-    assert said in message
-    assert ("slices" in message) == (sharding == "rows")
-    assert "give as targets layers of attention alone" in message
-
-
-FSEP = " --expert-parallel-mode fsep --fsep-sharding"
-DELAYED = " --overlap-dispatch-backward-with-experts-wgrad"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding "
+DELAYED = "--overlap-dispatch-backward-with-experts-wgrad"
 IN_FP8 = " --bf16 --fp8-format e4m3 --fp8-recipe blockwise --fsep-allow-unproven fp8-experts"
+WAY_OUT = "give as targets layers of attention alone"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Model that is refused, its sharding and further flags, and parts of the message."""
+
+    adapt: Adapt
+    flags: str
+    said: tuple[str, ...]
+    kind: str = "RefusedError"
+    grouped: bool = False
+
+
+CASES = {
+    "wrapped": Case(
+        partial(wrapped, name="linear_fc1"),
+        "rows",
+        ("layer 1: its experts have _activation.linear_fc1 (LowRank)", "slices", WAY_OUT),
+    ),
+    "wrapped at home": Case(
+        wrapped_at_home,
+        "experts",
+        ("layer 1: its experts have local_experts.0.linear_fc1 (LowRank)", WAY_OUT),
+    ),
+    "LoRA on rows": Case(
+        adapt_experts,
+        "rows",
+        ("no 'weight': FSEP computes experts from slices", WAY_OUT),
+        "AttributeError",
+    ),
+    "replaced": Case(replaced, "rows", ("its experts were replaced by Linear", "slices", WAY_OUT)),
+    "replaced at home": Case(
+        replaced, "experts", ("rank 0: layer 1: its experts were replaced by Linear", WAY_OUT)
+    ),
+    "asked for a linear layer's attributes": Case(
+        asked, "rows", ("a linear layer of experts has no 'config'", WAY_OUT), "AttributeError"
+    ),
+    "dropout": Case(
+        partial(adapt_experts, dropout=0.1), "experts", ("has dropout=0.1: replicas would draw",)
+    ),
+    "some experts": Case(adapted_in_part, "experts", ("3 of 4 home experts have adapters",)),
+    "activation": Case(with_an_activation, "experts", ("an adapter has an activation, ReLU()",)),
+    "shared on a rank": Case(
+        shared_on_a_rank_alone, "experts", ("set share_expert_adapters=False",), grouped=True
+    ),
+    "fp8": Case(adapt_experts, "experts" + IN_FP8, ("fp8 experts have them",)),
+    "delayed weights": Case(
+        adapt_experts, f"experts {DELAYED}", (f"with {DELAYED}: no test proves adapters",)
+    ),
+    "unlike on a rank": Case(scaled_on_rank_1, "experts", ("adapters of experts is ",)),
+    "Megatron-FSDP": Case(
+        adapt_experts,
+        f"experts{FSDP}{STRATEGIES[-1]}",
+        ("with --use-megatron-fsdp: no test proves the two together",),
+        "ValueError",
+    ),
+    "frozen on a rank": Case(
+        frozen_on_rank_1, "rows", ("frozen experts is ", "layer 1: [1] on rank 1")
+    ),
+}
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize(
-    ("adapt", "grouped", "flags", "said"),
-    [
-        (partial(adapt_experts, dropout=0.1), False, "", "has dropout=0.1: replicas would draw"),
-        (adapted_in_part, False, "", "3 of 4 home experts have adapters"),
-        (with_an_activation, False, "", "an adapter has an activation, ReLU()"),
-        (shared_on_a_rank_alone, True, "", "set share_expert_adapters=False"),
-        (adapt_experts, False, IN_FP8, "fp8 experts have them"),
-        (adapt_experts, False, DELAYED, f"with {DELAYED.strip()}: no test proves adapters"),
-        (scaled_on_rank_1, False, "", "adapters of experts is "),
-    ],
-    ids=[
-        *("dropout", "some experts", "activation", "shared on a rank", "fp8", "delayed weights"),
-        "unlike on a rank",
-    ],
-)
-def test_adapters_that_replicas_cannot_follow_are_refused(
-    ranks: RankPools, text_data: str, adapt: Adapt, grouped: bool, flags: str, said: str
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_adapters_that_replicas_cannot_follow_are_refused_on_every_rank(
+    ranks: RankPools, text_data: str, case: Case
 ) -> None:
-    message = refusal(ranks(2), text_data, adapt, "RefusedError", "experts" + flags, grouped)
-    assert said in message
-
-
-@pytest.mark.counts(fault_runs=1)
-def test_adapters_next_to_megatron_fsdp_are_refused(ranks: RankPools, text_data: str) -> None:
-    flags = f"experts{FSDP}{STRATEGIES[-1]}"
-    message = refusal(ranks(2), text_data, adapt_experts, "ValueError", flags)
-    assert "with --use-megatron-fsdp: no test proves the two together" in message
+    flags = command_line(text_data, FSEP + case.flags, steps=1)
+    given = (train_some, flags, None, True) if case.grouped else (train_row, flags, None)
+    raised = ranks(2).run_raw(*given, case.adapt)
+    assert all(isinstance(result, Raised) for result in raised)
+    assert {result.type_name for result in raised} == {case.kind}
+    (message,) = {result.message for result in raised}
+    assert [part for part in case.said if part not in message] == [], message
 
 
 @pytest.mark.counts(fault_runs=1)
 def test_adapters_of_experts_with_other_homes_are_refused(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
-    flags = "experts" + homes(tmp_path, 1)
-    given = command_line(text_data, f"{FSEP} {flags}", steps=1), None
-    for result in ranks(2).run_raw(train_row, *given, adapt_experts):
+    flags = command_line(text_data, f"{FSEP}experts{homes(tmp_path, 1)}", steps=1)
+    for result in ranks(2).run_raw(train_row, flags, None, adapt_experts):
         assert isinstance(result, Raised) and result.type_name == "RefusedError"
         assert "--fsep-homes gives experts other homes" in result.message
         assert "data_parallel.py" in result.traceback, "before data and checkpoints are read"
-
-
-@pytest.mark.counts(fault_runs=1)
-def test_weights_that_some_ranks_freeze_are_named_on_every_rank(
-    ranks: RankPools, text_data: str
-) -> None:
-    message = refusal(ranks(2), text_data, frozen_on_rank_1, "RefusedError", "rows")
-    assert "frozen experts is " in message and "layer 1: [1] on rank 1" in message
-
-
-def refusal(
-    pool: RankPool, data: str, adapt: Adapt, kind: str, sharding: str, grouped: bool = False
-) -> str:
-    fsep = f"{FSEP} {sharding}"
-    flags = command_line(data, fsep, steps=1)
-    given = (train_some, flags, None, True) if grouped else (train_row, flags, None)
-    raised = pool.run_raw(*given, adapt)
-    assert all(isinstance(result, Raised) for result in raised)
-    assert {result.type_name for result in raised} == {kind}
-    (message,) = {result.message for result in raised}
-    return str(message)

@@ -18,11 +18,8 @@ from unittest import mock
 import pytest
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import train
-from tests.distributed.test_own_loop import HOMES, code_of, loaded, script
-from tests.parity.flags import command_line
-
-__all__ = ["script"]
+from tests.distributed.test_own_loop import HOMES, code_of, loaded
+from tests.probes import running
 
 # Steps on one rollout: from the second on, routers would choose otherwise by themselves.
 ROLLOUTS, UPDATES = 2, 3
@@ -89,7 +86,7 @@ def start(
     return model, optimizer
 
 
-def train_on_rollouts(path: Path, mode: str | None, announces: str, at_home: bool = False) -> Seen:
+def train_on_rollouts(mode: str | None, announces: str, at_home: bool = False) -> Seen:
     """Record and train with replay; `announces` selects the announcement.
 
     "and more" adds a microbatch that never comes, and "twice" announces nothing while tokens name
@@ -123,7 +120,7 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str, at_home: boo
         seen.changes += 1
         change(*args)
 
-    with loaded(path) as module:
+    with loaded() as module:
         assert (module.LAYERS, module.EXPERTS, module.MICROBATCHES) == (
             LAYERS,
             EXPERTS,
@@ -179,9 +176,9 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str, at_home: boo
 
 
 @pytest.fixture(scope="module")
-def run(ranks: RankPools, script: Path) -> Runs:
+def run(ranks: RankPools) -> Runs:
     """Return `run(mode, announces)`, which gives both ranks' observations and caches them."""
-    return cache(partial(ranks(2).run, train_on_rollouts, script))
+    return cache(partial(ranks(2).run, train_on_rollouts))
 
 
 Runs = Callable[..., list[Seen]]
@@ -251,14 +248,13 @@ class RoutingReplay:
             replay.forward_index, replay.top_indices_list = 0, []
 
 
-def announce_by_slimes_hooks(
-    path: Path, hooks: Path, replay_class: type[RoutingReplay] | None = None
-) -> tuple[list[int], int]:
-    """Train on two rollouts of two steps; return announced microbatches by step, other passes."""
-    import megatron_laer
-    from megatron_laer.session import current_coordinator
+def train_by_slimes_hooks(hooks: Path, replays_routing: bool) -> tuple[list[int], int | None, int]:
+    """Train on two rollouts of two steps.
 
-    kind: Any = replay_class or RoutingReplay
+    Return announced microbatches by step, passes routed otherwise, and the layouts' version.
+    """
+    import megatron_laer
+
     announced: list[int] = []
     announce, functions = megatron_laer.announce_routing, page()
 
@@ -266,17 +262,18 @@ def announce_by_slimes_hooks(
         announced.append(len(counts_MLE))
         announce(counts_MLE)
 
-    slime = SimpleNamespace(RoutingReplay=kind)
+    slime = SimpleNamespace(RoutingReplay=RoutingReplay)
     with (
-        loaded(path) as module,
+        loaded() as module,
         loaded(hooks) as hook,
         mock.patch.dict(sys.modules, {"slime": slime, "slime.utils.routing_replay": slime}),
         mock.patch.object(megatron_laer, "announce_routing", watched_announce),
-        mock.patch.object(kind, "all_routing_replays", []),
+        mock.patch.object(RoutingReplay, "all_routing_replays", []),
     ):
-        hook.REPLAYS_ROUTING, a_rollout = True, {"rollout_batch_size": 2, "n_samples_per_prompt": 1}
+        hook.REPLAYS_ROUTING = replays_routing
+        a_rollout = {"rollout_batch_size": 2, "n_samples_per_prompt": 1}
         model, optimizer = start(module, None, hook.init)
-        replays = [kind() for _ in range(LAYERS)]
+        replays = [RoutingReplay() for _ in range(LAYERS)]
         forward = module.forward_step
         for rollout in range(2):
             batches = [batch for step in range(2) for batch in module.batches(2 * rollout + step)]
@@ -296,21 +293,30 @@ def announce_by_slimes_hooks(
                 hook.before_train_step(args, rollout, step, model, optimizer, None)
                 with mock.patch.object(module, "forward_step", replayed_forward):
                     module.train_step(2 * rollout + step, model, optimizer)
-            kind.clear_all()
-        coordinator = current_coordinator()
-        assert coordinator is not None and coordinator.pass_layouts.misses is not None
-        return announced, coordinator.pass_layouts.misses
+            RoutingReplay.clear_all()
+        coordinator = running()
+        return announced, coordinator.pass_layouts.misses, coordinator.layouts.version
 
 
-def test_slimes_replay_is_announced_by_its_hook(ranks: RankPools, script: Path) -> None:
-    hooks = script.with_name("announcing_hooks.py")
+@pytest.mark.parametrize(
+    ("replays_routing", "expected"),
+    [
+        (True, ([2 * MICROBATCHES, MICROBATCHES] * 2, 0, 0)),
+        # A plan between each two of four steps.
+        (False, ([], None, 3)),
+    ],
+    ids=["replay", "no replay"],
+)
+def test_slimes_hooks_mark_steps_and_announce_its_replay(
+    ranks: RankPools, tmp_path: Path, replays_routing: bool, expected: object
+) -> None:
+    hooks = tmp_path / "fsep_hooks.py"
     hooks.write_text(code_of("rl.md", "before_train_step"))
-    for announced, misses in ranks(2).run(announce_by_slimes_hooks, script, hooks):
-        assert announced == [2 * MICROBATCHES, MICROBATCHES] * 2
-        assert misses == 0
+    found = ranks(2).run(train_by_slimes_hooks, hooks, replays_routing)
+    assert found == [expected] * 2
 
 
-def problems(path: Path) -> list[str]:
+def problems() -> list[str]:
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -320,7 +326,7 @@ def problems(path: Path) -> list[str]:
 
     said: list[str] = []
     right = torch.ones(MICROBATCHES, LAYERS, EXPERTS, dtype=torch.int32)
-    with loaded(path) as module:
+    with loaded() as module:
         model, optimizer = start(module, "announced")
 
         def step(num_microbatches: int | None, counts_MLE: Any = None) -> None:
@@ -347,10 +353,16 @@ def problems(path: Path) -> list[str]:
         step(MICROBATCHES)
         parallel_state.destroy_model_parallel()
     megatron_laer.announce_routing("nothing looks at it without FSEP")
+    megatron_laer.enable(megatron_laer.FSEPConfig(plan_mode="exact"))
+    try:
+        with pytest.raises(ValueError, match="no effect with --fsep-plan-mode exact"):
+            megatron_laer.announce_routing([])
+    finally:
+        megatron_laer.disable()
     return said
 
 
-def test_a_wrong_announcement_is_an_error_on_every_rank(ranks: RankPools, script: Path) -> None:
+def test_a_wrong_announcement_is_an_error_on_every_rank(ranks: RankPools) -> None:
     shape = f"must be integers [microbatches, {LAYERS}, {EXPERTS}]"
     expected = [
         ("int32 [2, 8]", shape),
@@ -362,39 +374,7 @@ def test_a_wrong_announcement_is_an_error_on_every_rank(ranks: RankPools, script
         ("2 microbatches must be announced", "ranks (0, 1) announced [2, 0]"),
         ("step 0, microbatch 0: no routing is announced on ranks [1]", "REPLAY_FORWARD"),
     ]
-    for said in ranks(2).run(problems, script):
+    for said in ranks(2).run(problems):
         assert len(said) == len(expected)
         for message, parts in zip(said, expected, strict=True):
             assert all(part in message for part in parts), message
-
-
-def announce_in_another_mode() -> str:
-    import megatron_laer
-
-    megatron_laer.enable(megatron_laer.FSEPConfig(plan_mode="exact"))
-    try:
-        megatron_laer.announce_routing([])
-    except ValueError as error:
-        return str(error)
-    finally:
-        megatron_laer.disable()
-    return ""
-
-
-def test_an_announcement_without_effect_is_refused(ranks: RankPools) -> None:
-    for said in ranks(2).run(announce_in_another_mode):
-        assert "no effect with --fsep-plan-mode exact" in said
-
-
-def test_a_run_without_announcements_ends_at_its_first_step(
-    ranks: RankPools, text_data: str
-) -> None:
-    command = command_line(
-        text_data,
-        "--expert-parallel-mode fsep --fsep-sharding rows --fsep-plan-mode announced",
-        steps=2,
-    )
-    for result in ranks(2).run_raw(train, command):
-        assert result.type_name == "ValueError", result.traceback
-        assert "step 0: 1 microbatches must be announced" in result.message
-        assert "calls megatron_laer.announce_routing before each step" in result.message

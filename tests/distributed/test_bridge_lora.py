@@ -20,11 +20,11 @@ from tests.bridge_stubs import importable, peft_importable
 from tests.checkouts import checkout
 from tests.distributed.test_bridge_weights import QWEN3
 from tests.distributed.test_home_names import train_some
-from tests.distributed.test_homes import DISTRIBUTED
 from tests.distributed.test_lora_on_experts import RANDOM, command
 from tests.parity.compare import distance
 from tests.parity.flags import command_line
 from tests.parity.row import FP32_BOUND
+from tests.parity.rows import DIST_OPT
 
 CHECKOUT, pytestmark = checkout("MEGATRON_BRIDGE_CHECKOUT", "Megatron-Bridge 0.6")
 
@@ -103,7 +103,7 @@ def test_bridges_lora_on_experts_trains_as_in_stock(
     ranks: RankPools, text_data: str, adapt: Adapt, grouped: bool
 ) -> None:
     def run(mode: str) -> Record:
-        given = [*command(text_data, DISTRIBUTED + mode, 12), *SLOWER.split()]
+        given = [*command(text_data, DIST_OPT + mode, 12), *SLOWER.split()]
         found: Record = ranks(2).run(train_some, given, None, grouped, adapt)[0]
         return found
 

@@ -16,10 +16,11 @@ from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
 from tests.checkpoints import assert_equal
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
+from tests.parity.rows import DIST_OPT
+from tests.probes import running
 
 HOMES = " --expert-parallel-mode fsep --fsep-sharding experts"
 RANDOM = HOMES + " --fsep-planner random"
-DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 
 
 def command(data: str, extra: str, steps: int = 3, ranks: int = 2) -> list[str]:
@@ -27,18 +28,16 @@ def command(data: str, extra: str, steps: int = 3, ranks: int = 2) -> list[str]:
 
 
 def exchanges(model: Any) -> tuple[int, int, int]:
-    from megatron_laer.session import current_coordinator
 
-    coordinator = current_coordinator()
-    assert coordinator is not None
+    coordinator = running()
     count = coordinator.streams.exchange.count
     memory = coordinator.streams.weights.num_bytes + coordinator.streams.grads.num_bytes
     return count.restore_collectives, count.reduce_collectives, memory
 
 
 def test_a_run_without_replicas_is_stock_bit_for_bit(ranks: RankPools, text_data: str) -> None:
-    stock: Record = ranks(2).run(train, command(text_data, DISTRIBUTED))[0]
-    static = HOMES + " --fsep-planner static" + DISTRIBUTED
+    stock: Record = ranks(2).run(train, command(text_data, DIST_OPT))[0]
+    static = HOMES + " --fsep-planner static" + DIST_OPT
     homes: Record = ranks(2).run(train, command(text_data, static), exchanges)[0]
     assert identical(homes, stock)
     assert homes.probes == [(0, 0, 0)] * 3, "neither collectives nor memory"
@@ -51,10 +50,8 @@ def exchanged_and_expected(_: object) -> tuple[list[int], list[int], int]:
 
     Numbers of restores and reduces, then the bytes that this rank received by each.
     """
-    from megatron_laer.session import current_coordinator
 
-    coordinator = current_coordinator()
-    assert coordinator is not None
+    coordinator = running()
     streams, geometry = coordinator.streams, coordinator.geometry
     expected, rank = [0] * 4, coordinator.groups.rank
     for layer in coordinator.layers:

@@ -1,4 +1,4 @@
-"""LoRA on experts at home: bytes of adapters, reruns, checkpoints, and grouped experts.
+"""LoRA on experts at home: bytes of adapters, checkpoints, and grouped experts.
 
 Rows of the parity table compare it with stock's for experts in a sequence.
 """
@@ -13,9 +13,8 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Adapt, Record, train
-from tests.checkpoints import assert_equal
-from tests.distributed.test_home_names import FULL, train_some
-from tests.distributed.test_homes import DISTRIBUTED, exchanged_and_expected
+from tests.distributed.test_home_names import train_some
+from tests.distributed.test_homes import exchanged_and_expected
 from tests.parity.bridge_lora import (
     RANK,
     adapt_experts,
@@ -23,14 +22,15 @@ from tests.parity.bridge_lora import (
     lora_on_experts,
     lora_on_experts_under_recompute,
 )
-from tests.parity.compare import distance, identical
+from tests.parity.compare import distance
 from tests.parity.flags import command_line
 from tests.parity.row import FP32_BOUND
+from tests.parity.rows import DIST_OPT, FAST, FULL_RECOMPUTE
+from tests.probes import running
 
 HOMES = " --expert-parallel-mode fsep --fsep-sharding experts"
 RANDOM = HOMES + " --fsep-planner random"
 # Adapters learn little in few steps otherwise.
-FAST = " --lr 1e-2 --min-lr 1e-2"
 HIDDEN, WIDTH = 48, 64
 
 shared = partial(adapt_experts, shared=True)
@@ -42,10 +42,8 @@ def command(data: str, extra: str, steps: int) -> list[str]:
 
 def exchanged_and_sizes(model: Any) -> tuple[Any, list[tuple[int, int]], list[tuple[int, int]]]:
     """Return numbers as for experts without adapters, and sizes of restored and reduced ones."""
-    from megatron_laer.session import current_coordinator
 
-    coordinator = current_coordinator()
-    assert coordinator is not None
+    coordinator = running()
     share = coordinator.layers[0].share
     sizes = [*zip(share.rows, share.columns, strict=True)]
     return exchanged_and_expected(model), sizes, [sizes[at] for at in share.trained_at]
@@ -82,12 +80,11 @@ def replicas_in_memory(_: object) -> int:
 @pytest.mark.parametrize(
     ("adapt", "flags"),
     [
-        (adapt_experts, DISTRIBUTED),
-        (shared, DISTRIBUTED),
-        (lora_on_experts_under_recompute, FULL + " --fsep-restore step"),
+        (adapt_experts, DIST_OPT),
+        (lora_on_experts_under_recompute, FULL_RECOMPUTE + " --fsep-restore step"),
         (shared, " --calculate-per-token-loss"),
     ],
-    ids=["own", "shared", "own, recompute, held over a step", "shared, per-token loss"],
+    ids=["own", "own, recompute, held over a step", "shared, per-token loss"],
 )
 def test_adapters_of_grouped_experts_train_as_stocks(
     ranks: RankPools, text_data: str, adapt: Adapt, flags: str
@@ -107,30 +104,11 @@ def test_adapters_of_grouped_experts_train_as_stocks(
     assert "--fsep-restore step" in flags or not any(homes.probes), "freed after their backward"
 
 
-def test_reruns_and_resumed_runs_have_the_same_bits(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
-    planned = HOMES + " --fsep-planner greedy --fsep-late-plan wait" + DISTRIBUTED
-    saved = planned + f" --save {tmp_path} --save-interval 4"
-
-    def run(flags: str, steps: int) -> Record:
-        given = command(text_data, flags + " --override-opt_param-scheduler", steps)
-        found: Record = ranks(2).run(train, given, None, None, lora_on_attention_and_experts)[0]
-        return found
-
-    straight, again = run(planned, 8), run(planned, 8)
-    assert identical(straight, again)
-    run(saved, 4)
-    resumed = run(f"{saved} --load {tmp_path}", 8)
-    assert resumed.losses == straight.losses[4:]
-    assert_equal(resumed.weights, straight.weights)
-
-
 def test_checkpoints_with_adapters_go_to_stock_and_back(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     def run(mode: str, steps: int, load: str = "", save: str = "") -> Record:
-        flags = mode + DISTRIBUTED + " --override-opt_param-scheduler --ckpt-format torch_dist"
+        flags = mode + DIST_OPT + " --override-opt_param-scheduler --ckpt-format torch_dist"
         flags += f" --load {tmp_path / load}" if load else ""
         flags += f" --save {tmp_path / save} --save-interval {steps}" if save else ""
         given = command(text_data, flags, steps)

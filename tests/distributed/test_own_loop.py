@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -25,31 +25,24 @@ from tests.documents import ROOT, SCRIPT, blocks
 from tests.messages import messages
 from tests.parity.row import REPLICAS_PAY
 
-DOCS = ROOT / "docs"
+OWN_LOOP = ROOT / "scripts" / "own_loop.py"
 STEPS = 4
 HOMES = {"sharding": "experts", "cluster": str(REPLICAS_PAY)}
 
 
 def code_of(page: str, word: str) -> str:
-    of_page = [block for block in blocks(DOCS / page) if block.language == SCRIPT]
+    of_page = [block for block in blocks(ROOT / "docs" / page) if block.language == SCRIPT]
     (code,) = [block.text for block in of_page if word in block.text]
     return code
 
 
 @pytest.fixture(scope="module")
-def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("own") / "own_loop.py"
-    path.symlink_to(ROOT / "scripts/own_loop.py")
-    return path
-
-
-@pytest.fixture(scope="module")
-def first_run(script: Path) -> tuple[str, Path]:
-    folder = script.with_name("checkpoint")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("own") / "checkpoint"
     python = [sys.executable, "-W", "ignore"]
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     result = processes.run(
-        [*python, *launcher, str(script), "--steps", str(STEPS), "--save", str(folder)],
+        [*python, *launcher, str(OWN_LOOP), "--steps", str(STEPS), "--save", str(folder)],
         timeout_s=600.0,
         env=os.environ
         | {
@@ -72,12 +65,8 @@ def metric(output: str, name: str) -> list[float]:
     return [float(value) for value in re.findall(rf"fsep_{name}: (\S+)", output)]
 
 
-def layout_versions(output: str) -> list[float]:
-    return metric(output, "layout_version")
-
-
 @contextlib.contextmanager
-def loaded(path: Path) -> Iterator[ModuleType]:
+def loaded(path: Path = OWN_LOOP) -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("own_loop", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -101,93 +90,64 @@ def enabled_with(settings: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def run(path: Path, words: str, settings: dict[str, Any] | None = None) -> str:
+def run(words: str, settings: dict[str, Any] | None = None) -> str:
     output = io.StringIO()
     with (
-        loaded(path) as module,
+        loaded() as module,
         enabled_with(settings) if settings else contextlib.nullcontext(),
-        mock.patch.object(sys, "argv", [str(path), *words.split()]),
+        mock.patch.object(sys, "argv", [str(OWN_LOOP), *words.split()]),
         contextlib.redirect_stdout(output),
     ):
         module.main()
     return output.getvalue()
 
 
+@contextlib.contextmanager
+def two_ranks(settings: dict[str, Any] | None) -> Iterator[None]:
+    """Make Megatron's process groups of two ranks, with FSEP of these settings if any."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    import megatron_laer
+
+    dist.init_process_group("gloo")
+    if settings is not None:
+        megatron_laer.enable(megatron_laer.FSEPConfig(**settings), seed=1)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    try:
+        model_parallel_cuda_manual_seed(1)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
 def test_the_script_trains_and_its_layouts_change(first_run: tuple[str, Path]) -> None:
     output, _ = first_run
     assert list(losses(output)) == list(range(STEPS))
     # A plan from the routing of a step is in force in the next one.
-    assert layout_versions(output) == list(range(STEPS))
+    assert metric(output, "layout_version") == list(range(STEPS))
     assert "fsep_load_imbalance: " in output
     assert "training goes on without steps" not in output
 
 
 def test_it_goes_on_from_its_checkpoint_and_so_does_stock(
-    ranks: RankPools, script: Path, first_run: tuple[str, Path]
+    ranks: RankPools, first_run: tuple[str, Path]
 ) -> None:
     words = f"--steps {STEPS} --load {first_run[1]}"
-    fsep = ranks(2).run(run, script, words)[0]
-    stock = losses(ranks(2).run(run, script, f"{words} --stock")[0])
+    fsep = ranks(2).run(run, words)[0]
+    stock = losses(ranks(2).run(run, f"{words} --stock")[0])
     assert list(stock) == list(range(STEPS, 2 * STEPS))
     assert losses(fsep) == pytest.approx(stock, rel=1e-6)
-    assert layout_versions(fsep) == list(stock), "planning goes on where it was"
+    assert metric(fsep, "layout_version") == list(stock), "planning goes on where it was"
 
-    at_home = ranks(2).run(run, script, words, HOMES | {"late_plan": "wait"})[0]
+    at_home = ranks(2).run(run, words, HOMES | {"late_plan": "wait"})[0]
     assert losses(at_home) == pytest.approx(stock, rel=1e-6)
     loads = metric(at_home, "load_imbalance"), metric(at_home, "stock_load_imbalance")
     assert loads[0][-1] < loads[1][-1], "no replica was made, so nothing is shown"
 
 
-def train_by_slimes_hooks(path: Path, hooks: Path) -> tuple[list[float], list[int]]:
-    """Call the hooks of docs/rl.md as slime does; return losses and layout versions by step."""
-    import torch
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    from megatron_laer import session
-
-    with loaded(path) as own, loaded(hooks) as slime:
-        rollout = {"rollout_batch_size": 2, "n_samples_per_prompt": 4, "global_batch_size": 8}
-        args = SimpleNamespace(seed=own.SEED, **rollout)
-        dist.init_process_group("gloo")
-        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
-        try:
-            torch.manual_seed(own.SEED)
-            model_parallel_cuda_manual_seed(own.SEED)
-            slime.init(args)
-            model = own.build_model()
-            settings = OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True)
-            optimizer = get_megatron_optimizer(settings, model)
-            losses, versions = [], []
-            for step in range(STEPS):
-                slime.before_train_step(args, step, 0, model, optimizer, None)
-                losses.append(own.train_step(step, model, optimizer)[0])
-                coordinator = session.current_coordinator()
-                assert coordinator is not None
-                versions.append(coordinator.layouts.version)
-                # Log probabilities, computed within a training step of FSEP.
-                model[0].eval()
-                with torch.no_grad():
-                    own.forward_step(own.batches(step), model[0])
-                model[0].train()
-            return losses, versions
-        finally:
-            parallel_state.destroy_model_parallel()
-
-
-def test_hooks_of_slime_train_as_the_script_does(
-    ranks: RankPools, script: Path, first_run: tuple[str, Path]
-) -> None:
-    hooks = script.with_name("fsep_hooks.py")
-    hooks.write_text(code_of("rl.md", "before_train_step"))
-    by_step, versions = ranks(2).run(train_by_slimes_hooks, script, hooks)[0]
-    assert dict(enumerate(by_step)) == pytest.approx(losses(first_run[0]), rel=1e-6)
-    assert versions == list(range(STEPS))
-
-
-def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> list[str]:
+def warnings_without_steps(config: dict[str, Any], mode: str) -> list[str]:
     """Return the plugin's warnings on this rank while the script runs without training steps."""
     import torch
 
@@ -205,9 +165,9 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
         return 0.0, True
 
     with (
-        loaded(path) as module,
+        loaded() as module,
         messages(logging.WARNING) as lines,
-        mock.patch.object(sys, "argv", [str(path), "--steps", "3"]),
+        mock.patch.object(sys, "argv", [str(OWN_LOOP), "--steps", "3"]),
         enabled_with(config),
         mock.patch.object(megatron_laer, "training_step", without_step, create=True),
     ):
@@ -217,15 +177,9 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
     return lines
 
 
-def build_delayed(path: Path, settings: dict[str, Any], overlaps: bool) -> None:
+def build_delayed(settings: dict[str, Any], overlaps: bool) -> None:
     """Build the script's model with weight gradients behind the dispatch."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    import megatron_laer
-
-    with loaded(path) as own:
+    with loaded() as own:
         config, ddp = own.TransformerConfig, own.DistributedDataParallelConfig
 
         def delayed(**given: Any) -> Any:
@@ -238,29 +192,21 @@ def build_delayed(path: Path, settings: dict[str, Any], overlaps: bool) -> None:
         own.DistributedDataParallelConfig = lambda **given: ddp(
             **given | {"overlap_grad_reduce": overlaps}
         )
-        dist.init_process_group("gloo")
-        megatron_laer.enable(megatron_laer.FSEPConfig(**settings), seed=1)
-        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
-        try:
-            model_parallel_cuda_manual_seed(1)
+        with two_ranks(settings):
             own.build_model()
-        finally:
-            parallel_state.destroy_model_parallel()
 
 
 @pytest.mark.counts(fault_runs=1)
-def test_reduces_before_delayed_gradients_are_refused_as_by_flags(
-    ranks: RankPools, script: Path
-) -> None:
-    for result in ranks(2).run_raw(build_delayed, script, HOMES, True):
+def test_reduces_before_delayed_gradients_are_refused_as_by_flags(ranks: RankPools) -> None:
+    for result in ranks(2).run_raw(build_delayed, HOMES, True):
         assert isinstance(result, Raised) and result.type_name == "ValueError"
         assert f"  {REDUCES_BEFORE_WGRAD.setting}: " in result.message
     for settings, overlaps in ((HOMES, False), ({"sharding": "rows"}, True)):
-        ranks(2).run(build_delayed, script, settings, overlaps)
+        ranks(2).run(build_delayed, settings, overlaps)
 
 
-def test_a_loop_without_steps_is_told_so_once(ranks: RankPools, script: Path) -> None:
-    first, second = ranks(2).run(warnings_without_steps, script, {}, "trains")
+def test_a_loop_without_steps_is_told_so_once(ranks: RankPools) -> None:
+    first, second = ranks(2).run(warnings_without_steps, {}, "trains")
     (warning,) = first
     assert "without steps" in warning and "megatron_laer.training_step(" in warning
     assert second == []
@@ -270,74 +216,44 @@ def test_a_loop_without_steps_is_told_so_once(ranks: RankPools, script: Path) ->
     ("config", "mode"), [({}, "evaluates"), ({}, "tries"), ({"planner": "static"}, "trains")]
 )
 def test_who_needs_no_steps_is_not_told_to_take_them(
-    ranks: RankPools, script: Path, config: dict[str, Any], mode: str
+    ranks: RankPools, config: dict[str, Any], mode: str
 ) -> None:
-    assert ranks(2).run(warnings_without_steps, script, config, mode) == [[], []]
+    assert ranks(2).run(warnings_without_steps, config, mode) == [[], []]
 
 
 @contextlib.contextmanager
 def bare_layer(settings: dict[str, Any] | None, **numbered: int) -> Iterator[Any]:
     """Build a MoE layer by itself, stock's without settings."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from megatron.core.transformer import TransformerConfig
 
-    import megatron_laer
-
-    with fresh_megatron([]):
-        dist.init_process_group("gloo")
-        if settings is not None:
-            megatron_laer.enable(megatron_laer.FSEPConfig(**settings), seed=1)
-        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
-        try:
-            model_parallel_cuda_manual_seed(1)
-            config = TransformerConfig(
-                num_layers=1,
-                hidden_size=32,
-                num_attention_heads=4,
-                num_moe_experts=4,
-                moe_ffn_hidden_size=32,
-                moe_token_dispatcher_type="alltoall",
-                moe_router_load_balancing_type="none",
-                expert_model_parallel_size=2,
-                add_bias_linear=False,
-            )
-            spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)
-            yield spec.submodules.mlp(config=config, **numbered)
-        finally:
-            parallel_state.destroy_model_parallel()
+    with fresh_megatron([]), two_ranks(settings):
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=32,
+            num_attention_heads=4,
+            num_moe_experts=4,
+            moe_ffn_hidden_size=32,
+            moe_token_dispatcher_type="alltoall",
+            moe_router_load_balancing_type="none",
+            expert_model_parallel_size=2,
+            add_bias_linear=False,
+        )
+        spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)
+        yield spec.submodules.mlp(config=config, **numbered)
 
 
-def build_layer(**numbered: int) -> tuple[float, bool]:
-    """Build a MoE layer by itself; return its weights' spread, and whether it computes."""
+def use_unnumbered_layer() -> None:
     import torch
 
-    with bare_layer({"planner": "static"}, **numbered) as layer:
-        spread = float(layer.experts.slices()[0].std())
-        output, _ = layer.eval()(torch.ones(4, 2, 32))
-        return spread, bool(torch.isfinite(output).all())
-
-
-def build_unnumbered_layer() -> tuple[float, bool]:
-    return build_layer()
-
-
-def build_numbered_layer() -> tuple[float, bool]:
-    return build_layer(layer_number=1)
+    with bare_layer({"planner": "static"}) as layer:
+        layer.eval()(torch.ones(4, 2, 32))
 
 
 def test_a_layer_that_nobody_numbers_is_refused(ranks: RankPools) -> None:
-    for result in ranks(2).run_raw(build_unnumbered_layer):
+    for result in ranks(2).run_raw(use_unnumbered_layer):
         assert result.type_name == "ValueError", result.traceback
         assert "layer_number=None" in result.message and "pass layer_number=" in result.message
-
-
-def test_a_layer_that_is_given_its_number_works_by_itself(ranks: RankPools) -> None:
-    for spread, computes in ranks(2).run(build_numbered_layer):
-        assert 0.01 < spread < 0.1
-        assert computes
 
 
 def gradients_of_layer(settings: dict[str, Any] | None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import copy
 import io
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -17,10 +16,16 @@ import torch
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.rules import STRATEGIES, WITH_FSDP
-from tests.distributed.test_own_loop import HOMES, enabled_with, loaded, losses, metric, script
+from tests.distributed.test_own_loop import (
+    HOMES,
+    OWN_LOOP,
+    enabled_with,
+    loaded,
+    losses,
+    metric,
+    two_ranks,
+)
 from tests.distributed.test_own_loop import run as run_plain
-
-__all__ = ["script"]
 
 AT_HOME = HOMES | {"late_plan": "wait"}
 # Classes of configurations in the script, and the names of arguments that they have by others.
@@ -29,45 +34,35 @@ RENAMED = {"ddp_average_in_collective": "average_in_collective"}
 # Partners of which no configuration of Megatron Core has a field.
 OF_MEGATRONS_LOOP = {"log_params_norm", "async_save", "non_persistent_save_interval", "ckpt_format"}
 
-# By argument: the class that has it, its value, and the beginning of the refusal.
-REFUSED: dict[str, tuple[str, Any, str]] = {
-    "data_parallel_sharding_strategy": (DDP, "no_shard", "--data-parallel-sharding-strategy no_s"),
-    "ddp_average_in_collective": (DDP, True, "--ddp-average-in-collective with"),
-    "megatron_fsdp_grad_comm_dtype": (
-        DDP,
-        torch.bfloat16,
-        "--megatron-fsdp-grad-comm-dtype torch.bfloat16 with",
-    ),
-    "megatron_fsdp_main_params_dtype": (
-        DDP,
-        torch.bfloat16,
-        "--megatron-fsdp-main-params-dtype torch.bfloat16 with",
-    ),
-    "num_distributed_optimizer_instances": (DDP, 2, "--num-distributed-optimizer-instances 2 "),
-    "nccl_ub": (DDP, True, "--use-nccl-ub with"),
-    "fsdp_double_buffer": (DDP, True, "--fsdp-double-buffer with"),
-    "megatron_fsdp_max_pool_double_buffer": (DDP, True, "--megatron-fsdp-max-pool-double-buffer "),
-    "megatron_fsdp_enable_fine_grained_param_gather": (
-        DDP,
-        True,
-        "--megatron-fsdp-enable-fine-grained-param-gather with",
-    ),
-    "init_model_with_meta_device": (MODEL, True, "--init-model-with-meta-device with"),
-    "pipeline_model_parallel_size": (MODEL, 2, "--pipeline-model-parallel-size 2 with"),
-    "overlap_moe_expert_parallel_comm": (MODEL, True, "--overlap-moe-expert-parallel-comm with"),
-    "delay_wgrad_compute": (MODEL, True, "--delay-wgrad-compute with"),
-    "overlap_dispatch_backward_with_experts_wgrad": (
-        MODEL,
-        True,
-        "--overlap-dispatch-backward-with-experts-wgrad with",
-    ),
-    "cuda_graph_impl": (MODEL, "local", "--cuda-graph-impl local with"),
-    "fp16": (MODEL, True, "--fp16 with"),
-    "fp8": (MODEL, "hybrid", "--fp8-format hybrid with"),
-    "gradient_accumulation_fusion": (MODEL, True, "--use-megatron-fsdp with fused gradient"),
-    "optimizer": (OPTIMIZER, "sgd", "--optimizer sgd with"),
-    "optimizer_cpu_offload": (OPTIMIZER, True, "--optimizer-cpu-offload with"),
-    "use_precision_aware_optimizer": (OPTIMIZER, True, "--use-precision-aware-optimizer with"),
+# By argument: the class that has it, and its value.
+REFUSED: dict[str, tuple[str, Any]] = {
+    "data_parallel_sharding_strategy": (DDP, "no_shard"),
+    "ddp_average_in_collective": (DDP, True),
+    "megatron_fsdp_grad_comm_dtype": (DDP, torch.bfloat16),
+    "megatron_fsdp_main_params_dtype": (DDP, torch.bfloat16),
+    "num_distributed_optimizer_instances": (DDP, 2),
+    "nccl_ub": (DDP, True),
+    "fsdp_double_buffer": (DDP, True),
+    "megatron_fsdp_max_pool_double_buffer": (DDP, True),
+    "megatron_fsdp_enable_fine_grained_param_gather": (DDP, True),
+    "init_model_with_meta_device": (MODEL, True),
+    "pipeline_model_parallel_size": (MODEL, 2),
+    "overlap_moe_expert_parallel_comm": (MODEL, True),
+    "delay_wgrad_compute": (MODEL, True),
+    "overlap_dispatch_backward_with_experts_wgrad": (MODEL, True),
+    "cuda_graph_impl": (MODEL, "local"),
+    "fp16": (MODEL, True),
+    "fp8": (MODEL, "hybrid"),
+    "gradient_accumulation_fusion": (MODEL, True),
+    "optimizer": (OPTIMIZER, "sgd"),
+    "optimizer_cpu_offload": (OPTIMIZER, True),
+    "use_precision_aware_optimizer": (OPTIMIZER, True),
+}
+# Flags that are not spelt as their argument, or beginnings of a refusal.
+SPELT = {
+    "nccl_ub": "--use-nccl-ub",
+    "fp8": "--fp8-format hybrid",
+    "gradient_accumulation_fusion": "--use-megatron-fsdp with fused gradient",
 }
 
 
@@ -93,13 +88,13 @@ def sharded(module: ModuleType, strategy: str) -> Iterator[None]:
         yield
 
 
-def run(path: Path, words: str, settings: dict[str, Any], strategy: str) -> str:
+def run(words: str, settings: dict[str, Any], strategy: str) -> str:
     output = io.StringIO()
     with (
-        loaded(path) as module,
+        loaded() as module,
         enabled_with(settings),
         sharded(module, strategy),
-        mock.patch.object(sys, "argv", [str(path), *words.split()]),
+        mock.patch.object(sys, "argv", [str(OWN_LOOP), *words.split()]),
         contextlib.redirect_stdout(output),
     ):
         module.main()
@@ -107,70 +102,57 @@ def run(path: Path, words: str, settings: dict[str, Any], strategy: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def stocks(ranks: RankPools, script: Path) -> dict[int, float]:
+def stocks(ranks: RankPools) -> dict[int, float]:
     """Return the losses of stock without Megatron-FSDP, which with it has a fault of its own."""
-    return losses(ranks(2).run(run_plain, script, "--steps 4 --stock")[0])
+    return losses(ranks(2).run(run_plain, "--steps 4 --stock")[0])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_loop_of_ones_own_trains_with_megatron_fsdp_as_without(
-    ranks: RankPools, script: Path, stocks: dict[int, float], strategy: str
+    ranks: RankPools, stocks: dict[int, float], strategy: str
 ) -> None:
-    fsep = ranks(2).run(run, script, "--steps 4", AT_HOME, strategy)[0]
+    fsep = ranks(2).run(run, "--steps 4", AT_HOME, strategy)[0]
     assert losses(fsep) == pytest.approx(stocks, rel=1e-6)
     loads = metric(fsep, "load_imbalance"), metric(fsep, "stock_load_imbalance")
     assert loads[0][-1] < loads[1][-1], "no replica was made, so nothing is shown"
 
 
-def messages(path: Path) -> dict[str, str]:
+def messages() -> dict[str, str]:
     """Return the refusal of each setting on this rank."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
     from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    import megatron_laer
 
     found = {}
-    with loaded(path) as own, sharded(own, STRATEGIES[-1]):
-        dist.init_process_group("gloo")
-        megatron_laer.enable(megatron_laer.FSEPConfig(**AT_HOME), seed=1)
-        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
-        try:
-            model_parallel_cuda_manual_seed(1)
-            (model,) = own.build_model()
-            optimizer = own.OptimizerConfig(optimizer="adam", use_distributed_optimizer=True)
-            for argument, (name, value, _) in REFUSED.items():
-                of = {MODEL: model.config, DDP: model.ddp_config, OPTIMIZER: optimizer}
-                # Not by the constructor, which knows more of settings that go together.
-                of[name] = copy.copy(of[name])
-                setattr(of[name], RENAMED.get(argument, argument), value)
-                try:
-                    if name == OPTIMIZER:
-                        own.get_megatron_optimizer(of[OPTIMIZER], [model])
-                    else:
-                        FullyShardedDataParallel(of[MODEL], of[DDP], torch.nn.Linear(2, 2))
-                except Exception as error:
-                    found[argument] = f"{type(error).__name__}: {error}"
-        finally:
-            parallel_state.destroy_model_parallel()
+    with loaded() as own, sharded(own, STRATEGIES[-1]), two_ranks(AT_HOME):
+        (model,) = own.build_model()
+        optimizer = own.OptimizerConfig(optimizer="adam", use_distributed_optimizer=True)
+        for argument, (name, value) in REFUSED.items():
+            of = {MODEL: model.config, DDP: model.ddp_config, OPTIMIZER: optimizer}
+            # Not by the constructor, which knows more of settings that go together.
+            of[name] = copy.copy(of[name])
+            setattr(of[name], RENAMED.get(argument, argument), value)
+            try:
+                if name == OPTIMIZER:
+                    own.get_megatron_optimizer(of[OPTIMIZER], [model])
+                else:
+                    FullyShardedDataParallel(of[MODEL], of[DDP], torch.nn.Linear(2, 2))
+            except Exception as error:
+                found[argument] = f"{type(error).__name__}: {error}"
     return found
 
 
-def test_the_same_settings_are_refused_as_by_flags_before_training(
-    ranks: RankPools, script: Path
-) -> None:
+def test_the_same_settings_are_refused_as_by_flags_before_training(ranks: RankPools) -> None:
     partners = {rule.argument for rule in WITH_FSDP if rule.next_to} - {"fsep_sharding"}
     assert partners - OF_MEGATRONS_LOOP < {*REFUSED}
-    by_rank = ranks(2).run(messages, script)
+    by_rank = ranks(2).run(messages)
     assert by_rank[0] == by_rank[1]
-    for argument, (_, _, begin) in REFUSED.items():
-        text = by_rank[0][argument]
+    for argument, (_, value) in REFUSED.items():
+        text, flag = by_rank[0][argument], "--" + argument.replace("_", "-")
+        given = flag if value is True else f"{flag} {value}"
         assert text.startswith("ValueError: FSEP cannot run this model:\n  "), text
-        assert f"\n  {begin}" in text, text
+        assert f"\n  {SPELT.get(argument, given)}" in text, text
 
 
-def test_rows_are_refused_in_a_loop_of_ones_own(ranks: RankPools, script: Path) -> None:
-    for result in ranks(2).run_raw(run, script, "--steps 1", {"sharding": "rows"}, "optim"):
+def test_rows_are_refused_in_a_loop_of_ones_own(ranks: RankPools) -> None:
+    for result in ranks(2).run_raw(run, "--steps 1", {"sharding": "rows"}, "optim"):
         assert result.type_name == "ValueError", result.traceback
         assert "--fsep-sharding rows with --use-megatron-fsdp: " in result.message
