@@ -20,8 +20,8 @@ from megatron_laer.planner.cluster_files import cluster_text, load_cluster
 from megatron_laer.planner.layout import ExpertLayout
 from tests.faults.injected import current_step
 from tests.parity.flags import command_line
+from tests.parity.row import FSEP
 
-FSEP = " --expert-parallel-mode fsep --fsep-sharding rows"
 OTHER_NUMPY = "0.0.other"
 
 

@@ -69,29 +69,6 @@ def test_exchanges_of_ranks_equal_plain_code_bit_for_bit(ranks: RankPools, node_
     assert len(set(first)) == 4 and all(ways == first for ways in others)
 
 
-def alone() -> list[int]:
-    from megatron_laer.runtime.comm.exchange import Exchange
-    from tests.exchange_cases import Case
-
-    counted = []
-    with gloo_groups(1) as groups:
-        for seed in range(CASES):
-            case = Case.draw(seed, (1, 1))
-            exchange = Exchange(groups, [case.way])
-            assert exchange.communicators == ()
-            source = case.owned_by(0, case.whole_ERK)
-            restored = exchange.restore(source, case.index(0), case.rows)
-            counted.append(case.check_restored(restored, 0, 0))
-            exchange.reduce(case.grads_NCRK[0], case.index(0))
-            assert exchange.count.restore_collectives == exchange.count.reduce_collectives == 0
-    return counted
-
-
-def test_a_group_of_one_rank_needs_no_collective(ranks: RankPools) -> None:
-    ((*counted,),) = ranks(1).run(alone)
-    assert all(counted)
-
-
 def both_at_once(node_size: int) -> None:
     import torch
 

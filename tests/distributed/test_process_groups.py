@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-import yaml
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import train
-from megatron_laer.files.shipped import yaml_file
-from tests.parity.flags import command_line
 
 
 def groups_of(
@@ -77,14 +72,13 @@ def test_groups_of_four_ranks_on_two_nodes(ranks: RankPools) -> None:
         assert found["destroyed"]
 
 
-@pytest.mark.parametrize("exchange", ["node", "auto"])
-def test_tokens_get_groups_for_both_stages_when_asked_for(ranks: RankPools, exchange: str) -> None:
-    for rank, found in enumerate(ranks(4).run(groups_of, 4, 2, exchange)):
+def test_tokens_get_groups_for_both_stages_when_asked_for(ranks: RankPools) -> None:
+    for rank, found in enumerate(ranks(4).run(groups_of, 4, 2, "auto")):
         inside = [0, 1] if rank < 2 else [2, 3]
         assert found["tokens"] == [inside, [0, 2] if rank % 2 == 0 else [1, 3]]
         assert found["distinct"] == 9, "no two exchanges share a communicator"
         assert found["destroyed"]
-    for found in ranks(4).run(groups_of, 4, 1, exchange):
+    for found in ranks(4).run(groups_of, 4, 1, "node"):
         assert found["tokens"] == [None, None], "one stage goes over Megatron's group"
 
 
@@ -98,42 +92,29 @@ def test_replicas_have_groups_of_their_own(ranks: RankPools) -> None:
         assert found["distinct"] == 3
 
 
-def test_a_node_size_that_does_not_divide_is_refused_on_every_rank(ranks: RankPools) -> None:
-    for raised in ranks(4).run_raw(groups_of, 4, 3):
-        assert raised.type_name == "ValueError"
-        assert "--fsep-node-size 3" in raised.message
-        assert "[1, 2, 4]" in raised.message
-
-
-def groups_where_a_rank_is_told_otherwise() -> dict[str, Any]:
-    told = "1" if os.environ["RANK"] == "3" else "4"
-    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=told):
-        return groups_of(4, None)
-
-
-def test_launchers_that_disagree_are_refused_on_every_rank(ranks: RankPools) -> None:
-    for raised in ranks(4).run_raw(groups_where_a_rank_is_told_otherwise):
-        assert raised.type_name == "ValueError"
-        assert "[1, 4] ranks: not the same number" in raised.message
-
-
-def groups_where_a_rank_has_other_flags(token_exchange: str, node_size: int) -> dict[str, Any]:
-    if os.environ["RANK"] == "1":
-        return groups_of(2, node_size, token_exchange)
-    return groups_of(2, 2)
+def groups_unlike(of_ranks: list[tuple[str, tuple[Any, ...]]]) -> None:
+    """Make groups; each rank has its launcher's number of ranks on a node, and its settings."""
+    ranks_of_node, settings = of_ranks[int(os.environ["RANK"])]
+    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=ranks_of_node):
+        groups_of(2, *settings)
 
 
 @pytest.mark.parametrize(
-    ("token_exchange", "node_size", "message"),
+    ("of_ranks", "message"),
     [
-        ("node", 2, "tokens through nodes is False on some ranks and True on others"),
-        ("rank", 1, "--fsep-node-size is 1 on some ranks and 2 on others"),
+        ([("2", (None,)), ("1", (None,))], "[1, 2] ranks: not the same number"),
+        (
+            [("2", (2,)), ("2", (2, "node"))],
+            "tokens through nodes is False on some ranks and True on others",
+        ),
+        ([("2", (2,)), ("2", (1,))], "--fsep-node-size is 1 on some ranks and 2 on others"),
     ],
+    ids=["launchers", "tokens", "node sizes"],
 )
 def test_ranks_that_would_make_other_groups_are_refused_on_every_rank(
-    ranks: RankPools, token_exchange: str, node_size: int, message: str
+    ranks: RankPools, of_ranks: list[tuple[str, tuple[Any, ...]]], message: str
 ) -> None:
-    for raised in ranks(2).run_raw(groups_where_a_rank_has_other_flags, token_exchange, node_size):
+    for raised in ranks(2).run_raw(groups_unlike, of_ranks):
         assert raised.type_name == "ValueError"
         assert message in raised.message
 
@@ -162,47 +143,6 @@ def test_ranks_go_on_alike_where_fsep_groups_are_unlike(ranks: RankPools) -> Non
     """A group of the world that is made afterwards has one name on all ranks."""
     found = ranks(8).run(groups_across_a_node_and_inside_one)
     assert found == [(2, 8.0)] * 4 + [(6, 8.0)] * 4
-
-
-def largest_group_used(command: list[str]) -> int:
-    from megatron_laer.session import current_coordinator
-
-    sizes: list[int] = []
-
-    def look(_model: object) -> None:
-        coordinator = current_coordinator()
-        assert coordinator is not None
-        used = coordinator.streams.exchange.communicators
-        sizes.append(max(group.size() for group in used))
-
-    train(command, look)
-    return sizes[-1]
-
-
-@pytest.mark.parametrize(
-    ("inside_bytes_per_s", "expected"), [(1e12, 2), (1e9, 4)], ids=["node", "flat"]
-)
-def test_auto_goes_through_nodes_where_links_inside_are_faster(
-    ranks: RankPools, text_data: str, tmp_path: Path, inside_bytes_per_s: float, expected: int
-) -> None:
-    values = yaml.safe_load(yaml_file("cluster", "cpu-gloo").read_text())
-    # The rates below are outside of them.
-    del values["spreads"]
-    values["intra"] = {"bytes_per_s": inside_bytes_per_s, "latency_s": 0.0}
-    values["inter"] = {"bytes_per_s": 1e9, "latency_s": 0.0}
-    cluster = tmp_path / "cluster.yaml"
-    cluster.write_text(yaml.safe_dump(values))
-    # A node holds each expert twice, so half of the bytes need not cross.
-    command = command_line(
-        text_data,
-        " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner static --fsep-capacity 4"
-        f" --fsep-node-size 2 --fsep-set restore_algorithm=auto cluster={cluster}",
-        experts=4,
-        expert_parallel=4,
-        global_batch=8,
-        steps=1,
-    )
-    assert ranks(4).run(largest_group_used, command) == [expected] * 4
 
 
 def test_ranks_unevenly_spread_over_nodes_are_refused() -> None:
