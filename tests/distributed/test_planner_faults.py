@@ -1,9 +1,15 @@
-"""A slow or wrong planner changes speed, never correctness."""
+"""A slow or wrong planner changes speed, never correctness.
+
+That plans held back change no bit under `--fsep-late-plan wait` is in `test_stress.py`.
+"""
 
 from __future__ import annotations
 
+import itertools
 import random
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -13,142 +19,78 @@ import pytest
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.planner import service
+from megatron_laer.planner.layout import ExpertLayout
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 from tests.parity.row import HOMES
+from tests.probes import running
 
 FSEP = (
     " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner laer"
     " --fsep-set cluster=cpu-gloo"
 )
-NOT_AT_HOME = "not at home"
+# Plans before a planner stops: of two layers for four steps.
+WELL = 2 * 4
+
+_clock = random.Random(5)
 
 
-def flags(data: str, steps: int, extra: str = "") -> list[str]:
-    return command_line(data, FSEP + extra, steps=steps)
+def _is_slow(_call: int, _current: ExpertLayout) -> None:
+    time.sleep(_clock.uniform(0, 0.08))
 
 
-def planner_state(model: object) -> tuple[int, int, int]:
-    from megatron_laer.session import current_coordinator
+def _hangs(call: int, _current: ExpertLayout) -> None:
+    if call >= WELL:
+        threading.Event().wait()
 
-    coordinator = current_coordinator()
-    assert coordinator is not None
+
+def _dies(call: int, _current: ExpertLayout) -> None:
+    if call >= WELL:
+        raise SystemExit("the planner's thread ends")
+
+
+def _keeps(call: int, current: ExpertLayout) -> ExpertLayout | None:
+    """Leave the layouts in force that a planner leaves which stops here."""
+    return current if call >= WELL else None
+
+
+def _raises(call: int, _current: ExpertLayout) -> None:
+    if call % 2:
+        raise RuntimeError("planner is ill")
+
+
+def _has_a_wrong_shape(call: int, _current: ExpertLayout) -> ExpertLayout | None:
+    return ExpertLayout.static(2, 8, 16) if call % 2 else None
+
+
+def _is_not_at_home(call: int, current: ExpertLayout) -> ExpertLayout | None:
+    shape = current.num_ranks, current.capacity, current.num_experts
+    return ExpertLayout.from_slots(*shape, current.to_list()[::-1]) if call % 2 else None
+
+
+# By the number of the call and the layout in force: a layout, or None to plan as usual.
+Fault = Callable[[int, ExpertLayout], ExpertLayout | None]
+
+
+def planner_state(_model: object) -> tuple[int, int, int]:
+    coordinator = running()
     status = coordinator.layouts.status
     return coordinator.layouts.version, status.late_plans, status.failures
 
 
-def train_with_slow_planner(command: list[str], longest_s: float) -> Record:
-    from megatron_laer.planner.laer import LaerStrategy
-
-    plan = LaerStrategy.plan
-    clock = random.Random(5)
-
-    def slow(self: Any, counts_NE: np.ndarray, current: Any) -> Any:
-        time.sleep(clock.uniform(0, longest_s))
-        return plan(self, counts_NE, current)
-
-    with mock.patch.object(LaerStrategy, "plan", slow):
-        return train(command, planner_state)
-
-
-def train_with_broken_planner(command: list[str], fault: str) -> Record:
+def train_with_planner(command: list[str], fault: Fault) -> tuple[Record, int]:
+    """Train with a faulty planner; also count the vain waits for it."""
     from megatron_laer.planner.greedy import GreedyStrategy
     from megatron_laer.planner.laer import LaerStrategy
-    from megatron_laer.planner.layout import ExpertLayout
-
-    strategy = GreedyStrategy if fault == NOT_AT_HOME else LaerStrategy
-    plan = strategy.plan
-    calls = 0
-
-    def broken(self: Any, counts_NE: np.ndarray, current: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls % 2:
-            return plan(self, counts_NE, current)
-        if fault == "raises":
-            raise RuntimeError("planner is ill")
-        if fault == "no memory":
-            raise MemoryError
-        if fault == NOT_AT_HOME:
-            slots = current.to_list()[::-1]
-            return ExpertLayout.from_slots(
-                current.num_ranks, current.capacity, current.num_experts, slots
-            )
-        return ExpertLayout.static(2, 8, 16)
-
-    with mock.patch.object(strategy, "plan", broken):
-        return train(command, planner_state)
-
-
-@pytest.mark.counts(fault_runs=1)
-def test_a_randomly_slow_planner_never_stops_training(ranks: RankPools, text_data: str) -> None:
-    steps = 100
-    results = ranks(2).run(
-        train_with_slow_planner, flags(text_data, steps, " --lr 1e-4 --min-lr 1e-4"), 0.08
-    )
-    versions = [[state[0] for state in record.probes] for record in results]
-    assert versions[0] == versions[1], "ranks must change layouts at the same steps"
-    late = results[0].probes[-1][1]
-    print(f"\n{steps} steps: layouts changed {versions[0][-1]} times, {late} plans were late")
-    assert len(results[0].losses) == steps
-    assert 0 < versions[0][-1] < steps - 1 and late > 0
-
-
-@pytest.mark.counts(fault_runs=1)
-def test_a_slow_planner_under_wait_changes_nothing(ranks: RankPools, text_data: str) -> None:
-    command = flags(text_data, 10, " --fsep-late-plan wait")
-    quick = ranks(2).run(train, command, planner_state)[0]
-    slow = ranks(2).run(train_with_slow_planner, command, 0.05)[0]
-    assert quick.probes[-1][0] == 9
-    assert identical(quick, slow)
-
-
-def train_with_dead_planner(command: list[str]) -> Record:
     from megatron_laer.planner.service import PlannerService
 
-    def die(self: Any) -> None:
-        with self._changed:
-            self._alive = False
-            self._changed.notify_all()
-
-    with mock.patch.object(PlannerService, "_run", die):
-        return train(command, planner_state)
-
-
-@pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize("late", ["keep", "wait"])
-def test_a_dead_planner_leaves_training_alone(ranks: RankPools, text_data: str, late: str) -> None:
-    command = flags(text_data, 6, f" --fsep-late-plan {late}")
-    for record in ranks(2).run(train_with_dead_planner, command):
-        assert len(record.losses) == 6
-        assert record.probes[-1][0] == 0
-
-
-def train_with_planner_that_stops(command: list[str], fault: str, calls: int) -> tuple[Record, int]:
-    """Train while the planner hangs or ends after some calls; also count the vain waits.
-
-    Or it keeps the layouts from then on, which leaves the same ones in force.
-    """
-    import threading
-
-    from megatron_laer.planner.laer import LaerStrategy
-    from megatron_laer.planner.service import PlannerService
-
-    plan = LaerStrategy.plan
-    left = calls
-
-    def stopping(self: Any, counts_NE: np.ndarray, current: Any) -> Any:
-        nonlocal left
-        left -= 1
-        if left < 0 and fault == "hangs":
-            threading.Event().wait()
-        if left < 0 and fault == "keeps":
-            return current
-        if left < 0:
-            raise SystemExit("the planner's thread ends")
-        return plan(self, counts_NE, current)
-
+    strategy = GreedyStrategy if fault is _is_not_at_home else LaerStrategy
+    plan, calls = strategy.plan, itertools.count()
     wait, given_up = PlannerService._wait_for, 0
+
+    def faulty(self: Any, counts_NE: np.ndarray, current: ExpertLayout) -> Any:
+        planned = fault(next(calls), current)
+        return plan(self, counts_NE, current) if planned is None else planned
 
     def waiting(self: Any, *args: Any) -> Any:
         nonlocal given_up
@@ -156,44 +98,54 @@ def train_with_planner_that_stops(command: list[str], fault: str, calls: int) ->
         given_up += problem is not None
         return problem
 
+    timeout_s = 1.0 if fault is _hangs else service.WAIT_TIMEOUT_S
     with (
-        mock.patch.object(LaerStrategy, "plan", stopping),
+        mock.patch.object(strategy, "plan", faulty),
         mock.patch.object(PlannerService, "_wait_for", waiting),
-        mock.patch.object(service, "WAIT_TIMEOUT_S", 1.0),
+        mock.patch.object(service, "WAIT_TIMEOUT_S", timeout_s),
     ):
         record = train(command, planner_state)
     return record, given_up
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize(
-    ("fault", "late"), [("hangs", "keep"), ("hangs", "wait"), ("dies", "keep")]
-)
+def test_a_randomly_slow_planner_never_stops_training(ranks: RankPools, text_data: str) -> None:
+    steps = 100
+    command = command_line(text_data, FSEP + " --lr 1e-4 --min-lr 1e-4", steps=steps)
+    (record, _), (other, _) = ranks(2).run(train_with_planner, command, _is_slow)
+    versions = [state[0] for state in record.probes]
+    assert versions == [state[0] for state in other.probes], "ranks change layouts at one step"
+    late = record.probes[-1][1]
+    print(f"\n{steps} steps: layouts changed {versions[-1]} times, {late} plans were late")
+    assert len(record.losses) == steps
+    assert 0 < versions[-1] < steps - 1 and late > 0
+
+
+@pytest.mark.counts(fault_runs=1)
+@pytest.mark.parametrize(("fault", "late"), [(_hangs, "keep"), (_hangs, "wait"), (_dies, "keep")])
 def test_a_planner_that_stops_leaves_its_last_layouts_in_force(
-    ranks: RankPools, text_data: str, fault: str, late: str
+    ranks: RankPools, text_data: str, fault: Fault, late: str
 ) -> None:
-    steps, calls = 10, 2 * 4
-    command = flags(text_data, steps, f" --fsep-late-plan {late}")
-    (stopped, given_up), (_, of_other_rank) = ranks(2).run(
-        train_with_planner_that_stops, command, fault, calls
-    )
+    steps = 10
+    command = command_line(text_data, f"{FSEP} --fsep-late-plan {late}", steps=steps)
+    (stopped, given_up), (_, of_other_rank) = ranks(2).run(train_with_planner, command, fault)
     assert len(stopped.losses) == steps
     assert (given_up, of_other_rank) == (late == "wait", 0)
     version = stopped.probes[-1][0]
     assert 0 < version <= 4 and stopped.probes[-3][0] == version, "the planner did not stop"
     if late == "wait":
-        kept, _ = ranks(2).run(train_with_planner_that_stops, command, "keeps", calls)[0]
+        kept, _ = ranks(2).run(train_with_planner, command, _keeps)[0]
         assert identical(stopped, kept)
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize("fault", ["raises", "no memory", "wrong shape", NOT_AT_HOME])
+@pytest.mark.parametrize("fault", [_raises, _has_a_wrong_shape, _is_not_at_home])
 def test_a_broken_planner_keeps_the_last_good_layout(
-    ranks: RankPools, text_data: str, fault: str
+    ranks: RankPools, text_data: str, fault: Fault
 ) -> None:
-    homes = " --fsep-planner greedy" + HOMES if fault == NOT_AT_HOME else ""
-    command = flags(text_data, 10, " --fsep-late-plan wait" + homes)
-    for record in ranks(2).run(train_with_broken_planner, command, fault):
+    homes = " --fsep-planner greedy" + HOMES if fault is _is_not_at_home else ""
+    command = command_line(text_data, f"{FSEP} --fsep-late-plan wait{homes}", steps=10)
+    for record, _ in ranks(2).run(train_with_planner, command, fault):
         assert len(record.losses) == 10
         version, _, failures = record.probes[-1]
         assert version == 9 and failures == 9

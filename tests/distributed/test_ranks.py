@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,25 +17,19 @@ from tests.processes import outlive, python_path
 
 # A rank that starts a child of its own, and a process that ends while its pool is open.
 USER = """
-import os, signal, sys
+import os, signal
 from tests.distributed.test_ranks import start_stubborn_child
 from megatron_laer.cpu.ranks import RankPool
 
 if __name__ == "__main__":
     pool = RankPool(1)
     print(*pool.run(start_stubborn_child)[0], flush=True)
-    how = sys.argv[1]
-    if how == "closes":
-        pool.close()
-    elif how == "is killed":
-        os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def stay_for_ever() -> None:
     """Ignore every request to end, and survive the parent process."""
-    import signal
-
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     while True:
@@ -51,25 +46,19 @@ def start_stubborn_child() -> tuple[int, int]:
     return os.getpid(), child.pid
 
 
-@pytest.mark.parametrize(
-    "how",
-    # Every session closes its pools.
-    ["is killed", *(pytest.param(how, marks=pytest.mark.nightly) for how in ("closes", "forgets"))],
-)
-def test_what_ranks_started_ends_with_the_pool_and_keeps_nobody_waiting(
-    tmp_path: Path, how: str
-) -> None:
+def test_what_ranks_started_ends_with_the_pool_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """Every session of tests closes its pools; here the process of one is killed."""
     script = tmp_path / "user.py"
     script.write_text(USER)
     # The pipe is read to its end, so a process that inherited it would be waited for.
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), how],
+        [sys.executable, "-W", "ignore", str(script)],
         env=os.environ | {"PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert result.returncode == (-9 if how == "is killed" else 0), result.stderr
+    assert result.returncode == -signal.SIGKILL, result.stderr
     pids = [int(word) for word in result.stdout.split()]
     assert len(pids) == 2
     assert outlive(pids) == []
@@ -80,15 +69,16 @@ def raise_on_one_rank() -> None:
     time.sleep(3600)
 
 
-def test_a_rank_that_fails_is_heard_while_the_others_hang() -> None:
+def test_a_rank_that_fails_is_heard_and_the_others_show_where_they_hang() -> None:
     from megatron_laer.cpu.ranks import RankError
 
     with RankPool(2) as pool:
         pool.patience_s = 2.0
         pool.run(os.getpid)
         pids = [process.pid for process in pool._processes]
-        with pytest.raises(RankError, match="rank 1 is ill"):
+        with pytest.raises(RankError, match="rank 1 is ill") as error:
             pool.run(raise_on_one_rank)
+        assert "in raise_on_one_rank" in str(error.value).split("--- rank 1")[0]
         assert outlive(pids) == []
 
 

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import Raised, RankError, RankPool, RankPools
+from megatron_laer.cpu.ranks import Raised, RankPools
 from tests.faults.delays import STEPS_PER_SEED, Trace, train_with_delays
 from tests.parity.flags import command_line
 from tests.parity.row import HOMES
+from tests.parity.rows import DIST_OPT, FULL_RECOMPUTE
 
-FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
-OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FORECAST = " --fsep-plan-mode forecast"
 NODES = " --fsep-node-size 2 --fsep-set restore_algorithm=node"
 TOKENS = " --fsep-node-size 2 --fsep-token-exchange node"
@@ -32,36 +33,26 @@ TOKENS = " --fsep-node-size 2 --fsep-token-exchange node"
 ADAPTIVE = " --fsep-plan-mode adaptive --fsep-set imbalance_tolerance=0.02"
 
 
+@dataclass(frozen=True)
 class Case:
-    """One configuration: ranks, size of the FSEP group, microbatches and flags."""
+    """One configuration: ranks, size of the FSEP group, microbatches, layers and flags."""
 
-    def __init__(self, ranks: int, group: int, microbatches: int, layers: int, flags: str) -> None:
-        self.ranks = ranks
-        self.group = group
-        self.microbatches = microbatches
-        self.flags = f" --num-layers {layers}{flags}"
+    ranks: int
+    group: int
+    microbatches: int
+    layers: int
+    flags: str
 
     def command(self, data: str, seeds: int, extra: str) -> list[str]:
         replicas = self.ranks // (2 if VIRTUAL in self.flags else 1)
         return command_line(
             data,
             " --micro-batch-size 1 --expert-parallel-mode fsep --fsep-sharding rows"
-            + self.flags
-            + extra,
+            f" --num-layers {self.layers}{self.flags}{extra}",
             expert_parallel=self.group,
             global_batch=self.microbatches * replicas,
             steps=seeds * STEPS_PER_SEED,
         )
-
-
-def seeds_of_delays(*daily: str) -> pytest.MarkDecorator:
-    """Run 5 seeds of these cases each day, of `QUICK` in the quick set too; at night 200 of all."""
-    few = pytest.mark.counts(seeds_of_delays=5)
-    many = [pytest.mark.counts(seeds_of_delays=200), pytest.mark.nightly]
-    quick = {QUICK: [pytest.mark.quick]}
-    params = [pytest.param(case, 5, marks=[few, *quick.get(case, [])]) for case in daily]
-    params += [pytest.param(case, 200, marks=many) for case in CASES]
-    return pytest.mark.parametrize(("case", "seeds"), params)
 
 
 QUICK = "restored per layer"
@@ -72,15 +63,31 @@ CASES = {
     "experts and tokens by nodes, 2 of 2": Case(4, 4, 2, 2, FORECAST + NODES + TOKENS),
     "restored per step, accumulation 4": Case(2, 2, 4, 3, " --fsep-restore step"),
     "pipeline 2 x virtual 2": Case(4, 2, 4, 4, FORECAST + VIRTUAL),
-    "full recompute": Case(2, 2, 2, 3, FORECAST + FULL),
+    "full recompute": Case(2, 2, 2, 3, FORECAST + FULL_RECOMPUTE),
     "adaptive": Case(2, 2, 2, 3, ADAPTIVE),
-    "full recompute, adaptive": Case(2, 2, 2, 3, ADAPTIVE + FULL),
-    "experts at home": Case(4, 2, 2, 3, FORECAST + HOMES + OVERLAP),
+    "full recompute, adaptive": Case(2, 2, 2, 3, ADAPTIVE + FULL_RECOMPUTE),
+    "experts at home": Case(4, 2, 2, 3, FORECAST + HOMES + DIST_OPT),
     "experts at home by relay, adaptive": Case(4, 4, 2, 2, ADAPTIVE + HOMES + NODES),
 }
-# Parts of others; at night each runs alone as well.
-AT_NIGHT = {"by nodes, 2 of 2", "tokens by nodes, 2 of 2", "full recompute", "adaptive"}
+# Together they have each part of the others.
+DAILY = (
+    QUICK,
+    "experts and tokens by nodes, 2 of 2",
+    "pipeline 2 x virtual 2",
+    "full recompute, adaptive",
+    "experts at home by relay, adaptive",
+)
 WAIT = " --fsep-late-plan wait"
+
+
+def seeds_of_delays() -> Iterator[Any]:
+    """Yield 5 seeds of some cases each day, one in the quick set too, and at night 200 of all."""
+    for case in DAILY:
+        few = pytest.mark.counts(seeds_of_delays=5)
+        yield pytest.param(case, 5, marks=[few, pytest.mark.quick] if case == QUICK else few)
+    many = [pytest.mark.counts(seeds_of_delays=200), pytest.mark.nightly]
+    for case in CASES:
+        yield pytest.param(case, 200, marks=many)
 
 
 def reordered_seeds(disturbed: list[Trace], steady: list[Trace]) -> int:
@@ -109,7 +116,7 @@ def _results(trace: Trace) -> list[tuple[str, float, float]]:
     return list(zip(trace.digests, record.losses, record.grad_norms, strict=True))
 
 
-@seeds_of_delays(*(case for case in CASES if case not in AT_NIGHT))
+@pytest.mark.parametrize(("case", "seeds"), seeds_of_delays())
 def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
     ranks: RankPools, text_data: str, case: str, seeds: int
 ) -> None:
@@ -127,16 +134,6 @@ def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
     slept = sum(trace.slept for trace in disturbed)
     print(f"\n{case}, wait: {seeds} seeds, {slept} delays, {reordered} seeds reordered completions")
     assert reordered > 0
-
-
-def test_without_overlap_delays_reorder_nothing(ranks: RankPools, text_data: str) -> None:
-    """Control: where everything runs in program order, the same delays reorder nothing."""
-    command = CASES["restored per layer"].command(text_data, 5, WAIT + " --fsep-set scheduler=off")
-    steady = ranks(2).run(train_with_delays, command, None)
-    disturbed = ranks(2).run(train_with_delays, command, 0)
-    assert sum(trace.slept for trace in disturbed) > 100
-    assert differing_steps(disturbed, steady) == []
-    assert reordered_seeds(disturbed, steady) == 0
 
 
 def train_without_waiting(flags: list[str], first_seed: int | None) -> Trace:
@@ -176,34 +173,3 @@ def test_a_restore_that_is_not_waited_for_is_found(ranks: RankPools, text_data: 
     assert any(isinstance(result, Raised) for result in careless) or differing_steps(
         careless, steady
     )
-
-
-def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
-    """Stop the gradients' communication stream of rank 1 in the middle of a step."""
-    import threading
-    from unittest import mock
-
-    import torch.distributed as dist
-
-    from megatron_laer.runtime.comm.exchange import Exchange
-
-    reduce_steps, calls = Exchange.reduce_steps, 0
-
-    def stuck_reduce(self: Exchange, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if dist.get_rank() == 1 and calls == 20:
-            threading.Event().wait()
-        return (yield from reduce_steps(self, *args, **kwargs))
-
-    with mock.patch.object(Exchange, "reduce_steps", stuck_reduce):
-        train_with_delays(flags, 0, watchdog_s)
-
-
-def test_the_watchdog_ends_a_hang_and_shows_every_ranks_stacks(text_data: str) -> None:
-    command = CASES["restored per layer"].command(text_data, 2, WAIT)
-    with RankPool(2) as pool, pytest.raises(RankError) as error:
-        pool.run(train_into_a_hang, command, 20.0)
-    rank_0, rank_1 = str(error.value).split("--- rank 1")
-    assert "all_to_all" in rank_0
-    assert "stuck_reduce" in rank_1

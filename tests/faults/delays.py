@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 
 from megatron_laer.cpu.training import Record, rank_of_environment, train
+from tests.probes import running
 
 STEPS_PER_SEED = 2
 WATCHDOG_S = 30.0
@@ -100,16 +101,12 @@ class Trace:
     slept: int = 0
 
 
-def train_with_delays(
-    flags: list[str], first_seed: int | None, watchdog_s: float = WATCHDOG_S
-) -> Trace:
+def train_with_delays(flags: list[str], first_seed: int | None) -> Trace:
     """Train; step s has the delays of seed `first_seed + s // STEPS_PER_SEED`, or none. Collective.
 
-    A seed that takes longer than `watchdog_s` ends the rank with all stacks in its log. The pool of
+    A seed that takes longer than WATCHDOG_S ends the rank with all stacks in its log. The pool of
     ranks then asks the others for theirs.
     """
-    from megatron_laer.session import current_coordinator
-
     delays, trace = Delays(rank_of_environment()), Trace(Record())
 
     def begin_step(step: int) -> None:
@@ -117,15 +114,13 @@ def train_with_delays(
         delays.begin_step(step)
         seed, first = divmod(step, STEPS_PER_SEED)
         if first == 0:
-            faulthandler.dump_traceback_later(watchdog_s, exit=True, file=2)
+            faulthandler.dump_traceback_later(WATCHDOG_S, exit=True, file=2)
             if first_seed is not None:
                 delays.reseed(first_seed + seed)
 
     def after_step(model: list[torch.nn.Module]) -> None:
-        coordinator = current_coordinator()
-        assert coordinator is not None
         trace.digests.append(digest(model))
-        trace.versions.append(coordinator.layouts.version)
+        trace.versions.append(running().layouts.version)
 
     with _injected(delays, lambda name: trace.completed[-1].append(name), begin_step):
         try:
