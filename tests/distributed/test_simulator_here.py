@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from benchmarks import validate_simulator
 
 
+@pytest.mark.nightly
 def test_steps_are_calibrated_measured_and_predicted(tmp_path):
     output = tmp_path / "x.json"
     assert validate_simulator.main(["--quick", "--json", str(output)]) == 0

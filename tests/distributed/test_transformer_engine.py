@@ -32,14 +32,12 @@ def needs_transformer_engine() -> None:
         pytest.skip(f"Transformer Engine cannot be imported: {found.stderr.strip()[-500:]}")
 
 
-def describe(kind: str, fp8: str | None) -> dict[str, Any]:
+def describe(fp8: str | None) -> dict[str, Any]:
     """Build a model with two MoE layers, and Transformer Engine's on the meta device."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
     from megatron.core.transformer.cuda_graphs import _layer_is_graphable
     from megatron.core.transformer.enums import CudaGraphModule
@@ -57,9 +55,8 @@ def describe(kind: str, fp8: str | None) -> dict[str, Any]:
         megatron_laer.enable(settings, seed=1)
         parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
         model_parallel_cuda_manual_seed(1)
-        is_hybrid = kind == "hybrid"
         config = TransformerConfig(
-            num_layers=4 if is_hybrid else 2,
+            num_layers=2,
             hidden_size=64,
             num_attention_heads=4,
             ffn_hidden_size=96,
@@ -80,12 +77,8 @@ def describe(kind: str, fp8: str | None) -> dict[str, Any]:
             cuda_graph_impl="transformer_engine",
             cuda_graph_modules=[CudaGraphModule.attn, CudaGraphModule.moe_router],
         )
-        sizes = {"vocab_size": 128, "max_sequence_length": 32}
-        if is_hybrid:
-            built = HybridModel(config, hybrid_stack_spec, hybrid_layer_pattern="*E*E", **sizes)
-        else:
-            spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-            built = GPTModel(config, spec, **sizes)
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+        built = GPTModel(config, spec, vocab_size=128, max_sequence_length=32)
         model.append(built)
 
         layers = [part for part in built.modules() if isinstance(part, FSEPMoELayer)]
@@ -126,11 +119,10 @@ def _chunk_of(built: Any) -> Any:
 
 
 @pytest.mark.parametrize("fp8", [None, "hybrid"], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("kind", ["gpt", "hybrid"])
 def test_layers_of_transformer_engine_are_built_around_ours(
-    kind: str, fp8: str | None, ranks: RankPools
+    fp8: str | None, ranks: RankPools
 ) -> None:
-    for found in ranks(2).run(describe, kind, fp8):
+    for found in ranks(2).run(describe, fp8):
         assert found["MoE layers"] == 2
         assert set(found["of Transformer Engine"]) >= LINEAR_LAYERS
         assert found["devices"] == ["meta"]
@@ -138,7 +130,7 @@ def test_layers_of_transformer_engine_are_built_around_ours(
         assert found["in experts"] == [[], []]
         assert found["slices"] == [[(8, 96, 64), (8, 32, 96)]] * 2
         assert found["dtypes"] == ["torch.bfloat16"]
-        assert found["graphable"] == (4 if kind == "hybrid" else 2)
+        assert found["graphable"] == 2
         assert found["hooked"] == [], "Transformer Engine captures no module with hooks"
 
 

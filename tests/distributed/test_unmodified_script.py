@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,8 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests import processes
 from tests.checkouts import checkout
-from tests.parity.compare import distance, identical
+from tests.parity.compare import identical
 from tests.parity.flags import command_line
-from tests.parity.row import FP32_BOUND
 from tests.parity.rows import HYBRID_MTP
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -43,24 +41,6 @@ def test_megatrons_script_and_ours_are_bitwise_equal(
     theirs = ranks(2).run(train, flags, None, str(CHECKOUT / script))[0]
     assert len(theirs.losses) == 10
     assert identical(ours, theirs)
-
-
-def test_megatrons_script_with_fsep_equals_stock(
-    ranks: RankPools, text_data: str, record_property: Callable[[str, object], None]
-) -> None:
-    script = CHECKOUT / "pretrain_gpt.py"
-    stock, fsep = (
-        ranks(2).run(
-            train, command_line(text_data, mode, global_batch=8, steps=20), None, str(script)
-        )[0]
-        for mode in ("", RANDOM)
-    )
-    found = distance(fsep, stock)
-    printed = [[f"{loss:.6E}" for loss in run.losses] for run in (stock, fsep)]
-    record_property("fsep", str(found))
-    print(f"\n{found}; equal as printed: {sum(map(str.__eq__, *printed))} of {len(printed[0])}")
-    assert len(fsep.losses) == 20
-    assert found.within(FP32_BOUND)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
