@@ -5,14 +5,11 @@ losses and gradient norms, and the layouts' versions. One loss is omitted: Megat
 of two at the second step after a start. The script's own decisions are in test_slurm.py.
 
 Each day a job on two nodes is saved, requeued and resumed, and one on a single node trains in
-`tests/unit/test_slurm_script.py`. The other ends go through the same script at night.
+`tests/unit/test_slurm_script.py`. At night come ends that take a real cluster and a real training.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +20,7 @@ import pytest
 from megatron_laer.telemetry import log
 from tests import processes
 from tests.checkpoints import saved_iteration
-from tests.distributed.test_slurm import ONE_NODE, SBATCH, SCRIPT, TWO_NODES
+from tests.distributed.test_slurm import SBATCH, SCRIPT, TWO_NODES
 from tests.parity.row import HOMES
 from tests.slurm import Cluster, Job, kill_node, start_node
 
@@ -115,44 +112,17 @@ def steps_of(job: Job) -> dict[int, log.Step]:
     return log.read_run("", job.log.splitlines()).steps
 
 
-def assert_same(job: Job, undisturbed: Job, resumed_at: int | None, last: int = STEPS) -> None:
-    """Compare every step with the undisturbed job's; `resumed_at` is the checkpoint's step."""
+def assert_same(job: Job, undisturbed: Job, resumed_at: int, first: int = 1) -> None:
+    """Compare steps from `first` on; `resumed_at` is the checkpoint's step."""
     found, expected = steps_of(job), steps_of(undisturbed)
     assert sorted(expected) == list(range(1, STEPS + 1))
-    assert sorted(found) == list(range(1, last + 1))
+    assert sorted(found) == list(range(first, STEPS + 1))
     for number, step in found.items():
         other = expected[number].values
-        if resumed_at is None or number != resumed_at + 2:
+        if number != resumed_at + 2:
             assert step.values[log.LOSS] == other[log.LOSS], number
         for name in ("grad norm", "fsep_layout_version"):
             assert step.values[name] == other[name], (number, name)
-
-
-@pytest.mark.nightly
-@pytest.mark.counts(slurm_jobs=2)
-def test_one_node_trains_as_two_do(training: Training, undisturbed: Job) -> None:
-    # Tokens go to the nearest replicas, and both ranks are one node here: another order of sums,
-    # equal only within rounding.
-    words = f"--fsep-node-size 1 --exit-interval {HELD_IN}"
-    job = training.submit(*ONE_NODE, words=words, GPUS_PER_NODE="2")
-    assert job.end() == "COMPLETED", job.log[-6000:]
-    assert_same(job, undisturbed, None, last=HELD_IN)
-    for rank, node in enumerate(training.cluster.nodes):
-        assert f"[{node} rank {rank}]: " in undisturbed.log
-        assert f"[{node} rank {1 - rank}]: " not in undisturbed.log
-    assert all(step.values[log.IMBALANCE] < 2.0 for step in steps_of(job).values())
-
-
-@pytest.mark.nightly
-@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
-def test_a_requeued_job_goes_on_from_its_checkpoint(training: Training, undisturbed: Job) -> None:
-    job = training.submit_held()
-    training.cluster.run("scontrol", "requeue", str(job.number))
-    job.restart_now()
-    assert job.end() == "COMPLETED", job.log[-6000:]
-    assert job.field("Restarts") == "1"
-    assert f"holds step {SAVE_INTERVAL} of this job" in job.log
-    assert_same(job, undisturbed, SAVE_INTERVAL)
 
 
 @pytest.mark.counts(slurm_jobs=2, resumed_runs=1)
@@ -192,27 +162,7 @@ def test_term_saves_where_megatron_is_told_so_and_the_next_job_goes_on(
     following = training.submit(*TWO_NODES, CHECKPOINT=str(training.checkpoint))
     assert following.end() == "COMPLETED", following.log[-6000:]
     assert f"holds step {HELD_IN} of job {job.number} " in following.log
-    rest, expected = steps_of(following), steps_of(undisturbed)
-    assert sorted(rest) == list(range(HELD_IN + 1, STEPS + 1))
-    for number in rest:
-        if number != HELD_IN + 2:
-            assert rest[number].values[log.LOSS] == expected[number].values[log.LOSS]
-        assert rest[number].values["grad norm"] == expected[number].values["grad norm"]
-
-
-@pytest.mark.nightly
-@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
-def test_a_killed_rank_ends_all_and_the_run_is_started_again(
-    training: Training, undisturbed: Job
-) -> None:
-    job = training.submit_held(MAX_RESTARTS="1")
-    found = re.search(r"rank 1 is held, process (\d+)", job.log)
-    assert found is not None
-    os.kill(int(found[1]), signal.SIGKILL)
-    assert job.end() == "COMPLETED", job.log[-6000:]
-    assert job.field("Restarts") == "0"
-    assert "it is started again (1 of 1)" in job.log
-    assert_same(job, undisturbed, SAVE_INTERVAL)
+    assert_same(following, undisturbed, HELD_IN, first=HELD_IN + 1)
 
 
 @pytest.mark.nightly
@@ -232,18 +182,6 @@ def test_a_job_that_loses_a_node_goes_on_when_it_is_back(
     job.restart_now()
     assert job.end() == "COMPLETED", job.log[-6000:]
     assert job.field("Restarts") == "1"
-    assert_same(job, undisturbed, SAVE_INTERVAL)
-
-
-@pytest.mark.nightly
-@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
-def test_a_job_whose_step_alone_is_ended_is_requeued(training: Training, undisturbed: Job) -> None:
-    job = training.submit_held()
-    training.cluster.run("scancel", f"{job.number}.0")
-    job.wait_for_text("requeued (1 of 100)")
-    assert "the run ended with status 1" in job.log  # 1, 137 or 143
-    job.restart_now()
-    assert job.end() == "COMPLETED", job.log[-6000:]
     assert_same(job, undisturbed, SAVE_INTERVAL)
 
 
