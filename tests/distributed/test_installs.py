@@ -1,9 +1,8 @@
-"""Installations of every kind, inside and outside the checkout, with every entry point.
+"""An installed wheel, made of the sdist, inside and outside a checkout, with every entry point.
 
-A checkout is a copy of this one. Nothing is downloaded: environments see the test environment's
-packages except this one. They record the package's files that each process imports.
-
-Over 400 lines: all tests share the built archives and environments, which take minutes to make.
+The environment of the tests itself has an editable package. A checkout is a copy of this one.
+Nothing is downloaded: environments see the test environment's packages except this one. They record
+the package's files that each process imports.
 """
 
 from __future__ import annotations
@@ -13,13 +12,11 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
 import tomllib
 import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,19 +61,12 @@ class Environment:
         (found,) = self.folder.glob("lib/python*/site-packages")
         return found
 
-    def install(self, *words: str | Path) -> None:
-        succeed([*_PIP, "--python", self.python, "install", *_OFFLINE, *words])
-
-
-@dataclass(frozen=True)
-class Install:
-    environment: Environment
-    checkout: Path
-    editable: bool
-
     @property
     def package(self) -> Path:
-        return (self.checkout if self.editable else self.environment.packages) / "megatron_laer"
+        return self.packages / "megatron_laer"
+
+    def install(self, wheel: Path) -> None:
+        succeed([*_PIP, "--python", self.python, "install", *_OFFLINE, wheel])
 
 
 def run(
@@ -154,44 +144,26 @@ def sdist(make: Maker, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(make: Maker, folder: Path) -> Path:
-    checkout = make.checkout("wheel")
-    succeed([*_PIP, "wheel", "--no-deps", *_OFFLINE, "--wheel-dir", folder, checkout])
+def wheel(sdist: Path, folder: Path) -> Path:
+    """Make the wheel of the sdist, as pip does; a checkout's is made of the same files."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    succeed([*_PIP, "wheel", "--no-deps", *_OFFLINE, "--wheel-dir", folder, unpacked])
     (built,) = folder.glob("megatron_laer-*.whl")
     return built
 
 
-def _ways() -> Iterator[Any]:
-    """Yield the ways to install, of which the wheel's is tried each day.
-
-    Pip makes a wheel of a checkout and of an sdist as well. The environment of the tests themselves
-    has an editable package, as `scripts/environment.sh` installs it.
-    """
-    for name in ("editable", "checkout", "wheel", "sdist"):
-        marks = [pytest.mark.counts(**{f"ways_in_after_{name}": 1})]
-        yield pytest.param(name, marks=marks + [pytest.mark.nightly][: name != "wheel"])
+@pytest.fixture(scope="module")
+def installed(make: Maker, wheel: Path) -> Environment:
+    environment = make.environment("wheel")
+    environment.install(wheel)
+    return environment
 
 
-@pytest.fixture(scope="module", params=_ways())
-def install(request: pytest.FixtureRequest, make: Maker, folder: Path) -> Install:
-    way = request.param
-    environment = make.environment(way)
-    if way == "editable":
-        checkout = make.checkout(way)
-        environment.install("--editable", checkout)
-    elif way == "checkout":
-        checkout = make.checkout(way)
-        environment.install(checkout)
-    elif way == "wheel":
-        checkout = make.checkout("beside-wheel")
-        environment.install(request.getfixturevalue("wheel"))
-    else:
-        sdist = request.getfixturevalue("sdist")
-        environment.install(sdist)
-        with tarfile.open(sdist) as archive:
-            archive.extractall(folder / "unpacked", filter="data")
-        (checkout,) = (folder / "unpacked").iterdir()
-    return Install(environment, checkout, editable=way == "editable")
+@pytest.fixture(scope="module")
+def checkout(make: Maker) -> Path:
+    return make.checkout("beside-wheel")
 
 
 @pytest.fixture
@@ -208,44 +180,34 @@ def starts(python: Path, script: str | Path, cwd: Path, log: Path) -> None:
     assert "argument --expert-parallel-mode: invalid choice: 'none'" in result.stderr
 
 
-INSIDE_AND_OUTSIDE = pytest.mark.parametrize("place", ["inside", "outside"])
-# Each day one of both places for each way in.
-ALTERNATELY = pytest.mark.parametrize(
-    ("way_in", "place"),
-    [
-        ("python -m megatron_laer", "inside"),
-        ("megatron-laer", "outside"),
-        pytest.param("python -m megatron_laer", "outside", marks=pytest.mark.nightly),
-        pytest.param("megatron-laer", "inside", marks=pytest.mark.nightly),
-    ],
-)
-
-
 def imported(file: Path) -> list[tuple[Path, Path | None]]:
     """Return the package's folder and core for every process that imported the package."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [(Path(package).parent, core and Path(core)) for package, core in lines]
 
 
-@INSIDE_AND_OUTSIDE
-def test_the_script_starts(install: Install, place: str, tmp_path: Path) -> None:
-    cwd = install.checkout if place == "inside" else tmp_path
-    script = "pretrain_gpt.py" if place == "inside" else install.checkout / "pretrain_gpt.py"
-    starts(install.environment.python, script, cwd, tmp_path / "imported")
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_the_script_starts(
+    installed: Environment, checkout: Path, place: str, tmp_path: Path
+) -> None:
+    cwd = checkout if place == "inside" else tmp_path
+    script = "pretrain_gpt.py" if place == "inside" else checkout / "pretrain_gpt.py"
+    starts(installed.python, script, cwd, tmp_path / "imported")
     # The checkout's sources, with the installed core.
     ((package, core),) = imported(tmp_path / "imported")
-    assert package == install.checkout / "megatron_laer"
+    assert package == checkout / "megatron_laer"
     assert core is not None
-    assert core.parent == install.package / "planner"
+    assert core.parent == installed.package / "planner"
 
 
-@ALTERNATELY
+@pytest.mark.parametrize("way_in", ["python -m megatron_laer", "megatron-laer"])
 def test_commands_run(
-    install: Install, place: str, way_in: str, tmp_path: Path, trace: Path
+    installed: Environment, checkout: Path, way_in: str, tmp_path: Path, trace: Path
 ) -> None:
-    cwd = install.checkout if place == "inside" else tmp_path
     first, *rest = way_in.split()
-    start = [install.environment.folder / "bin" / first, *rest]
+    # `-m` finds the package in the current folder first.
+    cwd = checkout if rest else tmp_path
+    start = [installed.folder / "bin" / first, *rest]
     log = tmp_path / "imported"
 
     flags = succeed([*start, "flags", "tiny-moe"], cwd, IMPORTED=str(log))
@@ -254,42 +216,14 @@ def test_commands_run(
     assert "greedy" in succeed([*start, *plan], cwd, IMPORTED=str(log))
 
     (package, _), (same, core) = imported(log)
-    is_first = place == "inside" and rest
-    assert package == same == (install.checkout / "megatron_laer" if is_first else install.package)
+    assert package == same == (checkout / "megatron_laer" if rest else installed.package)
     assert core is not None
-    assert core.parent == install.package / "planner"
+    assert core.parent == installed.package / "planner"
 
 
-@pytest.mark.parametrize("place", [pytest.param("inside", marks=pytest.mark.nightly), "outside"])
-def test_the_slurm_script_starts(install: Install, place: str, tmp_path: Path) -> None:
-    cwd = install.checkout if place == "inside" else tmp_path
-    log = tmp_path / "imported"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    script = install.checkout / "scripts" / "slurm" / "pretrain.sbatch"
-    result = run(
-        ["bash", script, install.checkout / "pretrain_gpt.py", "--no-such-flag"],
-        cwd,
-        PYTHON=str(install.environment.python),
-        GPUS_PER_NODE="1",
-        MASTER_PORT=str(port),
-        IMPORTED=str(log),
-    )
-    # Its rank gets as far as `starts` does, and fails.
-    assert result.returncode == 1, result.stderr
-    assert "unrecognized arguments: --no-such-flag" in result.stderr
-    # As `starts` does: the checkout's sources, with the installed core.
-    packages, cores = zip(*imported(log), strict=True)
-    assert {*packages} == {install.checkout / "megatron_laer"}
-    assert {core.parent for core in cores if core} == {install.package / "planner"}
-
-
-def test_the_readmes_commands_train(make: Maker, wheel: Path, tmp_path: Path) -> None:
+def test_the_readmes_commands_train(installed: Environment, checkout: Path, tmp_path: Path) -> None:
     """Use a plain installation, started at the top of the checkout."""
-    environment, checkout = make.environment("training"), make.checkout("training")
-    environment.install(wheel)
-    start, log = f'exec {shlex.quote(str(environment.python))} "$@"', tmp_path / "imported"
+    start, log = f'exec {shlex.quote(str(installed.python))} "$@"', tmp_path / "imported"
     launch = start.replace('"$@"', '-m torch.distributed.run --standalone "$@"')
     for name, body in (("pip", "true"), ("python", start), ("torchrun", launch)):
         fake_python(tmp_path, name, body)
@@ -299,94 +233,71 @@ def test_the_readmes_commands_train(make: Maker, wheel: Path, tmp_path: Path) ->
         for interpreter, text in commands_of(_ROOT / "README.md")
     )
     assert "fsep_load_imbalance" in printed
-    core = environment.packages / "megatron_laer" / "planner"
+    core = installed.package / "planner"
     assert {(package, found and found.parent) for package, found in imported(log)} >= {
         (checkout / "megatron_laer", core)
     }
 
 
-@pytest.fixture(scope="module")
-def alone(make: Maker, wheel: Path) -> Environment:
-    environment = make.environment("alone")
-    environment.install(wheel)
-    return environment
-
-
 def test_the_script_alone_runs_with_an_installed_package(
-    alone: Environment, tmp_path: Path
+    installed: Environment, tmp_path: Path
 ) -> None:
     shutil.copy(_ROOT / "pretrain_gpt.py", tmp_path)
     log = tmp_path / "imported"
-    starts(alone.python, "pretrain_gpt.py", tmp_path, log)
-    assert {package for package, _ in imported(log)} == {alone.packages / "megatron_laer"}
+    starts(installed.python, "pretrain_gpt.py", tmp_path, log)
+    assert {package for package, _ in imported(log)} == {installed.package}
 
 
-def test_doctor_knows_what_an_installed_package_needs(alone: Environment, tmp_path: Path) -> None:
+def test_doctor_knows_what_an_installed_package_needs(
+    installed: Environment, tmp_path: Path
+) -> None:
     (tmp_path / "psutil.py").write_text("__version__ = '1.0'")
-    command = [alone.folder / "bin" / "megatron-laer", "doctor"]
+    command = [installed.folder / "bin" / "megatron-laer", "doctor"]
     result = run(command, tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
     rows = result.stdout.splitlines()
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
     needed = [re.split("[^a-z-]", line)[0] for line in project["dependencies"]]
     assert {*needed} <= {row.split()[0] for row in rows if row}
-    assert any(str(alone.packages / "megatron_laer") in row for row in rows)
+    assert any(str(installed.package) in row for row in rows)
     # The allowed ranges come from its metadata.
     assert any(row.startswith("missing or unsupported: ") and "psutil" in row for row in rows)
     assert "pip install 'psutil>=" in result.stdout
 
 
-@pytest.fixture(scope="module")
-def bare(make: Maker) -> Install:
-    return Install(make.environment("bare"), make.checkout("bare"), editable=False)
-
-
-@pytest.mark.counts(refused_ways_in=1)
-@INSIDE_AND_OUTSIDE
-@pytest.mark.parametrize("way_in", ["script", "command"])
-def test_a_clone_without_a_core_says_what_to_install(
-    bare: Install, place: str, way_in: str, tmp_path: Path, trace: Path
+@pytest.mark.counts(refused_ways_in=6)
+def test_a_checkout_without_a_core_of_its_sources_says_what_to_install(
+    make: Maker, wheel: Path, tmp_path: Path, trace: Path
 ) -> None:
-    checkout = bare.checkout
-    if way_in == "script":
-        words, name = [checkout / "pretrain_gpt.py", "--help"], "pretrain_gpt.py"
-    else:
-        words = ["-m", "megatron_laer", "plan", trace, "--ranks", "2", "--capacity", "2"]
-        name = "python -m megatron_laer plan"
-    cwd, path = (checkout, "") if place == "inside" else (tmp_path, str(checkout))
-    result = run([bare.environment.python, *words], cwd, PYTHONPATH=path)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith(f"{name}: no native core fits the sources in {checkout}/megatron_laer: ")
-    install = shlex.join(
-        [str(bare.environment.python), "-m", "pip", "install", "-e", str(checkout)]
-    )
-    assert line.endswith(f"; run {install}")
-
-
-@pytest.mark.counts(refused_ways_in=1)
-def test_a_core_of_other_sources_is_passed_over_and_named(
-    make: Maker, wheel: Path, trace: Path
-) -> None:
-    environment, checkout = make.environment("other"), make.checkout("other")
+    environment, checkout = make.environment("bare"), make.checkout("bare")
     planner = checkout / "megatron_laer" / "planner"
     plan = ["-m", "megatron_laer", "plan", trace, "--ranks", "2", "--capacity", "2"]
+
+    def refused(words: list[Any], cwd: Path = checkout, path: str = "") -> str:
+        result = run([environment.python, *words], cwd, PYTHONPATH=path)
+        assert (result.returncode, result.stdout) == (2, "")
+        (line,) = result.stderr.splitlines()
+        return line
+
+    install = shlex.join([str(environment.python), "-m", "pip", "install", "-e", str(checkout)])
+    script = [checkout / "pretrain_gpt.py", "--help"]
+    for cwd, path in ((checkout, ""), (tmp_path, str(checkout))):
+        for words, name in (script, "pretrain_gpt.py"), (plan, "python -m megatron_laer plan"):
+            line = refused(words, cwd, path)
+            assert line.startswith(
+                f"{name}: no native core fits the sources in {checkout}/megatron_laer: "
+            )
+            assert line.endswith(f"; run {install}")
+
     stale = planner / "_native.py"
     stale.write_text("sources = 'of another day'\n")
-    refused = run([environment.python, *plan], checkout)
-    assert refused.returncode == 2
-    (line,) = refused.stderr.splitlines()
-    assert f": {stale} was built from other sources; run " in line
-
+    assert f": {stale} was built from other sources; run " in refused(plan)
     environment.install(wheel)
     succeed([environment.python, *plan], checkout)
 
     source = planner / "native" / "flow.cpp"
     source.write_text(source.read_text() + "// edited\n")
-    refused = run([environment.python, *plan], checkout)
-    assert refused.returncode == 2
-    (line,) = refused.stderr.splitlines()
+    line = refused(plan)
     assert line.count("was built from other sources") == 2
     assert str(environment.packages) in line
 
@@ -428,17 +339,3 @@ def test_the_sdist_has_the_whole_checkout_and_nothing_built(sdist: Path, make: M
     assert {name: mode for name, mode in members.items() if name in expected} == expected
     others = {name for name in {*members} - {*expected} if "egg-info" not in name}
     assert others == {"PKG-INFO", "setup.cfg"}
-
-
-@pytest.mark.nightly  # as scripts/release.sh tries each sdist
-def test_tests_of_an_unpacked_sdist_run_with_the_core_that_it_installs(
-    make: Maker, sdist: Path, folder: Path
-) -> None:
-    environment = make.environment("sdist-tests")
-    environment.install(sdist)
-    unpacked = folder / "tested"
-    with tarfile.open(sdist) as archive:
-        archive.extractall(unpacked, filter="data")
-    (top,) = unpacked.iterdir()
-    printed = succeed([environment.python, "-m", "pytest", "-q", "tests/unit/test_native.py"], top)
-    assert " passed" in printed
