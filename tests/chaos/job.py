@@ -102,13 +102,13 @@ def _start(
     context.set_forkserver_preload([ranks.preparation])
     environment = _environment(plan, start)
     processes = []
-    last_step = fault.step if fault is not None and fault.is_awaited else None
     # A run that begins anew must keep its sharding, since initial experts differ.
     turn = start if saved_step(outcome.folder) else 0
     flags, folder = plan.flags(data, str(outcome.folder), turn), str(outcome.folder)
     for number in range(plan.variant.ranks):
         own = environment | {"RANK": str(number), "LOCAL_RANK": str(number)}
         log = f"{folder}/start-{name}-rank-{number}.log"
+        last_step = None if fault is None else fault.awaited_by(number)
         process = context.Process(
             target=rank.run, args=(number, flags, folder, log, own, last_step)
         )

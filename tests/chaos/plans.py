@@ -63,8 +63,8 @@ class Fault:
     `kind` names the signal, and `rank` its target if it is one rank. It comes `delay_s` after the
     end of the `step`, counted from 1; 0 is while the ranks start. All ranks of `saving` are killed
     `delay_s` after the first save from there on began. A stopped rank is continued after
-    `stopped_s`. With `is_awaited`, ranks wait at this step until it comes. Then `damage` is done to
-    a recording.
+    `stopped_s`. With `is_awaited`, its ranks wait after this step until it comes. Then `damage` is
+    done to a recording.
     """
 
     kind: str
@@ -74,6 +74,11 @@ class Fault:
     stopped_s: float = 0.0
     is_awaited: bool = False
     damage: str = ""
+
+    def awaited_by(self, rank: int) -> int | None:
+        """Return the step after which a rank waits for this fault, counted from 1, if any."""
+        is_target = rank == self.rank or not self.kind.endswith("one")
+        return self.step if self.is_awaited and is_target else None
 
     def __str__(self) -> str:
         who = f"{self.kind.split()[0]} {self.rank}" if self.kind.endswith("one") else self.kind

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,9 +25,11 @@ def run(
 ) -> None:
     """Train with these flags; write each step's loss, gradient norm and digest of all weights.
 
-    After `last_step`, counted from 1, it waits for a signal; None trains on.
+    After `last_step`, counted from 1, it waits for a signal. None trains on.
     """
     os.setsid()
+    # As in a rank that a launcher starts; children of a fork server would ask it for theirs.
+    multiprocessing.set_start_method(None, force=True)
     threading.Thread(target=_end_with_the_starter, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -54,11 +57,19 @@ def run(
         line = json.dumps({"step": current_step(), **found, "digest": digest(model)}) + "\n"
         with Path(folder, f"rank-{rank}.jsonl").open("a") as file:
             file.write(line)
-        while current_step() + 1 == last_step:
-            signal.pause()
+        while current_step() + 1 == last_step and not _is_told_to_end():
+            time.sleep(0.02)
 
     with mock.patch.object(training, "train_step", observed):
         train(flags, tell)
+
+
+def _is_told_to_end() -> bool:
+    from megatron.training import get_args
+    from megatron.training.global_vars import get_signal_handler
+
+    handles = get_args().exit_signal_handler
+    return handles and get_signal_handler()._signal_received  # type: ignore[no-any-return]
 
 
 def _end_with_the_starter() -> None:

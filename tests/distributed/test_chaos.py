@@ -1,40 +1,74 @@
 """Runs with all recordings that die at any moment and are restarted end as if undisturbed.
 
-One dies before its first checkpoint; the night's others are drawn from a seed.
+Each day a job is killed before its first checkpoint, told to end, and loses a rank in a step. At
+night others are drawn from a seed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.checks import cut_from, problems
 from tests.chaos.job import run_job
-from tests.chaos.plans import SAVE_EVERY, VARIANTS, Fault, Plan
-from tests.chaos.runs import chaos
+from tests.chaos.plans import SAVE_EVERY, Fault, Plan, Variant, plans
+from tests.checkpoints import NEEDS_NVRX
 
-RUNS = 40
+RUNS, SEED = 40, 40
 
 
-@pytest.mark.counts(fault_runs=1)
-def test_a_run_killed_before_its_first_checkpoint_goes_on_by_itself(
-    text_data: str, tmp_path: Path
+@pytest.mark.counts(fault_runs=3, resumed_runs=2)
+@pytest.mark.parametrize("strategy", ["mcore", pytest.param("nvrx", marks=NEEDS_NVRX)])
+def test_a_job_that_is_killed_and_stopped_ends_bitwise_as_one_that_was_not(
+    text_data: str, tmp_path: Path, strategy: str
 ) -> None:
-    steps = SAVE_EVERY + 1
-    killed = Fault("KILL all", 0, SAVE_EVERY - 1, 0.0, is_awaited=True)
-    whole = run_job(Plan(VARIANTS[0], False, (), steps), text_data, tmp_path / "whole")
+    """Loader workers and asynchronous saves give each rank helpers, which must end with it."""
+    saves = f"--async-save --use-persistent-ckpt-worker --async-strategy {strategy}"
+    variant = Variant("helpers", f"--fsep-planner greedy --num-workers 2 {saves}")
+    stopped, steps = SAVE_EVERY + 2, 2 * SAVE_EVERY + 3
+    faults = (
+        Fault("KILL all", 0, SAVE_EVERY - 1, 0.0, is_awaited=True),
+        Fault("TERM all", 0, stopped, 0.0, is_awaited=True),
+        Fault("KILL one", 1, 2 * SAVE_EVERY + 1, 0.0, is_awaited=True),
+    )
+    plan = Plan(variant, True, faults, steps)
+    whole = run_job(replace(plan, faults=()), text_data, tmp_path / "whole")
     assert not whole.problem
-    plan = Plan(VARIANTS[0], False, (killed,), steps)
-    outcome = run_job(plan, text_data, tmp_path / "killed")
+    outcome = run_job(plan, text_data, tmp_path / "stopped")
     assert problems(plan, outcome, whole.folder) == []
-    assert outcome.starts == [f"{SAVE_EVERY - 1}:-9,-9", f"{steps}:0,0"]
-    assert cut_from(outcome.folder) == [0]
+    died, ended, *_, last = outcome.starts
+    assert [died, ended, last] == [f"{SAVE_EVERY - 1}:-9,-9", f"{stopped}:0,0", f"{steps}:0,0"]
+    assert len(outcome.starts) == 1 + len(faults)
+    assert cut_from(outcome.folder)[0] == 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    text_data: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Variant], Path]:
+    """Return the folder of a run of a kind without faults, which many compare with."""
+
+    def run(variant: Variant) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed") / "run"
+        outcome = run_job(Plan(variant, False, ()), text_data, folder)
+        assert not outcome.problem, outcome
+        return folder
+
+    return cache(run)
 
 
 @pytest.mark.nightly
-@pytest.mark.counts(fault_runs=RUNS)
+@pytest.mark.counts(fault_runs=1)
+@pytest.mark.parametrize("plan", plans(RUNS, SEED), ids=map(str, range(RUNS)))
 def test_random_faults_change_no_digit_and_leave_nothing_behind(
-    text_data: str, tmp_path: Path
+    undisturbed: Callable[[Variant], Path], text_data: str, tmp_path: Path, plan: Plan
 ) -> None:
-    assert chaos(RUNS, 40, text_data, tmp_path) == []
+    expected = undisturbed(plan.variant)
+    outcome = run_job(plan, text_data, tmp_path / "run", expected)
+    faults, starts = "; ".join(map(str, plan.faults)), ", ".join(outcome.starts)
+    print(f"\n{plan.variant.name} | {faults} | {starts} | cut from {cut_from(outcome.folder)}")
+    assert problems(plan, outcome, expected) == []

@@ -20,6 +20,7 @@ import torch
 
 from megatron_laer.cpu.training import Record, rank_of_environment, train
 from tests.faults.delays import digest
+from tests.probes import running
 
 
 def current_step() -> int:
@@ -29,69 +30,52 @@ def current_step() -> int:
     return step
 
 
-@contextlib.contextmanager
-def act_in_step(step: int, rank: int, act: Callable[[], object]) -> Iterator[None]:
-    """Act on one rank in the middle of a step: at a token exchange of its backward."""
+def train_with_signal(flags: list[str], step: int, rank: int, number: int) -> Record:
+    """Train; signal a rank in the middle of a step. Remove Megatron's signal handlers afterwards.
+
+    It comes at a token exchange of backward: of two layers, each with tokens, probabilities and
+    outputs, the eighth exchange is in backward.
+    """
     from megatron.core.tensor_parallel.mappings import _AllToAll
 
-    forward, calls = _AllToAll.forward, 0
+    forward, calls, before = _AllToAll.forward, 0, signal.getsignal(number)
 
     def exchange(ctx: Any, *args: Any) -> Any:
         nonlocal calls
         if current_step() == step and rank_of_environment() == rank:
             calls += 1
-            # Two layers, each with tokens, probabilities and outputs: the eighth is in backward.
             if calls == 8:
-                act()
+                os.kill(os.getpid(), number)
         return forward(ctx, *args)
 
-    with mock.patch.object(_AllToAll, "forward", staticmethod(exchange)):
-        yield
-
-
-def train_with_signal(flags: list[str], step: int, rank: int, number: int) -> Record:
-    """Train; signal a rank in a step. Remove Megatron's signal handlers afterwards."""
-    before = signal.getsignal(number)
     try:
-        with act_in_step(step, rank, lambda: os.kill(os.getpid(), number)):
+        with mock.patch.object(_AllToAll, "forward", staticmethod(exchange)):
             return train(flags)
     finally:
         signal.signal(number, before)
 
 
-def other_layout(rank: int, after_step: int, *, ahead: bool) -> Callable[[object], None]:
-    """Return a probe that gives one rank another layout after some step.
+def train_with_other_layout(flags: list[str], rank: int, after_step: int, ahead: bool) -> None:
+    """Train; one rank gets another layout after some step.
 
     With `ahead`, it changes every layer and the version, as after one more broadcast. Otherwise it
-    changes the last layer under the same version.
+    changes the last layer under the same version. The planner must change no layout, or the next
+    broadcast would repair the fault.
     """
-    import torch.distributed as dist
-
     from megatron_laer.planner.layout import ExpertLayout
-    from megatron_laer.session import current_coordinator
-
-    steps = 0
 
     def change(_model: object) -> None:
-        nonlocal steps
-        steps += 1
-        coordinator = current_coordinator()
-        assert coordinator is not None
-        if steps == after_step and dist.get_rank() == rank:
-            in_force = coordinator.layouts
-            in_force.version += ahead
-            for layer in range(len(in_force.layouts))[None if ahead else -1 :]:
-                good = in_force.layouts[layer]
-                in_force._layouts[layer] = ExpertLayout.from_slots(
-                    good.num_ranks, good.capacity, good.num_experts, good.to_list()[::-1]
-                )
+        if current_step() + 1 != after_step or rank_of_environment() != rank:
+            return
+        in_force = running().layouts
+        in_force.version += ahead
+        for layer in range(len(in_force.layouts))[None if ahead else -1 :]:
+            good = in_force.layouts[layer]
+            in_force._layouts[layer] = ExpertLayout.from_slots(
+                good.num_ranks, good.capacity, good.num_experts, good.to_list()[::-1]
+            )
 
-    return change
-
-
-def train_with_other_layout(flags: list[str], rank: int, after_step: int, ahead: bool) -> None:
-    """Train with a planner that changes no layout, or the next broadcast would repair the fault."""
-    train(flags, other_layout(rank, after_step, ahead=ahead))
+    train(flags, change)
 
 
 def train_with_bad_loss(flags: list[str], step: int, value: float, passing: bool) -> Record:
@@ -212,7 +196,6 @@ class Received:
     """
 
     tokens: list[tuple[int, int]] = field(default_factory=list)
-    tensors: list[int] = field(default_factory=list)
     tensor_bytes: list[int] = field(default_factory=list)
     rss_bytes: list[int] = field(default_factory=list)
 
@@ -238,7 +221,6 @@ def train_with_bursts(flags: list[str], every: int, look_every: int) -> Received
             gc.collect()
             found = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
             storages = {item.untyped_storage().data_ptr(): item for item in found}
-            received.tensors.append(len(found))
             received.tensor_bytes.append(
                 sum(item.untyped_storage().nbytes() for item in storages.values())
             )
