@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import train
@@ -23,13 +22,17 @@ from tests.checkpoints import (
     saved_tensors,
     train_until_exit,
 )
+from tests.distributed.test_home_order import homes
 from tests.messages import messages
 from tests.parity.flags import command_line
-from tests.parity.row import REPLICAS_PAY
+from tests.parity.row import HOMES as AT_HOME
 from tests.parity.rows import HYBRID_MTP as HYBRID
+from tests.parity.rows import PIPELINE
+from tests.probes import layouts_in_force
 
 FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner static"
 HOMES = " --expert-parallel-mode fsep --fsep-planner random --fsep-sharding experts"
+MOVED = HOMES + "{homes}"  # to other ranks at each stop
 WEIGHTS_ONLY = " --no-load-optim --no-load-rng --finetune"
 TORCH_DIST = " --ckpt-format torch_dist"
 
@@ -61,9 +64,8 @@ DISTRIBUTED = " --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 # Without the persistent worker, Megatron saves in the foreground.
 ASYNC = " --async-save --use-persistent-ckpt-worker --async-strategy mcore"
 OFFLOADED = " --bf16 --optimizer-cpu-offload --use-precision-aware-optimizer"
-STAGES = " --pipeline-model-parallel-size 2"
 UNEVEN = " --ffn-hidden-size 10 --hidden-size 54 --num-attention-heads 3"
-VIRTUAL = STAGES + " --num-layers-per-virtual-pipeline-stage 1"
+VIRTUAL = PIPELINE + " --num-layers-per-virtual-pipeline-stage 1"
 # Megatron pads the vocabulary to a multiple of 128 per tensor rank.
 TENSOR = " --tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 64"
 JOURNEYS = (
@@ -91,63 +93,57 @@ JOURNEYS = (
         (
             Stop(2, 2),
             Stop(4, 4, FSEP + TENSOR),
-            Stop(4, 2, FSEP + STAGES),
+            Stop(4, 2, FSEP + PIPELINE),
             Stop(4, 2, TENSOR),
             Stop(4, 4, FSEP),
         ),
     ),
     Journey("Muon, distributed optimizer, bf16", " --optimizer dist_muon --bf16", AT_HOME_AND_BACK),
+    Journey(
+        "homes by a permutation",
+        DISTRIBUTED,
+        (Stop(2, 2, MOVED), Stop(4, 4), Stop(4, 4, MOVED), Stop(4, 4, MOVED), Stop(2, 2, FSEP)),
+    ),
     # The parts of these meet other settings in those above.
     Journey("offloaded", DISTRIBUTED + OFFLOADED, (Stop(2, 2), Stop(4, 4, FSEP), Stop(4, 4))),
     Journey(
-        "virtual pipeline",
-        DISTRIBUTED + " --num-layers 4",
+        "virtual pipeline, dense first layer, latent and shared experts",
+        DISTRIBUTED + " --num-layers 4 --moe-layer-freq ([0]*1+[1]*3)"
+        " --moe-latent-size 24 --moe-shared-expert-intermediate-size 32",
         (
-            Stop(4, 2, VIRTUAL),
             Stop(4, 2, FSEP + VIRTUAL),
             Stop(4, 4, FSEP),
-            Stop(4, 2, FSEP + STAGES),
+            Stop(4, 2, FSEP + PIPELINE),
             Stop(4, 2, FSEP + VIRTUAL),
             Stop(2, 2),
         ),
     ),
     Journey(
-        "dense first layer, multi-token prediction, latent experts, shared experts",
-        DISTRIBUTED + " --num-layers 3 --moe-layer-freq ([0]*1+[1]*2) --mtp-num-layers 1"
-        " --moe-latent-size 24 --moe-shared-expert-intermediate-size 32",
-        STOCK_TO_STOCK,
-    ),
-    Journey("hybrid", DISTRIBUTED + HYBRID, (Stop(2, 2), Stop(4, 2, FSEP + STAGES), Stop(2, 2))),
-    Journey(
-        "uneven rows of both matrices and biases",
-        DISTRIBUTED + UNEVEN,
-        STOCK_TO_STOCK,
-        without="--swiglu --disable-bias-linear",
+        "hybrid, multi-token prediction",
+        DISTRIBUTED + HYBRID,
+        (Stop(2, 2), Stop(4, 2, FSEP + PIPELINE), Stop(2, 2)),
     ),
     Journey("linear bias with gates", "", STOCK_TO_STOCK, without="--disable-bias-linear"),
     Journey(
-        "experts at home, rows and stock",
-        DISTRIBUTED,
+        "experts at home, Muon",
+        " --optimizer muon",
         (
             Stop(2, 2, HOMES),
-            Stop(4, 4, FSEP),
+            Stop(4, 4, HOMES + " --fsep-capacity 5"),
             Stop(4, 2, HOMES),
             Stop(2, 2),
-            Stop(4, 4, HOMES + " --fsep-capacity 5"),
         ),
     ),
-    Journey("experts at home, Muon", " --optimizer muon", (Stop(2, 2, HOMES), Stop(4, 4, HOMES))),
-    Journey("Muon", " --optimizer muon", AT_HOME_AND_BACK),
 )
 
 
-RELEASES, DAILY = 2, 4
+RELEASES, DAILY, NIGHTLY = 2, 5, pytest.mark.nightly
 
 
 def marks_of(place: int) -> list[pytest.MarkDecorator]:
     """Return the marks of a journey: the first run with every release, the last at night."""
     if place >= DAILY:
-        return [pytest.mark.nightly]
+        return [NIGHTLY]
     return [pytest.mark.releases] if place < RELEASES else []
 
 
@@ -165,7 +161,8 @@ def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
     for number, stop in enumerate(journey.stops):
         source, target = tmp_path / str(number - 1), tmp_path / str(number)
         # The first run trains; the others have no step left, and save the loaded state.
-        flags = journey.flags + TORCH_DIST + stop.mode + f" --save {target} --save-interval 1000"
+        mode = stop.mode.format(homes=homes(tmp_path, number, stop.ranks))
+        flags = journey.flags + TORCH_DIST + mode + f" --save {target} --save-interval 1000"
         flags += " --save-interval 2" if number == 0 else f" --load {source}"
         command = command_line(
             text_data,
@@ -220,57 +217,44 @@ def test_optimizer_buffers_are_read_by_their_own_kind_of_run_alone(
     assert len(pool.run(train, command(2, weights))[0].losses) == 2
 
 
-def layouts_in_force(_: list[torch.nn.Module]) -> Any:
-    coordinator = current_coordinator()
-    if coordinator is None:
-        return None
-    return coordinator.layouts.version, [layout.to_list() for layout in coordinator.layouts.layouts]
-
-
 PLANNED = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait"
-INTERRUPTED = {
-    "greedy, adaptive": (4, PLANNED),
-    "laer, forecast, two plans on their way": (
-        4,
-        PLANNED + " --fsep-planner laer --fsep-plan-mode forecast --fsep-set plan_lag=2",
-    ),
-    "two replicas": (2, PLANNED + DISTRIBUTED),
-}
-# Less to resume, or what test_stops.py and the journeys above resume each day.
-INTERRUPTED_AT_NIGHT = {
-    "no planner": (4, FSEP + " --use-distributed-optimizer"),
-    "greedy, adaptive, async, distributed optimizer": (4, PLANNED + DISTRIBUTED + ASYNC),
-    "two stages, step restore": (2, PLANNED + STAGES + " --fsep-restore step"),
-    "experts at home, step restore": (
-        2,
-        PLANNED + f" --fsep-sharding experts --fsep-set cluster={REPLICAS_PAY} --fsep-restore step",
-    ),
-    "two replicas, offloaded": (2, PLANNED + " --use-distributed-optimizer" + OFFLOADED),
-}
 
 
 @pytest.mark.counts(resumed_runs=1)
 @pytest.mark.parametrize(
-    "case",
+    "flags",
     [
-        pytest.param("greedy, adaptive", marks=pytest.mark.releases),
-        *[*INTERRUPTED][1:],
-        *(pytest.param(case, marks=pytest.mark.nightly) for case in INTERRUPTED_AT_NIGHT),
+        pytest.param(
+            PLANNED + DISTRIBUTED + " --fsep-planner laer --fsep-plan-mode forecast"
+            " --fsep-set plan_lag=2",
+            marks=pytest.mark.releases,
+            id="two plans on their way",
+        ),
+        pytest.param(
+            PLANNED + AT_HOME + "{homes} --use-distributed-optimizer", id="homes by a permutation"
+        ),
+        pytest.param(
+            PLANNED + PIPELINE + AT_HOME + " --fsep-restore step",
+            marks=NIGHTLY,
+            id="experts at home in two stages, step restore",
+        ),
+        pytest.param(
+            FSEP + " --use-distributed-optimizer" + OFFLOADED,
+            marks=NIGHTLY,
+            id="no planner, offloaded",
+        ),
     ],
 )
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    ranks: RankPools, text_data: str, tmp_path: Path, case: str
+def test_a_resumed_run_of_two_groups_is_bitwise_the_uninterrupted_one(
+    ranks: RankPools, text_data: str, tmp_path: Path, flags: str
 ) -> None:
-    expert_parallel, extra = (INTERRUPTED | INTERRUPTED_AT_NIGHT)[case]
-    flags = partial(
-        command_line, text_data, experts=6, expert_parallel=expert_parallel, global_batch=8, steps=7
-    )
-    extra += TORCH_DIST
+    extra = flags.format(homes=homes(tmp_path, 1, experts=6)) + TORCH_DIST
+    command = partial(command_line, text_data, experts=6, global_batch=8, steps=7)
     save = f" --save {tmp_path} --save-interval 4"
     pool = ranks(4)
-    whole = pool.run(train, flags(extra=extra), layouts_in_force)
-    pool.run(train_until_exit, flags(extra=extra + save + " --exit-interval 4"))
-    rest = pool.run(train, flags(extra=extra + save + f" --load {tmp_path}"), layouts_in_force)
+    whole = pool.run(train, command(extra=extra), layouts_in_force)
+    pool.run(train_until_exit, command(extra=extra + save + " --exit-interval 4"))
+    rest = pool.run(train, command(extra=extra + save + f" --load {tmp_path}"), layouts_in_force)
     for found, expected in zip(rest, whole, strict=True):
         assert found.probes == expected.probes[4:]
         assert found.losses == expected.losses[4:]
@@ -282,7 +266,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     planned = list(range(1, 7 - lag + 1)) if PLANNED in extra else [0] * (7 - lag)
     assert versions == [0] * lag + planned
     groups = len(list((iteration_folder(tmp_path, 4) / FOLDER).glob("*")))
-    assert groups == (4 // expert_parallel if PLANNED in extra else 0)
+    assert groups == (2 if PLANNED in extra else 0)
 
 
 def order_of_files(flags: list[str], tracker: str) -> list[bool]:

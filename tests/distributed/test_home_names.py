@@ -24,6 +24,7 @@ from tests.checkpoints import assert_equal
 from tests.parity.compare import distance
 from tests.parity.flags import command_line
 from tests.parity.row import FP32_BOUND
+from tests.parity.rows import DIST_OPT, FULL_RECOMPUTE
 from tests.stock_alone import RANKS, Case
 
 RANDOM = " --expert-parallel-mode fsep --fsep-sharding experts --fsep-planner random"
@@ -31,10 +32,9 @@ BIAS = "--disable-bias-linear"
 WEIGHTS_ONLY = " --finetune --no-load-optim --no-load-rng --no-save-optim --no-save-rng"
 
 
-def command(data: str, extra: str, *, steps: int = 1, without: str = "") -> list[str]:
-    return command_line(
-        data, extra, expert_parallel=2, global_batch=8, steps=steps, without=without
-    )
+def command(data: str, extra: str, steps: int = 1) -> list[str]:
+    """Return flags of a model whose experts have biases."""
+    return command_line(data, extra, global_batch=8, steps=steps, without=BIAS)
 
 
 def train_some(
@@ -76,18 +76,12 @@ def names_and_marks(model: list[Any]) -> list[Any]:
     return [parameters, list(chunk.state_dict_for_save_checkpoint()), list(saved), saved]
 
 
-@pytest.mark.parametrize(
-    ("grouped", "without"),
-    [(False, ""), (False, BIAS), (True, BIAS)],
-    ids=["sequence", "sequence with bias", "grouped with bias"],
-)
+@pytest.mark.parametrize("grouped", [False, True], ids=["sequence", "grouped"])
 def test_names_marks_and_entries_of_checkpoints_are_stocks(
-    ranks: RankPools, text_data: str, grouped: bool, without: str
+    ranks: RankPools, text_data: str, grouped: bool
 ) -> None:
     stock, homes = (
-        ranks(2).run(
-            train_some, command(text_data, mode, without=without), names_and_marks, grouped
-        )
+        ranks(2).run(train_some, command(text_data, mode), names_and_marks, grouped)
         for mode in ("", RANDOM)
     )
     for rank in range(2):
@@ -95,7 +89,7 @@ def test_names_marks_and_entries_of_checkpoints_are_stocks(
     names = [name for name, *_ in homes[0].probes[0][0] if ".experts." in name]
     kind = "linear_fc1.weight0" if grouped else "local_experts.0.linear_fc1.weight"
     assert names[0] == f"module.decoder.layers.0.mlp.experts.{kind}"
-    assert len(names) == 2 * 4 * (4 if without else 2), "layers, experts, parameters of each"
+    assert len(names) == 2 * 4 * 4, "layers, experts, parameters of each"
 
 
 def added_by_kernels(model: list[Any]) -> bool:
@@ -106,24 +100,19 @@ def added_by_kernels(model: list[Any]) -> bool:
     )
 
 
-OVERLAPS = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-
-
 @pytest.mark.parametrize(
     ("flags", "fsep"),
-    [(OVERLAPS, ""), (FULL, " --fsep-restore step")],
+    [(DIST_OPT, ""), (FULL_RECOMPUTE, " --fsep-restore step")],
     ids=["overlaps", "recompute, held over a step"],
 )
 def test_grouped_experts_train_as_stocks(
     ranks: RankPools, text_data: str, flags: str, fsep: str
 ) -> None:
     """Their kernels add to main gradients, to which the replicas' sums are added."""
-
     stock, homes = (
         ranks(2).run(
             train_some,
-            command(text_data, flags + mode, steps=6, without=BIAS),
+            command(text_data, flags + mode, steps=6),
             added_by_kernels,
             True,
         )[0]
@@ -203,7 +192,7 @@ def test_stock_without_our_code_reads_what_homes_wrote_and_the_other_way_round(
     for grouped, form in ((False, "torch_dist"), (False, "torch"), (True, "torch_dist")):
         folder = tmp_path / f"{form}-{grouped}"
         folder.mkdir()
-        flags = command(text_data, f" --ckpt-format {form}" + WEIGHTS_ONLY, without=BIAS)
+        flags = command(text_data, f" --ckpt-format {form}" + WEIGHTS_ONLY)
         homes = folder / "homes"
         saves = [*flags, *RANDOM.split(), *f"--save {homes} --save-interval 1".split()]
         records = ranks(RANKS).run(train_some, saves, parameters, grouped)
@@ -217,7 +206,7 @@ def test_stock_without_our_code_reads_what_homes_wrote_and_the_other_way_round(
     run_stock([*cases.values()], tmp_path)
     for (grouped, form), case in cases.items():
         loads = f"--load {case['results']}/saved"
-        flags = command(text_data, f" --ckpt-format {form} {loads}" + WEIGHTS_ONLY, without=BIAS)
+        flags = command(text_data, f" --ckpt-format {form} {loads}" + WEIGHTS_ONLY)
         found = ranks(RANKS).run(loaded, [*flags, *RANDOM.split()], grouped)
         for rank in range(RANKS):
             read, saved = (

@@ -8,29 +8,26 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_laer.cpu.ranks import Raised, RankPools
-from megatron_laer.cpu.training import Record, initial_weights, train
+from megatron_laer.cpu.training import initial_weights, train
 from megatron_laer.cpu.weights import Tensors
 from megatron_laer.planner.homes_file import read_homes, write_homes
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layout_recording import read_layouts
-from tests.checkpoints import assert_equal, iteration_folder, saved_iteration, saved_tensors
-from tests.parity.compare import identical
+from tests.checkpoints import assert_equal
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
 from tests.parity.row import REPLICAS_PAY
-from tests.parity.rows import REPLAY
+from tests.parity.rows import DIST_OPT, REPLAY
 
 AT_HOME = " --expert-parallel-mode fsep --fsep-sharding experts"
-STATIC, RANDOM = AT_HOME + " --fsep-planner static", AT_HOME + " --fsep-planner random"
-DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-RESHARDABLE = DISTRIBUTED + " --dist-ckpt-optim-fully-reshardable --ckpt-format torch_dist"
+STATIC = AT_HOME + " --fsep-planner static"
+RESHARDABLE = DIST_OPT + " --dist-ckpt-optim-fully-reshardable --ckpt-format torch_dist"
 
 
 def command(data: str, extra: str, steps: int = 3, ranks: int = 2) -> list[str]:
@@ -42,14 +39,6 @@ def homes(folder: Path, seed: int, ranks: int = 2, experts: int = 8) -> str:
     rng, path = np.random.default_rng(seed), folder / f"homes-{ranks}-{seed}.json"
     write_homes(path, ranks, {f"layer {layer}": rng.permutation(experts) for layer in (1, 2)})
     return f" --fsep-homes {path}"
-
-
-def test_stocks_initial_value_of_each_expert_is_at_its_home(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
-    stock = ranks(4).run(initial_weights, command(text_data, "", ranks=4))[0]
-    moved = RANDOM + homes(tmp_path, 0, ranks=4)
-    assert_equal(ranks(4).run(initial_weights, command(text_data, moved, ranks=4))[0], stock)
 
 
 def moved_to(expert_E: list[int]) -> list[tuple[float, float]]:
@@ -88,74 +77,7 @@ def test_master_weights_of_fp8_parameters_move_as_well(ranks: RankPools) -> None
     assert [value for value, _ in found] == pytest.approx([1.1 + e for e in moved], rel=0.5)
 
 
-@pytest.mark.parametrize("static", [True, False], ids=["static", "random replicas"])
-def test_a_second_run_has_the_same_bits(
-    ranks: RankPools, text_data: str, tmp_path: Path, static: bool
-) -> None:
-    flags = (STATIC if static else RANDOM) + homes(tmp_path, 1) + DISTRIBUTED + " --bf16"
-    first, second = (ranks(2).run(train, command(text_data, flags))[0] for _ in range(2))
-    assert identical(first, second)
-
-
 PLANNED = AT_HOME + f" --fsep-late-plan wait --fsep-set cluster={REPLICAS_PAY}"
-
-
-def layouts_in_force(_: list[torch.nn.Module]) -> Any:
-    from megatron_laer.session import current_coordinator
-
-    coordinator = current_coordinator()
-    assert coordinator is not None
-    return coordinator.layouts.version, [layout.to_list() for layout in coordinator.layouts.layouts]
-
-
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
-    """The optimizer's state is in Megatron's default form, and the planner's is resumed too."""
-    flags = PLANNED + homes(tmp_path, 2) + DISTRIBUTED + " --ckpt-format torch_dist"
-    flags += " --override-opt_param-scheduler"
-    saved = flags + f" --save {tmp_path / 'saved'} --save-interval 3"
-    whole: Record = ranks(2).run(train, command(text_data, flags, steps=6), layouts_in_force)[0]
-    ranks(2).run(train, command(text_data, saved, steps=3))
-    again = flags + f" --load {tmp_path / 'saved'}"
-    resumed: Record = ranks(2).run(train, command(text_data, again, steps=6), layouts_in_force)[0]
-    assert resumed.losses == whole.losses[3:]
-    assert resumed.probes == whole.probes[3:] and resumed.probes[-1][0] > 2, "plans are resumed"
-    assert_equal(resumed.weights, whole.weights)
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "last"),
-    [
-        (RESHARDABLE, "rows"),
-        pytest.param(" --optimizer muon", "experts", marks=pytest.mark.nightly),
-    ],
-    ids=["distributed optimizer", "Muon"],
-)
-def test_experts_move_home_through_checkpoints_under_stocks_names(
-    ranks: RankPools, text_data: str, tmp_path: Path, optimizer: str, last: str
-) -> None:
-    """The first run trains; the others have no step left, and save the loaded state."""
-    stops = [
-        (2, PLANNED + homes(tmp_path, 3)),
-        (4, ""),
-        (4, PLANNED + homes(tmp_path, 4, ranks=4)),
-        (4, PLANNED + homes(tmp_path, 5, ranks=4)),
-        (2, f" --expert-parallel-mode fsep --fsep-sharding {last}"),
-    ]
-    folders = []
-    for number, (size, mode) in enumerate(stops):
-        target = tmp_path / str(number)
-        flags = optimizer + " --ckpt-format torch_dist" + mode + f" --save {target}"
-        flags += " --save-interval 2" if number == 0 else f" --load {tmp_path / str(number - 1)}"
-        flags += " --save-interval 1000" if number else ""
-        ranks(size).run(train, command(text_data, flags, steps=2, ranks=size))
-        assert saved_iteration(target) == 2
-        folders.append(iteration_folder(target, 2))
-    first, *others = map(saved_tensors, folders)
-    assert any("experts" in key and "optimizer" in key for key in first)
-    for other in others:
-        assert_equal(other, first)
 
 
 def test_training_goes_on_where_homes_moved(
@@ -182,7 +104,7 @@ def test_optimizer_buffers_are_read_with_the_same_homes_alone(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     saved = tmp_path / "saved"
-    flags = DISTRIBUTED + " --ckpt-format torch_dist --override-opt_param-scheduler"
+    flags = DIST_OPT + " --ckpt-format torch_dist --override-opt_param-scheduler"
     first = STATIC + flags + homes(tmp_path, 8)
     ranks(2).run(train, command(text_data, f"{first} --save {saved} --save-interval 2", steps=2))
     for mode, said in (
@@ -195,48 +117,15 @@ def test_optimizer_buffers_are_read_with_the_same_homes_alone(
             assert isinstance(result, Raised) and said in result.traceback
 
 
-@pytest.mark.parametrize(
-    ("ranks_of_file", "experts", "extra", "said"),
-    [
-        (4, 8, "", "has homes for 4 ranks and 8 experts, but this run has 2 ranks and 8 experts"),
-        (2, 4, "", "has homes for 2 ranks and 4 experts, but this run has 2 ranks and 8 experts"),
-        # Layers of the decoder are judged with the arguments.
-        (2, 8, " --mtp-num-layers 1", "has no homes for mtp"),
-    ],
-    ids=["ranks", "experts", "layers"],
-)
-def test_homes_of_another_run_are_refused_on_every_rank(
-    ranks: RankPools,
-    text_data: str,
-    tmp_path: Path,
-    ranks_of_file: int,
-    experts: int,
-    extra: str,
-    said: str,
-) -> None:
-    path = tmp_path / "homes.json"
-    order_E = np.arange(experts)[::-1]
-    write_homes(path, ranks_of_file, {f"layer {at}": order_E for at in (1, 2)})
-    flags = STATIC + f" --fsep-homes {path}{extra}"
-    for result in ranks(2).run_raw(train, command(text_data, flags)):
-        assert isinstance(result, Raised) and f"--fsep-homes '{path}'" in result.traceback
-        assert said in result.traceback
-        assert ("data_parallel.py" in result.traceback) == bool(extra), "before data are read"
-
-
-def test_ranks_with_other_homes_stop_before_the_first_step(
+def test_layers_without_homes_beyond_the_decoder_are_refused_on_every_rank(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
-    flags = [command(text_data, STATIC + homes(tmp_path, seed)) for seed in (10, 11)]
-    for result in ranks(2).run_raw(train_as_rank, flags):
+    """Layers of the decoder are judged with the arguments."""
+    given = homes(tmp_path, 10)
+    flags = STATIC + given + " --mtp-num-layers 1"
+    for result in ranks(2).run_raw(train, command(text_data, flags)):
         assert isinstance(result, Raised)
-        assert "the content of --fsep-homes is" in result.traceback
-
-
-def train_as_rank(flags: list[list[str]]) -> Record:
-    from megatron_laer.cpu.training import rank_of_environment
-
-    return train(flags[rank_of_environment()])
+        assert f"--fsep-homes '{given.split()[1]}': has no homes for mtp" in result.message
 
 
 def misses(_: list[torch.nn.Module]) -> int:

@@ -54,43 +54,47 @@ def first_run(
     return record_run(ranks, text_data, tmp_path_factory.mktemp("run"))
 
 
-@pytest.fixture
-def used(first_run: tuple[Path, Record], tmp_path: Path) -> Path:
-    copied: Path = shutil.copytree(first_run[0], tmp_path / "run")
-    return copied
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("word", FILES)
 def test_a_new_run_in_a_used_folder_is_refused_on_every_rank(
-    ranks: RankPools, text_data: str, used: Path, word: str
+    ranks: RankPools, text_data: str, first_run: tuple[Path, Record]
 ) -> None:
+    used, _ = first_run
     before, other = contents(used), used / "other"
     # It would resume from its own checkpoints, of which there are none: it is not the recorded run.
     own = f"--ckpt-format torch_dist --save {other} --load {other} --save-interval {SAVED}"
-    for raised in ranks(2).run_raw(train, flags(text_data, used, [word], own)):
+    for raised in ranks(2).run_raw(train, flags(text_data, used, ["metrics"], own)):
         assert raised.type_name == "RefusedError", raised.traceback
         assert f"--fsep-record '{used}" in raised.message
         assert "an earlier run, and this run begins at step 0; give an empty" in raised.message
     assert contents(used) == before
 
 
-@pytest.mark.parametrize("word", FILES)
 def test_a_second_run_beside_the_first_is_refused_on_every_rank(
-    ranks: RankPools, text_data: str, tmp_path: Path, word: str
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
-    path = file_of(tmp_path, word)
+    path = file_of(tmp_path, "trace")
     path.parent.mkdir(parents=True)
     with open_exclusively(path):
-        for raised in ranks(2).run_raw(train, flags(text_data, tmp_path, [word])):
+        for raised in ranks(2).run_raw(train, flags(text_data, tmp_path, ["trace"])):
             assert raised.type_name == "RefusedError", raised.traceback
-            assert f"--fsep-record '{path.parent}' {word}: " in raised.message
+            assert f"--fsep-record '{path.parent}' trace: " in raised.message
             assert path.name in raised.message
             assert "is being written by another run" in raised.message
     assert path.read_bytes() == b""
+
+
+def test_a_damaged_recording_of_one_group_stops_the_others_too(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    (tmp_path / "layouts").mkdir()
+    (tmp_path / "layouts" / "group-1.layouts").write_text("{}")
+    given = flags(text_data, tmp_path, ["layouts"], "--global-batch-size 8")
+    for raised in ranks(4).run_raw(train, given):
+        assert raised.type_name == "RefusedError"
+        assert "rank 2" in raised.message and "group-1.layouts" in raised.message
 
 
 @pytest.mark.parametrize("sharding", ["", HOMES], ids=["rows", "experts at home"])

@@ -13,6 +13,7 @@ from tests.parity.compare import identical
 from tests.parity.flags import command_line
 from tests.parity.row import HOMES
 from tests.parity.rows import FSDP
+from tests.probes import running
 
 FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait" + HOMES
 # Megatron saves this format from models in 16 bits alone.
@@ -73,6 +74,4 @@ def test_a_rerun_has_the_same_bits(ranks: RankPools, text_data: str) -> None:
 
 
 def replicas(_model: object) -> int:
-    coordinator = current_coordinator()
-    assert coordinator is not None
-    return coordinator.streams.weights.num_bytes
+    return running().streams.weights.num_bytes
