@@ -41,19 +41,15 @@ STEPS = 3
 # Flags of both runs, the second of which has the combined schedule and its own flags.
 CASES = {
     "rows": (RANDOM + SHARED + EVALUATION, ""),
-    "rows, delayed weight gradients": (RANDOM + SHARED, DELAYED),
-    "experts at home, replicas": (RANDOM + AT_HOME, EARLY),
     "experts at home, delayed weight gradients, both overlaps": (
         RANDOM + AT_HOME + DIST_OPT,
         DELAYED,
     ),
-    "fresh layouts, delayed weight gradients": (EXACT, DELAYED + EARLY),
-    "experts at home, fresh layouts": (EXACT + HOMES, ""),
+    "experts at home, fresh layouts, delayed weight gradients": (EXACT + HOMES, DELAYED + EARLY),
     "no overlap, delayed weight gradients": (RANDOM + SCHEDULER_OFF, DELAYED),
     "tokens once per rank": (RANDOM + " --fsep-token-exchange node", ""),
     "held over a step": (RANDOM + STEP, DELAYED),
     "virtual pipeline, multi-token prediction": (RANDOM + VIRTUAL + MTP, DELAYED),
-    "experts at home, virtual pipeline": (RANDOM + VIRTUAL + AT_HOME, DELAYED),
 }
 
 

@@ -16,6 +16,8 @@ from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
+from tests.parity.rows import DIST_OPT, MOE_RECOMPUTE
+from tests.probes import running
 
 FP8 = " --fp8-format hybrid --fp8-recipe tensorwise --bf16"
 ALLOW = " --fsep-allow-unproven fp8-experts"
@@ -29,8 +31,6 @@ RANDOM_MX = MX + AT_HOME + " --fsep-planner random"
 # Checkpoints have values along rows, exact along columns too unless they are subnormal there.
 MX_PARAMETERS = PARAMETERS + " --reuse-grad-buf-for-mxfp8-param-ag"
 HELD = " --fsep-restore step --fsep-plan-mode forecast"
-RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
-DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 # Tokens of each expert: none, one, fewer and more than the multiple, and the multiple.
 TOKENS_E = [40, 1, 0, 16]
 
@@ -124,25 +124,12 @@ def test_a_replica_computes_bit_for_bit_as_its_home(
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        *(RANDOM + extra for extra in ("", HELD, PARAMETERS)),
-        *(RANDOM_MX + extra for extra in ("", HELD, MX_PARAMETERS)),
-    ],
-)
-def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, flags: str) -> None:
-    flags_of_both = command(text_data, flags + DISTRIBUTED)
-    first, second = (ranks(2).run(train_row, flags_of_both)[0] for _ in range(2))
-    assert identical(first, second)
-
-
-@pytest.mark.parametrize(
-    "flags", [RANDOM, RANDOM + PARAMETERS, RANDOM_MX, RANDOM_MX + MX_PARAMETERS]
+    "flags", [RANDOM + HELD, RANDOM + PARAMETERS, RANDOM_MX + HELD, RANDOM_MX + MX_PARAMETERS]
 )
 def test_a_resumed_run_has_the_same_bits(
     ranks: RankPools, text_data: str, tmp_path: Path, flags: str
 ) -> None:
-    saved = flags + " --use-distributed-optimizer --ckpt-format torch_dist --save {}"
+    saved = flags + DIST_OPT + " --ckpt-format torch_dist --save {}"
     saved += " --save-interval 2 --override-opt_param-scheduler"
     whole: Record = ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "whole")))[0]
     ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "part"), steps=2))
@@ -152,11 +139,11 @@ def test_a_resumed_run_has_the_same_bits(
     assert all((rest.weights[name] == value).all() for name, value in whole.weights.items())
 
 
-@pytest.mark.parametrize("in_fp8", [FP8, FP8 + PARAMETERS, MX, MX + MX_PARAMETERS])
+@pytest.mark.parametrize("in_fp8", [FP8 + PARAMETERS, MX + MX_PARAMETERS])
 def test_without_replicas_a_run_is_stock_bit_for_bit(
     ranks: RankPools, text_data: str, in_fp8: str
 ) -> None:
-    both = in_fp8 + DISTRIBUTED
+    both = in_fp8 + DIST_OPT
     stock: Record = ranks(2).run(train_row, command(text_data, both))[0]
     static = both + AT_HOME + " --fsep-planner static"
     homes: Record = ranks(2).run(train_row, command(text_data, static))[0]
@@ -165,11 +152,9 @@ def test_without_replicas_a_run_is_stock_bit_for_bit(
 
 def restored_dtypes(flags: list[str]) -> list[Any]:
     """Train; return the dtype of each layer's restored matrices."""
-    from megatron_laer.session import current_coordinator
 
     def probe(_: Any) -> list[Any]:
-        coordinator = current_coordinator()
-        assert coordinator is not None
+        coordinator = running()
         return [str(layer.share.carried[0].dtype) for layer in coordinator.layers]
 
     found: Record = train_row(flags, probe)
@@ -216,7 +201,7 @@ SCALED = {FP8: 1 + (1 / 128 * 2 + 1 / 48) / 3, MX: 1 + 1 / 32}
 
 
 @pytest.mark.parametrize("in_fp8", SCALED, ids=["tensorwise", "mxfp8"])
-@pytest.mark.parametrize("extra", ["", RECOMPUTE], ids=["plain", "recompute"])
+@pytest.mark.parametrize("extra", ["", MOE_RECOMPUTE], ids=["plain", "recompute"])
 def test_replicas_receive_a_byte_for_each_weight(
     ranks: RankPools, text_data: str, in_fp8: str, extra: str
 ) -> None:
@@ -253,6 +238,6 @@ def only_the_second_layer(model: Any) -> None:
 def test_frozen_layers_before_trained_ones_are_taken(
     ranks: RankPools, text_data: str, adapt: Any
 ) -> None:
-    flags = command(text_data, RANDOM + DISTRIBUTED, steps=2)
+    flags = command(text_data, RANDOM + DIST_OPT, steps=2)
     record: Record = ranks(2).run(train_row, flags, None, adapt)[0]
     assert len(record.losses) == 2

@@ -19,15 +19,11 @@ from tests.launch_order import WITH_SPLITS, Launch, problems, recorded
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
 from tests.parity.row import HOMES
+from tests.parity.rows import DELAYED, DIST_OPT, EXACT, FULL_RECOMPUTE, MOE_RECOMPUTE
 
 PIPELINE = " --pipeline-model-parallel-size 2 --num-layers 4"
 VIRTUAL = PIPELINE + " --num-layers-per-virtual-pipeline-stage 1"
-FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-SELECTIVE = " --recompute-granularity selective --recompute-modules moe"
-OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-EXACT = " --fsep-plan-mode exact"
 COMBINED = " --bf16 --overlap-moe-expert-parallel-comm"
-DELAYED = " --delay-wgrad-compute"
 ADAPTIVE = " --fsep-set imbalance_tolerance=0.02 --fsep-late-plan wait"
 NODES = " --fsep-node-size 2 --fsep-set restore_algorithm=node"
 TOKENS = " --fsep-token-exchange node"
@@ -36,23 +32,28 @@ TOKENS = " --fsep-token-exchange node"
 CASES = {
     "virtual pipeline, recompute, fresh layouts in four groups": (
         2,
-        VIRTUAL + FULL + OVERLAP + EXACT,
+        VIRTUAL + FULL_RECOMPUTE + DIST_OPT + EXACT,
     ),
     "pipeline, recompute of the experts, by nodes, tokens too": (
         4,
-        PIPELINE + SELECTIVE + NODES + ADAPTIVE + TOKENS,
+        PIPELINE + MOE_RECOMPUTE + NODES + ADAPTIVE + TOKENS,
     ),
     "experts at home, virtual pipeline, recompute, fresh layouts in four groups": (
         2,
-        VIRTUAL + FULL + OVERLAP + ADAPTIVE + HOMES + " --fsep-set restore_algorithm=flat",
+        VIRTUAL
+        + FULL_RECOMPUTE
+        + DIST_OPT
+        + ADAPTIVE
+        + HOMES
+        + " --fsep-set restore_algorithm=flat",
     ),
     "experts at home by relay, pipeline, recompute of the experts, tokens by nodes": (
         4,
-        PIPELINE + SELECTIVE + NODES + ADAPTIVE + TOKENS + HOMES,
+        PIPELINE + MOE_RECOMPUTE + NODES + ADAPTIVE + TOKENS + HOMES,
     ),
     "combined 1F1B, delayed weight gradients, virtual pipeline, fresh layouts in four groups": (
         2,
-        VIRTUAL + COMBINED + DELAYED + OVERLAP + EXACT,
+        VIRTUAL + COMBINED + DELAYED + DIST_OPT + EXACT,
     ),
     "combined 1F1B, experts at home by relay, virtual pipeline, tokens by nodes": (
         4,
@@ -167,7 +168,9 @@ def exchanges_of(flags: list[str]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "extra", ["", FULL, SELECTIVE, HOMES], ids=["none", "full", "selective", "experts at home"]
+    "extra",
+    ["", FULL_RECOMPUTE, MOE_RECOMPUTE, HOMES],
+    ids=["none", "full", "selective", "experts at home"],
 )
 def test_a_layer_exchanges_tokens_as_often_as_it_is_priced(
     ranks: RankPools, text_data: str, extra: str
@@ -187,26 +190,6 @@ def test_a_layer_exchanges_tokens_as_often_as_it_is_priced(
 def launch(group: str, members: tuple[int, ...], batch: int, **changes: Any) -> Launch:
     made = Launch(group, group, members, "allreduce", (1,), None, batch)
     return replace(made, **changes)
-
-
-def test_orders_that_cross_are_a_circle_and_those_that_agree_are_none() -> None:
-    pair = (0, 1)
-    one = [launch("a", pair, 0), launch("b", pair, 1)]
-    other = [launch("b", pair, 0), launch("a", pair, 1)]
-    assert problems([one, one]) == []
-    assert problems([one, other]) == ["a circle of 2 launches: b allreduce → a allreduce"]
-
-
-def test_a_circle_through_three_ranks_is_found() -> None:
-    a, b, c = (0, 1), (1, 2), (0, 2)
-    orders = [
-        [launch("c", c, 0), launch("a", a, 1)],
-        [launch("a", a, 0), launch("b", b, 1)],
-        [launch("b", b, 0), launch("c", c, 1)],
-    ]
-    (problem,) = problems(orders)
-    assert problem.startswith("a circle of 3 launches")
-    assert problems([orders[0][::-1], *orders[1:]]) == []
 
 
 def test_operations_and_sizes_that_do_not_fit_are_found() -> None:

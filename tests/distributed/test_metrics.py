@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import Record, train
+from megatron_laer.cpu.training import train
 from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
 from megatron_laer.tools.report.metrics_recording import read_metrics
-from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
 STEPS = 6
@@ -138,16 +137,3 @@ def test_only_replicas_are_moved_to_and_from_homes(
         )
         assert (without == 1) == (replicas == 0)
     assert any(scalars[0])
-
-
-def test_recording_metrics_changes_no_bit(ranks: RankPools, text_data: str, tmp_path: Path) -> None:
-    def trained(extra: str) -> Record:
-        command = command_line(
-            text_data,
-            " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait" + extra,
-            steps=3,
-        )
-        return ranks(2).run(train, command)[0]
-
-    plain, recorded = trained(""), trained(f" --fsep-record {tmp_path} metrics")
-    assert identical(recorded, plain)

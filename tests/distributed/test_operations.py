@@ -18,14 +18,14 @@ from megatron_laer.cpu.training import Record, train
 from megatron_laer.planner.layout import ExpertLayout
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
+from tests.parity.rows import FULL_RECOMPUTE, RANDOM
+from tests.probes import running
 
 STEPS = 3
-RANDOM = " --fsep-planner random"
 HOME = RANDOM + " --fsep-sharding experts"
 VIRTUAL = (
     " --pipeline-model-parallel-size 2 --num-layers 8 --num-layers-per-virtual-pipeline-stage 2"
 )
-FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
 @dataclass
@@ -97,7 +97,11 @@ def operations_of(flags: list[str]) -> list[Ran]:
 
 @pytest.mark.parametrize(
     ("size", "operations", "extra"),
-    [(4, 16, VIRTUAL + RANDOM), (4, 16, VIRTUAL + HOME), (2, 8, " --num-layers 2" + RANDOM + FULL)],
+    [
+        (4, 16, VIRTUAL + RANDOM),
+        (4, 16, VIRTUAL + HOME),
+        (2, 8, " --num-layers 2" + RANDOM + FULL_RECOMPUTE),
+    ],
     ids=["virtual pipeline 2 x 2", "virtual pipeline 2 x 2, experts at home", "no pipeline"],
 )
 def test_no_operation_but_a_steps_first_fetches_its_own_first_layer(
@@ -129,16 +133,12 @@ def train_in_orders(flags: list[str]) -> tuple[Record, list[int], list[int]]:
     """
     from megatron.core.pipeline_parallel import schedules
 
-    from megatron_laer.session import current_coordinator
-
     orders = iter(ORDERS)
     after_operations: list[int] = []
     after_steps: list[int] = []
 
     def in_use() -> int:
-        coordinator = current_coordinator()
-        assert coordinator is not None
-        return coordinator.streams.weights.in_use
+        return running().streams.weights.in_use
 
     def own_schedule(*, model: Any, num_microbatches: int, **named: Any) -> list[Any]:
         (chunk,) = model

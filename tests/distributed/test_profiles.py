@@ -124,50 +124,26 @@ def test_a_backward_exchange_is_named_around_its_node(runs: dict[str, Run]) -> N
             assert len(inside) == 1
 
 
-def test_the_next_layers_restore_begins_before_this_layers_experts_end(
-    runs: dict[str, Run],
-) -> None:
-    """Compare with and without the schedule: without it, the trace must show no overlap."""
-    overlapped = {}
-    for scheduler in ("on", "off"):
-        events = runs[scheduler].events(0)
-        # A microbatch restores both matrices in forward, and unscheduled in backward too.
-        matrices = 2 * RESTORES["layer 2"] if scheduler == "on" else 4 * MICROBATCHES
-        restores = named(events, "restore layer 2")[:: matrices // MICROBATCHES]
-        experts = named(events, "experts layer 1")
-        overlapped[scheduler] = sum(
-            restore["ts"] < end(compute) for restore, compute in zip(restores, experts, strict=True)
-        )
-    # On a busy machine, a communication stream's thread may run only after the experts.
-    assert overlapped["on"] > 0
-    assert overlapped["off"] == 0
-
-
 def test_a_profile_changes_no_bit(ranks: RankPools, text_data: str, runs: dict[str, Run]) -> None:
     plain = ranks(2).run(train, flags(text_data, FORECAST))[0]
     assert identical(runs["on"].record, plain)
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "waits"), [("on", False), ("off", True)], ids=["scheduled", "unscheduled"]
-)
-def test_exposed_times_are_in_tensorboard(
-    runs: dict[str, Run], scheduler: str, waits: bool
-) -> None:
+def test_exposed_times_are_in_tensorboard(runs: dict[str, Run]) -> None:
+    """Without a schedule these are for all work of the stream."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(runs[scheduler].folder / "board"))
+    accumulator = EventAccumulator(str(runs["off"].folder / "board"))
     accumulator.Reload()
     for what in ("restore", "reduce"):
         series = [event.value for event in accumulator.Scalars(f"fsep_{what}_exposed_ms")]
         assert len(series) == STEPS // 2
-        assert all(value >= 0 for value in series)
-        if waits:  # for all work of the stream; the profiled steps are the second report's
-            ranges_ms = sum(
-                float(event["dur"])
-                for rank in range(2)
-                for event in runs[scheduler].events(rank)
-                if event["name"].startswith(f"{what} ")
-            )
-            mean_of_ranks_and_steps_ms = ranges_ms / 1e3 / 2 / PROFILED
-            assert series[1] == pytest.approx(mean_of_ranks_and_steps_ms, rel=0.2, abs=0.5)
+        ranges_ms = sum(
+            float(event["dur"])
+            for rank in range(2)
+            for event in runs["off"].events(rank)
+            if event["name"].startswith(f"{what} ")
+        )
+        # The profiled steps are the second report's.
+        mean_of_ranks_and_steps_ms = ranges_ms / 1e3 / 2 / PROFILED
+        assert series[1] == pytest.approx(mean_of_ranks_and_steps_ms, rel=0.2, abs=0.5)

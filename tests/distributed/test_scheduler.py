@@ -10,54 +10,38 @@ import pytest
 import torch
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import Record, train
+from megatron_laer.cpu.training import train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
+from tests.parity.rows import DIST_OPT, EXACT, FULL_RECOMPUTE, MOE_RECOMPUTE, STEP
 
 STEPS = 4
-OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 BLOCK = " --recompute-granularity full --recompute-method block --recompute-num-layers 2"
 REPEATED = " --mtp-num-layers 3 --mtp-use-repeated-layer"
-SELECTIVE = " --recompute-granularity selective --recompute-modules moe"
-PIPELINE = " --pipeline-model-parallel-size 2"
-VIRTUAL = PIPELINE + " --num-layers-per-virtual-pipeline-stage 1"
-
-STEP = " --fsep-restore step"
-EXACT = " --fsep-plan-mode exact"
+VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 # Some microbatches keep the planned layout and some do not; a late plan would differ.
 ADAPTIVE = " --fsep-set imbalance_tolerance=0.02 --fsep-late-plan wait"
 NODES = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-set restore_algorithm=node"
 TOKENS = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-token-exchange node"
 
-# Ranks and flags; 4 microbatches of 2 sequences per rank. The daily cases have each part of the
-# schedule once; the night's combine the same parts.
-DAILY = {
-    "plain": (2, " --num-layers 3"),
-    "recompute of the first layers": (2, " --num-layers 3" + BLOCK),
-    "expert data parallel 2, overlaps": (4, " --num-layers 3" + OVERLAP),
+# Ranks and flags; 4 microbatches of 2 sequences per rank. Together they have each part of the
+# schedule.
+CASES = {
+    "recompute of the first layers, expert data parallel 2, overlaps": (
+        4,
+        " --num-layers 3" + BLOCK + DIST_OPT,
+    ),
     "repeated MTP layer, full recompute, adaptive": (
         2,
-        " --num-layers 1" + REPEATED + FULL + ADAPTIVE,
+        " --num-layers 1" + REPEATED + FULL_RECOMPUTE + ADAPTIVE,
     ),
     "exact": (2, " --num-layers 3" + EXACT),
-    "nodes of 2": (4, " --num-layers 3" + NODES),
-    "tokens through nodes of 2, selective recompute": (4, " --num-layers 3" + SELECTIVE + TOKENS),
+    "experts and tokens through nodes of 2, selective recompute": (
+        4,
+        " --num-layers 3" + MOE_RECOMPUTE + NODES + TOKENS,
+    ),
     "restored once per step, virtual pipeline 2 x 2": (4, " --num-layers 4" + VIRTUAL + STEP),
 }
-NIGHTLY = {
-    "full recompute": (2, " --num-layers 3" + FULL),
-    "selective recompute": (2, " --num-layers 3" + SELECTIVE),
-    "repeated MTP layer": (2, " --num-layers 1" + REPEATED),
-    "pipeline 2": (4, " --num-layers 4" + PIPELINE),
-    "virtual pipeline 2 x 2": (4, " --num-layers 4" + VIRTUAL),
-    "adaptive": (2, " --num-layers 3" + ADAPTIVE),
-    "restored once per step, pipeline 2": (4, " --num-layers 4" + PIPELINE + STEP),
-    "restored once per step, full recompute": (2, " --num-layers 3" + FULL + STEP),
-    "restored once per step, overlaps": (4, " --num-layers 3" + OVERLAP + STEP),
-    "virtual pipeline 2 x 2, full recompute": (4, " --num-layers 4" + VIRTUAL + FULL),
-}
-CASES = DAILY | NIGHTLY
 
 
 def command(data: str, batch: int, steps: int, extra: str) -> list[str]:
@@ -70,9 +54,7 @@ def command(data: str, batch: int, steps: int, extra: str) -> list[str]:
     )
 
 
-@pytest.mark.parametrize(
-    "case", [*DAILY, *(pytest.param(case, marks=pytest.mark.nightly) for case in NIGHTLY)]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_the_schedule_changes_no_bit(ranks: RankPools, text_data: str, case: str) -> None:
     size, extra = CASES[case]
     batch = 8 * size // (2 if "pipeline" in case else 1)
@@ -83,28 +65,6 @@ def test_the_schedule_changes_no_bit(ranks: RankPools, text_data: str, case: str
     )
     assert len(on.losses) == STEPS
     assert identical(on, off)
-
-
-def train_with_frozen_experts(flags: list[str]) -> Record:
-    from megatron_laer.layer.moe_layer import FSEPMoELayer
-
-    register = FSEPMoELayer._register
-
-    def frozen(self: Any, layer_number: int) -> None:
-        register(self, layer_number)
-        for parameter in self.experts.parameters():
-            parameter.requires_grad_(False)
-
-    with mock.patch.object(FSEPMoELayer, "_register", frozen):
-        return train(flags)
-
-
-def test_experts_that_need_no_gradient_hold_up_nothing(ranks: RankPools, text_data: str) -> None:
-    on, off = (
-        ranks(2).run(train_with_frozen_experts, command(text_data, 4, 2, scheduler))[0]
-        for scheduler in (" --fsep-set scheduler=on", " --fsep-set scheduler=off")
-    )
-    assert on.losses[1] != on.losses[0] and identical(on, off)
 
 
 def order_of_events(flags: list[str]) -> list[str]:
@@ -205,10 +165,6 @@ FORWARD = (
     "restore 1, embedding, attends 1, tokens 1, restore 2, experts 1, "
     "attends 2, tokens 2, restore 3, experts 2, attends 3, tokens 3, experts 3, "
 )
-FORWARD_WITHOUT = (
-    "embedding, attends 1, tokens 1, experts 1, restore 1, attends 2, tokens 2, experts 2, "
-    "restore 2, attends 3, tokens 3, experts 3, restore 3, "
-)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +180,7 @@ FORWARD_WITHOUT = (
             "arrive 2, back 1, leave 1, attention 1, arrive 1",
         ),
         (
-            FULL,
+            FULL_RECOMPUTE,
             # Each layer has a backward of its own: gradients arrive at the end of its attention.
             FORWARD + "restore 3, head, "
             "attends 3, tokens 3, experts 3, restore 2, back 3, leave 3, attention 3, arrive 3, "
@@ -232,17 +188,11 @@ FORWARD_WITHOUT = (
             "attends 1, tokens 1, experts 1, back 1, leave 1, attention 1, arrive 1",
         ),
         (
-            SELECTIVE,
+            MOE_RECOMPUTE,
             FORWARD + "restore 3, head, "
             "tokens 3, experts 3, restore 2, back 3, leave 3, attention 3, arrive 3, "
             "tokens 2, experts 2, restore 1, back 2, leave 2, attention 2, arrive 2, "
             "tokens 1, experts 1, back 1, leave 1, attention 1, arrive 1",
-        ),
-        (
-            " --fsep-set scheduler=off",
-            FORWARD_WITHOUT + "head, restore 3, back 3, leave 3, arrive 3, attention 3, "
-            "restore 2, back 2, leave 2, arrive 2, attention 2, "
-            "restore 1, back 1, leave 1, arrive 1, attention 1",
         ),
         (
             EXACT,
@@ -255,7 +205,7 @@ FORWARD_WITHOUT = (
             "arrive 2, back 1, leave 1, attention 1, arrive 1",
         ),
     ],
-    ids=["plain", "full recompute", "selective recompute", "off", "exact"],
+    ids=["plain", "full recompute", "selective recompute", "exact"],
 )
 def test_exchanges_start_early_and_arrive_late(
     ranks: RankPools, text_data: str, extra: str, expected: str

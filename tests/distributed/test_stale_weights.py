@@ -17,9 +17,9 @@ from megatron_laer.cpu.training import Record, train
 from tests.parity.compare import Distance, distance
 from tests.parity.flags import command_line
 from tests.parity.row import AT_HOME
+from tests.parity.rows import DIST_OPT
 
 STEPS = 10
-OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 CLOSE = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)
 
 
@@ -49,12 +49,11 @@ def train_without_waiting(command: list[str]) -> Record:
 @pytest.mark.parametrize(
     ("scheduler", "sharding", "train_unguarded"),
     [
-        ("on", "", train_without_waiting),
         ("off", "", train_without_call),
         # Replicas are fetched before stock's modules are called.
         ("on", AT_HOME, train_without_waiting),
     ],
-    ids=["on", "off", "experts at home"],
+    ids=["off", "experts at home"],
 )
 def test_the_guard_is_what_keeps_restored_weights_fresh(
     ranks: RankPools,
@@ -64,7 +63,7 @@ def test_the_guard_is_what_keeps_restored_weights_fresh(
     train_unguarded: Callable[[list[str]], Record],
 ) -> None:
     def command(extra: str) -> list[str]:
-        return command_line(text_data, OVERLAP + extra, global_batch=8, steps=STEPS)
+        return command_line(text_data, DIST_OPT + extra, global_batch=8, steps=STEPS)
 
     fsep = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner random"
     fsep += f" --fsep-set scheduler={scheduler}{sharding}"

@@ -5,7 +5,6 @@ Megatron's own capture and replay run, with calls in place of Transformer Engine
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from megatron_laer.cpu.training import train
 from tests.checkpoints import iteration_folder
 from tests.distributed.test_parity import check_nothing_left
 from tests.parity.flags import command_line
-from tests.parity.rows import DIST_OPT, MOE_RECOMPUTE, PIPELINE, RANDOM
+from tests.parity.rows import DIST_OPT, MOE_RECOMPUTE, PIPELINE, RANDOM, SHARED
 from tests.te_graphs import train_graphed
 
 STEPS, WARMUP = 5, 2
@@ -26,20 +25,15 @@ GRAPHS = (
     f"{WORD} --cuda-graph-impl transformer_engine"
     f" --cuda-graph-warmup-steps {WARMUP} --cuda-graph-modules "
 )
-SHARED = " --moe-shared-expert-intermediate-size 32"
 LAYERNORM = " --recompute-granularity selective --recompute-modules layernorm"
 EVALUATION = " --eval-interval 2 --eval-iters 1"
 DENSE_FIRST = " --num-layers 3 --moe-layer-freq ([0]*1+[1]*2)"
 
 
-# The modules one by one; each day they are graphed together.
-at_night = partial(pytest.param, marks=pytest.mark.nightly)
-
-
 @pytest.mark.parametrize(
     ("modules", "size", "flags", "replays"),
     [
-        ("attn", 2, SHARED + EVALUATION, 2 * 2),
+        ("attn", 2, MOE_RECOMPUTE + SHARED + EVALUATION, 2 * 2),
         # Without a gate of the shared experts, whose gradient is added in another order by graphs.
         pytest.param(
             *("attn moe_router mlp", 2, SHARED + DENSE_FIRST + DIST_OPT, 3 * 2),
@@ -48,10 +42,6 @@ at_night = partial(pytest.param, marks=pytest.mark.nightly)
         ("attn moe_router", 4, PIPELINE + " --num-layers 4", 2 * 2),
         ("attn moe_router moe_preprocess", 2, SHARED + DIST_OPT, 2 * 2),
         ("moe_router moe_preprocess", 2, LAYERNORM, 2 * 2),
-        at_night("moe_router", 2, SHARED, 2 * 2),
-        at_night("mlp", 2, DENSE_FIRST, 1 * 2),
-        at_night("attn", 2, MOE_RECOMPUTE, 2 * 2),
-        at_night("attn moe_router", 2, " --moe-shared-expert-overlap" + SHARED + DIST_OPT, 2 * 2),
     ],
 )
 def test_graphs_change_no_number(

@@ -156,11 +156,10 @@ def received_by_link(sent: list[Sent], rank: int, node_size: int) -> tuple[list[
 
 
 @pytest.mark.parametrize("node_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("seed", [0, 1])
 def test_rows_and_bytes_of_real_collectives_equal_the_formulas(
-    ranks: RankPools, node_size: int, seed: int
+    ranks: RankPools, node_size: int
 ) -> None:
-    case = replace(BYTES, node_size=node_size, seed=seed)
+    case = replace(BYTES, node_size=node_size)
     found = ranks(8).run(sent_by, case)
     routing = routing_of(case)
     for nodes, exchange in ((False, TokenExchange.RANK), (True, TokenExchange.NODE)):
@@ -187,7 +186,7 @@ def test_rows_and_bytes_of_real_collectives_equal_the_formulas(
     assert through_nodes.combine_N2[:, 1].sum() < by_rank.combine_N2[:, 1].sum() or node_size == 8
 
 
-@pytest.mark.parametrize("node_size", [1, 2, 8])
+@pytest.mark.parametrize("node_size", [2, 8])
 def test_backward_keeps_rows_instead_of_pairs(ranks: RankPools, node_size: int) -> None:
     case = replace(BYTES, node_size=node_size)
     plain = expected(case, nodes=True)
