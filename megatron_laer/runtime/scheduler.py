@@ -23,7 +23,7 @@ from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.operations import Operation, OperationOrder
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts, Replayed
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.late_grads import GradsReady
+from megatron_laer.runtime.weights.layer import GradsReady
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights

@@ -16,8 +16,7 @@ from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.streams import CommStream, StreamTimes, Task, make_comm_stream
 from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.late_grads import LateGrads
-from megatron_laer.runtime.weights.layer import Slices
+from megatron_laer.runtime.weights.layer import LateGrads, Slices
 from megatron_laer.runtime.weights.layer_experts import check_main_grads
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState

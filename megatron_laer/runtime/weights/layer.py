@@ -9,6 +9,7 @@ Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns, h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from megatron_laer.runtime.weights import main_grads
-from megatron_laer.runtime.weights.late_grads import LateGrads
 
 
 class Carried(NamedTuple):
@@ -297,6 +297,24 @@ def _matrices(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def _as_matrix(part: torch.Tensor) -> torch.Tensor:
     return part if part.dim() == 2 else part.unsqueeze(1)
+
+
+GradsReady = Callable[[Sequence[torch.nn.Parameter]], None]
+
+
+@dataclass(eq=False)
+class LateGrads:
+    """Gradients of a layer that are complete after autograd has asked for them, for all passes.
+
+    Attributes:
+        computes: for each pass whose input gradients are computed, oldest first, the function
+            that `backward_dw` calls for those of the weights.
+        report: reports parameters of stock's modules whose main gradients have the sums over
+            replicas, after stock's own report without these; None outside of steps.
+    """
+
+    computes: deque[Callable[[], None]] = field(default_factory=deque)
+    report: GradsReady | None = None
 
 
 @dataclass(eq=False)

@@ -44,8 +44,7 @@ from megatron_laer.runtime.weights.autograd import (
     run_on_backward,
 )
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.late_grads import LateGrads
-from megatron_laer.runtime.weights.layer import Share
+from megatron_laer.runtime.weights.layer import LateGrads, Share
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
 from megatron_laer.runtime.weights.states import ExpertsState
