@@ -141,7 +141,7 @@ def messages() -> dict[str, str]:
 
 
 def test_the_same_settings_are_refused_as_by_flags_before_training(ranks: RankPools) -> None:
-    partners = {rule.argument for rule in WITH_FSDP if rule.next_to} - {"fsep_sharding"}
+    partners = {rule.argument for rule in WITH_FSDP if rule.next_to} - {"use_megatron_fsdp"}
     assert partners - OF_MEGATRONS_LOOP < {*REFUSED}
     by_rank = ranks(2).run(messages)
     assert by_rank[0] == by_rank[1]
@@ -155,4 +155,4 @@ def test_the_same_settings_are_refused_as_by_flags_before_training(ranks: RankPo
 def test_rows_are_refused_in_a_loop_of_ones_own(ranks: RankPools) -> None:
     for result in ranks(2).run_raw(run, "--steps 1", {"sharding": "rows"}, "optim"):
         assert result.type_name == "ValueError", result.traceback
-        assert "--fsep-sharding rows with --use-megatron-fsdp: " in result.message
+        assert "--use-megatron-fsdp with --fsep-sharding rows: " in result.message

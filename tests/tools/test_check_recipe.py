@@ -230,7 +230,7 @@ def test_reasons_are_those_of_training(ended):
         "custom fp8": ["fp8-experts with --fp8-recipe tensorwise, blockwise or mxfp8, or leave"],
         "our flags": ["--fsep-capacity 0: must be at least 1"],
         "Megatron-FSDP": [
-            "--fsep-sharding rows with --use-megatron-fsdp",
+            "--use-megatron-fsdp with --fsep-sharding rows",
             "with fused gradient accumulation",
             "--ckpt-format torch_dist",
             "--fsep-node-size 3 does not divide the 4 ranks",
