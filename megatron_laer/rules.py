@@ -271,7 +271,7 @@ _WHEN: Mapping[str, Callable[[Any], bool]] = {
     "fuses_accumulation": _fuses_accumulation,
     "exceeds_any_load": _exceeds_any_load,
     "is_no_file": lambda settings: settings.fsep_homes == "",
-    "lays_out_freely": lambda settings: lays_out_freely(settings.fsep_planner),
+    "lays_out_freely": lambda settings: lays_out_freely(settings.fsep_planner or ""),
     "no_experts": lambda settings: settings.num_experts is None or settings.num_experts < 1,
     "nothing_by_cost": lambda settings: not settings.fsep_uses_costs,
     "one_rank": lambda settings: bool(settings.expert_model_parallel_size < 2),

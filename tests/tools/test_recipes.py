@@ -62,7 +62,7 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
     "unproved module": (
         SELECTIVE | {"recompute_modules": "['moe', 'mhc']"},
         Verdict.REFUSED,
-        ["--recompute-modules moe mhc: no test proves"],
+        ["--recompute-modules moe mhc with --recompute-granularity selective: no test"],
         [],
     ),
     "what no release of Megatron builds": (
