@@ -23,11 +23,11 @@ from benchmarks.splits import (
     split_like_eplb,
 )
 from benchmarks.trace_cases import Case, Trace
-from megatron_laer.config import lays_out_freely
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.rules import lays_out_freely
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 
 NODE_SIZE = 8

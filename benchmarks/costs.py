@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_laer.config import ExchangeAlgorithm
+from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 

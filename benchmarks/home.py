@@ -33,8 +33,7 @@ from benchmarks.launches import BALANCED, count
 from benchmarks.report import machine, print_table
 from benchmarks.trace_cases import Case, Trace
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Sharding
-from megatron_laer.config import Auto, PlanMode
+from megatron_laer.choices import Auto, PlanMode, Sharding
 from megatron_laer.planner.balance import max_over_mean
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.costs import CostModel

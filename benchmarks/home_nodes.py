@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Sharding, TokenExchange
-from megatron_laer.config import Auto
+from megatron_laer.choices import Auto, Sharding, TokenExchange
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split

@@ -25,8 +25,7 @@ import numpy as np
 from benchmarks.end_to_end import KEEP_MEMORY
 from benchmarks.end_to_end_cases import HALF, QUICK, Configuration, Size, configurations
 from benchmarks.training_run import measure
-from megatron_laer.choices import Recompute
-from megatron_laer.config import PlanMode
+from megatron_laer.choices import PlanMode, Recompute
 from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel

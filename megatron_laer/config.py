@@ -2,8 +2,6 @@
 
 A field's annotation has its words or type, and its metadata help and bounds. `flags` reads command
 lines; `support` checks combinations with Megatron's settings.
-
-Over 400 lines: one list of settings.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from megatron_laer.choices import (
     Auto,
     Choice,
     ExchangeAlgorithm,
-    ExpertParallelMode,
     FixedPlanner,
     GemmBackEnd,
     LatePlan,
@@ -39,48 +36,11 @@ from megatron_laer.files.checks import numbered
 from megatron_laer.rules import (
     LAER_PLANNER,
     RULES,
-    lays_out_freely,
     problems_by,
     said,
     settings_with,
     sharding_for,
-    value_text,
 )
-
-# Words of the fields are imported from here too.
-__all__ = [
-    "LAER_PLANNER",
-    "MAX_PLAN_LAG",
-    "PRESETS",
-    "Auto",
-    "Bound",
-    "Choice",
-    "ExchangeAlgorithm",
-    "ExpertParallelMode",
-    "FSEPConfig",
-    "FixedPlanner",
-    "GemmBackEnd",
-    "LatePlan",
-    "OverlapScheduler",
-    "PlanMode",
-    "Preset",
-    "Restore",
-    "Sharding",
-    "Split",
-    "TokenExchange",
-    "Unproven",
-    "WireDtype",
-    "deterministic",
-    "flag_name",
-    "lays_out_freely",
-    "setting",
-    "settings_in_force",
-    "takes_several",
-    "types_of",
-    "value_text",
-    "words_of",
-    "write_in_force",
-]
 
 
 class Bound(NamedTuple):

@@ -13,17 +13,8 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from megatron_laer.config import (
-    Auto,
-    ExpertParallelMode,
-    FSEPConfig,
-    Restore,
-    flag_name,
-    setting,
-    takes_several,
-    types_of,
-    words_of,
-)
+from megatron_laer.choices import Auto, ExpertParallelMode, Restore
+from megatron_laer.config import FSEPConfig, flag_name, setting, takes_several, types_of, words_of
 from megatron_laer.files.checks import numbered, quoted
 from megatron_laer.planner.strategies import described_strategies, uses_costs
 from megatron_laer.rules import IDLE, problems_by, settings_with

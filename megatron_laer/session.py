@@ -11,14 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_laer.config import (
-    Auto,
-    FSEPConfig,
-    PlanMode,
-    Sharding,
-    TokenExchange,
-    settings_in_force,
-)
+from megatron_laer.choices import Auto, PlanMode, Sharding, TokenExchange
+from megatron_laer.config import FSEPConfig, settings_in_force
 from megatron_laer.runtime.build import build_coordinator, current_device
 from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.collectives import raise_everywhere

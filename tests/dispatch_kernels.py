@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from megatron_laer.config import Split
+from megatron_laer.choices import Split
 from megatron_laer.layer.dispatch import kernels, row_map
 from megatron_laer.layer.dispatch.permutation import run_sizes, send_rows
 from megatron_laer.planner.layout import ExpertLayout

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Sharding
-from megatron_laer.config import PlanMode
+from megatron_laer.choices import PlanMode, Sharding
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.token_traffic import TokenRouting
 from megatron_laer.arrays import Int64
-from megatron_laer.config import Split
+from megatron_laer.choices import Split
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.planner.token_rows import SizeMessages, TokenRows

@@ -22,7 +22,7 @@ import torch
 from benchmarks.gpu.report import Part, Setting, run_part
 from benchmarks.gpu.sizes import Model, models
 from benchmarks.gpu.timing import Times, copy_gb_per_s, in_turn
-from megatron_laer.config import ExchangeAlgorithm, Split
+from megatron_laer.choices import ExchangeAlgorithm, Split
 from megatron_laer.layer.dispatch import permutation
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import way_of

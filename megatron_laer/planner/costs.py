@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.choices import Recompute, Sharding
-from megatron_laer.config import Auto, ExchangeAlgorithm, Split
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, Split
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.gemm_curve import GemmCurve

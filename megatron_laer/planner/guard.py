@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import PlanMode, Split
+from megatron_laer.choices import PlanMode, Split
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean
 from megatron_laer.planner.construct import from_native
 from megatron_laer.planner.costs import CostModel

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import Split
+from megatron_laer.choices import Split
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import Split
+from megatron_laer.choices import Split
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native

@@ -8,20 +8,15 @@ from functools import partial
 from typing import Protocol
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import (
-    LAER_PLANNER,
-    Auto,
-    FixedPlanner,
-    FSEPConfig,
-    PlanMode,
-    Sharding,
-)
+from megatron_laer.choices import Auto, FixedPlanner, PlanMode, Sharding
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.laer import LaerStrategy, even_replicas, proportional_replicas
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.static import StaticStrategy
+from megatron_laer.rules import LAER_PLANNER
 
 
 class Strategy(Protocol):

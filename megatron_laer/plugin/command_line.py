@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from megatron_laer import fsep_flags
-from megatron_laer.config import Auto, ExpertParallelMode, FSEPConfig, deterministic
+from megatron_laer.choices import Auto, ExpertParallelMode
+from megatron_laer.config import FSEPConfig, deterministic
 from megatron_laer.device import cpu_installed
 from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted, read_text

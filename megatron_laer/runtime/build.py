@@ -10,16 +10,15 @@ from typing import Any
 
 import torch
 
-from megatron_laer.choices import Recompute
-from megatron_laer.config import (
+from megatron_laer.choices import (
     Auto,
-    FSEPConfig,
     OverlapScheduler,
     PlanMode,
+    Recompute,
     Restore,
     TokenExchange,
-    flag_name,
 )
+from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.files.checks import quoted
 from megatron_laer.life import Kind, Kinds
 from megatron_laer.planner.cluster_files import load_cluster

@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.config import FSEPConfig, OverlapScheduler, Sharding
+from megatron_laer.choices import OverlapScheduler, Sharding
+from megatron_laer.config import FSEPConfig
 from megatron_laer.environment import CONNECTIONS, has_one_queue
 from megatron_laer.files.checks import numbered, problem_of, quoted
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry

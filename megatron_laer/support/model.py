@@ -14,7 +14,8 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_laer.config import FSEPConfig, TokenExchange
+from megatron_laer.choices import TokenExchange
+from megatron_laer.config import FSEPConfig
 from megatron_laer.rules import (
     PROVED,
     REFUSALS,

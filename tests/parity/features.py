@@ -7,7 +7,7 @@ runs, and nothing proves it.
 
 from __future__ import annotations
 
-from megatron_laer.config import Unproven
+from megatron_laer.choices import Unproven
 
 ALLOW = "--fsep-allow-unproven"
 

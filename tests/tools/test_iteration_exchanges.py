@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_laer.choices import Recompute, Sharding
-from megatron_laer.config import PlanMode
+from megatron_laer.choices import PlanMode, Recompute, Sharding
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.precision import Precision

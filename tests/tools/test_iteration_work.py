@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.choices import Recompute, Sharding, TokenExchange
-from megatron_laer.config import ExchangeAlgorithm, PlanMode
+from megatron_laer.choices import ExchangeAlgorithm, PlanMode, Recompute, Sharding, TokenExchange
 from megatron_laer.planner.balance import stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel

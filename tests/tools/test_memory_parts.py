@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_laer.choices import Sharding
-from megatron_laer.config import PlanMode
+from megatron_laer.choices import PlanMode, Sharding
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_laer.choices import Auto, Sharding, TokenExchange
-from megatron_laer.config import FSEPConfig, PlanMode
+from megatron_laer.choices import Auto, PlanMode, Sharding, TokenExchange
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry

@@ -9,7 +9,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer.config import FSEPConfig, Sharding
+from megatron_laer.choices import Sharding
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.clusters import Figure, HostTime, Link, SolveTime
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 
 from megatron_laer import FSEPConfig
-from megatron_laer.config import LatePlan
+from megatron_laer.choices import LatePlan
 from megatron_laer.integrations import bridge, hugging_face
 from megatron_laer.integrations.bridge import FSEPCallback, check_recipe
 from megatron_laer.integrations.bridge_config import settings_of

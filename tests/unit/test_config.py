@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.config import PRESETS, FSEPConfig, Preset, deterministic, flag_name, setting
+from megatron_laer.choices import Preset
+from megatron_laer.config import PRESETS, FSEPConfig, deterministic, flag_name, setting
 from megatron_laer.fsep_flags import add_arguments, check_known, config_from_args
 
 CHOICES = (

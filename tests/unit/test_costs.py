@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Recompute, TokenExchange
-from megatron_laer.config import Auto, ExchangeAlgorithm, Split
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Split, TokenExchange
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
 from megatron_laer.planner.construct import construct_layout

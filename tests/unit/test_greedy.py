@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
-from megatron_laer.config import ExchangeAlgorithm
+from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.costs import CostModel

@@ -11,8 +11,15 @@ from hypothesis import strategies as st
 
 from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Recompute, Sharding, TokenExchange
-from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode, Split
+from megatron_laer.choices import (
+    Auto,
+    ExchangeAlgorithm,
+    PlanMode,
+    Recompute,
+    Sharding,
+    Split,
+    TokenExchange,
+)
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
 from megatron_laer.planner.construct import always_balances, construct_layout

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Recompute, Sharding
-from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
+from megatron_laer.choices import Auto, ExchangeAlgorithm, PlanMode, Recompute, Sharding
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.costs import CostModel

@@ -10,7 +10,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer.config import FSEPConfig, Sharding
+from megatron_laer.choices import Sharding
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder, home_digest

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Sharding, TokenExchange
-from megatron_laer.config import PlanMode, Split
+from megatron_laer.choices import PlanMode, Sharding, Split, TokenExchange
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import ExpertLayout

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.command_line import program
-from megatron_laer.config import ExpertParallelMode
+from megatron_laer.choices import ExpertParallelMode
 from megatron_laer.device import CPU_FLAGS
 from megatron_laer.fsep_flags import MODE, add_arguments, config_from_args
 from scripts.paper import figure8, figure9, figure10, figure11, figure12, published, runner

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import FSEPConfig, LatePlan
+from megatron_laer.choices import LatePlan
+from megatron_laer.config import FSEPConfig
 from megatron_laer.files import writing
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import WINDOW

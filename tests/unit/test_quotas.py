@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import Split
+from megatron_laer.choices import Split
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
 from megatron_laer.planner.exact import ExactQuotas, exact_split
 from megatron_laer.planner.geometry import Geometry

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import PlanMode, Split
+from megatron_laer.choices import PlanMode, Split
 from megatron_laer.layer.dispatch.permutation import run_sizes
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Guard

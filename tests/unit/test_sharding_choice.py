@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.choices import Sharding
-from megatron_laer.config import Auto, FSEPConfig
+from megatron_laer.choices import Auto, Sharding
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Contention, Link
 from megatron_laer.planner.costs import CostModel

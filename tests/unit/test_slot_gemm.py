@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.config import GemmBackEnd
+from megatron_laer.choices import GemmBackEnd
 from megatron_laer.layer.experts.gemm import (
     SlotGemm,
     check_gemm,

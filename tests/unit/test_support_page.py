@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.config import Unproven
+from megatron_laer.choices import Unproven
 from megatron_laer.rules import REFUSALS
 from tests.parity import report
 from tests.parity.compare import Distance

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_laer.config import Split
+from megatron_laer.choices import Split
 from megatron_laer.layer.dispatch.row_map import RowMap
 from megatron_laer.layer.dispatch.token_routes import (
     arrivals,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.config import ExchangeAlgorithm
+from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed, row_bounds

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_laer.config import FSEPConfig, flag_name, value_text
+from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
+from megatron_laer.rules import value_text
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.version import __version__
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_laer.config import FSEPConfig, WireDtype
+from megatron_laer.choices import WireDtype
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.hops import Way
 from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace

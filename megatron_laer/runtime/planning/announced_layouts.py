@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import PlanMode
+from megatron_laer.choices import PlanMode
 from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.layout import ExpertLayout

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_laer.config import FixedPlanner, FSEPConfig
+from megatron_laer.choices import FixedPlanner
+from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.config import FSEPConfig, LatePlan, flag_name, lays_out_freely
+from megatron_laer.choices import LatePlan
+from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.recording import new_run, run_of
 from megatron_laer.planner.costs import CostModel
@@ -28,6 +29,7 @@ from megatron_laer.planner.service import PlannerService, ServiceState
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.strategies import Strategy, make_strategy
+from megatron_laer.rules import lays_out_freely
 from megatron_laer.runtime.planning.layout_recording import LAYOUTS, LayoutRecorder
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.telemetry.trace_file import TRACE, TraceWriter

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import PlanMode
+from megatron_laer.choices import PlanMode
 from megatron_laer.planner.clusters import Cluster, Link, SolveTime
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel

@@ -18,7 +18,7 @@ def parsed(words: list[str], ranks: int | None = None) -> Namespace:
     Raises ValueError for words that are no flags.
     """
     from megatron_laer import fsep_flags
-    from megatron_laer.config import ExpertParallelMode
+    from megatron_laer.choices import ExpertParallelMode
     from megatron_laer.support import arguments
 
     check_patterns(words)

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, TokenExchange
-from megatron_laer.config import FSEPConfig, lays_out_freely
+from megatron_laer.config import FSEPConfig
 from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import token_seconds
+from megatron_laer.rules import lays_out_freely
 from megatron_laer.tools.cli import fp8_flags, plan_homes, routing_input
 from megatron_laer.tools.cli.argument_types import (
     MAX_TOKENS,

@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from megatron_laer.choices import (
     Auto,
+    ExchangeAlgorithm,
     OverlapScheduler,
     Sharding,
     TokenExchange,
 )
-from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, lays_out_freely
+from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.costs import CostModel
@@ -26,6 +27,7 @@ from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.sharding_choice import Candidate, choose_geometry
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
+from megatron_laer.rules import lays_out_freely
 from megatron_laer.tools.cli import simulate_input
 from megatron_laer.tools.cli.argument_types import between, describe, number, option, shared
 from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8

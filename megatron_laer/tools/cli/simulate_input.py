@@ -8,8 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_laer.choices import Recompute, Sharding, TokenExchange
-from megatron_laer.config import PlanMode
+from megatron_laer.choices import PlanMode, Recompute, Sharding, TokenExchange
 from megatron_laer.files import memory
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster

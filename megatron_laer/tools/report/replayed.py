@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_laer.config import FSEPConfig, PlanMode
+from megatron_laer.choices import PlanMode
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard

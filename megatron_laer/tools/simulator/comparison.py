@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_laer.choices import Sharding
-from megatron_laer.config import PlanMode, Split, lays_out_freely
+from megatron_laer.choices import PlanMode, Sharding, Split
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Guard
@@ -25,6 +24,7 @@ from megatron_laer.planner.outcome import Outcome, price
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_prices import BY_RANK
+from megatron_laer.rules import lays_out_freely
 from megatron_laer.tools.simulator.node_rows import NodeRows, by_cause
 from megatron_laer.tools.simulator.replay import (
     LayerPolicy,

@@ -14,7 +14,7 @@ import pkgutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_laer.config import GemmBackEnd
+from megatron_laer.choices import GemmBackEnd
 
 if TYPE_CHECKING:  # in this package, `torch` is the back end of that name
     import torch

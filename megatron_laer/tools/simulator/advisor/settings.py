@@ -13,11 +13,12 @@ from megatron_laer.choices import (
     Auto,
     Choice,
     ExchangeAlgorithm,
+    PlanMode,
     Restore,
     Sharding,
     TokenExchange,
 )
-from megatron_laer.config import FSEPConfig, PlanMode, flag_name, setting
+from megatron_laer.config import FSEPConfig, flag_name, setting
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.layout import default_capacity
 from megatron_laer.support.arguments import buffer_problems

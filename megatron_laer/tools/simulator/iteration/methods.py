@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Sharding, TokenExchange
-from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode, Split
+from megatron_laer.choices import ExchangeAlgorithm, PlanMode, Sharding, Split, TokenExchange
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import ExchangeAlgorithm
+from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.quotas import SplitTotals
