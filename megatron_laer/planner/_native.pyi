@@ -16,8 +16,6 @@ class Carried:
     ) -> None: ...
 
 class Way:
-    widths: list[int]
-    links: list[int]
     def __init__(
         self,
         num_ranks: int,
@@ -25,16 +23,18 @@ class Way:
         capacity: int,
         node_size: int,
         home: int,
-        by_node: bool,
+        widths: tuple[int, ...],
+        links: tuple[int, ...],
+        blocks: int,
         /,
     ) -> None: ...
 
 def rank_moves(
     way: Way, slots_S: _Int16, before_S: _Int16 | None, rank: int, rows: int, /
 ) -> tuple[_Int64, list[tuple[Any, ...]]]: ...
-def restore_traffic(
-    way: Way, slots_S: _Int16, before_S: _Int16 | None, held_N: _Int64, /
-) -> tuple[_Int64, _Int64, _Int64, _Int64]: ...
+def hops(
+    way: Way, slots_S: _Int16, before_S: _Int16 | None, /
+) -> list[tuple[int, _Int64, int, _Int64]]: ...
 
 class CostModel:
     def __init__(

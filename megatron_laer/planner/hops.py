@@ -18,7 +18,7 @@ Nodes take from there what they have, so that only other experts cross nodes.
 
 The reduce is the chain walked back: where a hop sends one block to several ranks, it sums.
 
-`native/hops.cpp` makes the chains and hops. Here are their values.
+`native/hops.cpp` makes the hops.
 
 Legend: N ranks, C replica slots per rank, G ranks per node.
 """
@@ -45,40 +45,49 @@ class Link(IntEnum):
         return (geometry.num_ranks, geometry.num_nodes, geometry.node_size)[self]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Way:
-    """Chain of holdings of a geometry, from the owners to the slots."""
+    """Chain of holdings of a geometry, from the owners to the slots.
+
+    Attributes:
+        widths: of all holdings.
+    """
 
     geometry: Geometry
-    algorithm: ExchangeAlgorithm
+    widths: tuple[int, ...]
 
-    @cached_property
-    def native(self) -> native.Way:
-        geometry, by_node = self.geometry, self.algorithm == ExchangeAlgorithm.NODE
-        sizes = geometry.num_ranks, geometry.num_experts, geometry.capacity, geometry.node_size
-        return native.Way(*sizes, geometry.home_slots, by_node)
-
-    @cached_property
+    @property
     def at_home(self) -> bool:
         return self.geometry.sharding == Sharding.EXPERTS
 
-    @cached_property
-    def widths(self) -> tuple[int, ...]:
-        """Return the ranks that share a place of each holding."""
-        return tuple(self.native.widths)
+    @property
+    def is_direct(self) -> bool:
+        """Return whether whole experts go from their homes to the slots."""
+        return self.at_home and len(self.widths) == 2
 
     @cached_property
     def links(self) -> tuple[Link, ...]:
         """Return the link of each hop, from the owners on."""
-        return tuple(map(Link, self.native.links))
+        *others, last = (Link.ALL,) * (len(self.widths) - 1)
+        if others and self.widths[-2] < self.geometry.num_ranks:
+            return *others[1:], Link.BETWEEN, Link.INSIDE
+        return *others, last
 
     @cached_property
-    def is_direct(self) -> bool:
-        """Return whether whole experts go from their homes to the slots."""
-        return self.at_home and len(self.links) == 1
+    def native(self) -> native.Way:
+        geometry = self.geometry
+        blocks = 1 if self.is_direct else geometry.num_ranks
+        sizes = geometry.num_ranks, geometry.num_experts, geometry.capacity, geometry.node_size
+        return native.Way(*sizes, geometry.home_slots, self.widths, self.links, blocks)
 
 
 @lru_cache(maxsize=256)
 def way_of(geometry: Geometry, algorithm: ExchangeAlgorithm) -> Way:
     """Return the chain by which an algorithm moves experts in a geometry."""
-    return Way(geometry, ExchangeAlgorithm(algorithm))
+    ranks, at_home = geometry.num_ranks, geometry.sharding == Sharding.EXPERTS
+    owners = 1 if at_home else ranks
+    if algorithm == ExchangeAlgorithm.FLAT:
+        return Way(geometry, (owners, 1))
+    spread = (ranks,) if at_home else ()
+    nodes = (geometry.node_size,) if geometry.num_nodes > 1 else ()
+    return Way(geometry, (owners, *spread, *nodes, 1))

@@ -162,7 +162,6 @@ def test_seconds_follow_the_slower_direction_of_the_slowest_rank() -> None:
     # Rank 0: 10 received inside, 8 sent across. Rank 1: 4 sent inside, 6 received across.
     assert traffic.seconds("node", 2, 10.0, 4.0) == pytest.approx(2 * 10 / 10 + 2 * 8 / 4)
     assert traffic.seconds("flat", 2, 10.0, 4.0) == pytest.approx(2 * 8 / 4)
-    assert traffic.seconds("flat", 2, 10.0, 4.0, inter_bytes_per_element=4) == pytest.approx(8.0)
 
 
 def test_wrong_arguments_are_refused_with_what_works() -> None:

@@ -7,21 +7,6 @@
 
 namespace laer {
 
-Way::Way(const Shape& of, bool by_node)
-    : shape(of), widths{of.home > 0 ? 1 : of.ranks}, blocks(of.home > 0 ? 1 : of.ranks) {
-  if (by_node && shape.home > 0) {
-    widths.push_back(shape.ranks);
-    links.push_back(kAll);
-    blocks = shape.ranks;
-  }
-  if (by_node && shape.nodes() > 1) {
-    widths.push_back(shape.node_size);
-    links.push_back(kBetween);
-  }
-  links.push_back(by_node && shape.nodes() > 1 ? kInside : kAll);
-  widths.push_back(1);
-}
-
 namespace {
 
 constexpr int kNone = -1;
@@ -60,7 +45,7 @@ std::vector<int> kept_slots(const Shape& shape, const int16_t* kept_S, int node_
 
 }  // namespace
 
-std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* before_S, bool keeps) {
+std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* before_S) {
   const Shape& shape = way.shape;
   std::vector<Wanted> wanted;
   for (int slot = 0; slot < shape.slots(); ++slot) {
@@ -71,11 +56,11 @@ std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* bef
   std::vector<Hop> found;
   for (size_t i = way.widths.size() - 2; i > 0; --i) {
     const int width = way.widths[i], inner = way.widths[i + 1], places = shape.ranks / width;
-    std::vector<int> at_PE(places * shape.experts, kNone);
-    const auto pair = [&](const Wanted& one, int of) {
-      return one.spot.place * of / width * shape.experts + one.expert;
-    };
-    for (const Wanted& one : wanted) at_PE[pair(one, inner)] = 0;
+    std::vector<int> at_PE(places * shape.experts, kNone), place_of(shape.ranks / inner);
+    for (size_t at = 0; at < place_of.size(); ++at) place_of[at] = at * inner / width;
+    for (const Wanted& one : wanted) {
+      at_PE[place_of[one.spot.place] * shape.experts + one.expert] = 0;
+    }
     std::vector<Wanted> held;
     for (int place = 0; place < places; ++place) {
       int count = 0;
@@ -87,18 +72,19 @@ std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* bef
       }
     }
     Hop hop{way.links[i], width, inner, false, {}};
+    hop.transfers.reserve(wanted.size());
     for (const Wanted& one : wanted) {
-      const Spot source{one.spot.place * inner / width, at_PE[pair(one, inner)]};
-      hop.transfers.push_back({source, one.spot});
+      const int place = place_of[one.spot.place];
+      hop.transfers.push_back({{place, at_PE[place * shape.experts + one.expert]}, one.spot});
     }
     found.push_back(std::move(hop));
     wanted = std::move(held);
-    if (!keeps || width == shape.ranks) continue;
+    if (before_S == nullptr || width == shape.ranks) continue;
     const std::vector<int> slot_PE = kept_slots(shape, before_S, width);
     Hop kept{kInside, 1, width, true, {}};
     std::vector<Wanted> others;
     for (const Wanted& one : wanted) {
-      const int slot = slot_PE[pair(one, width)];
+      const int slot = slot_PE[one.spot.place * shape.experts + one.expert];
       if (slot == kNone) others.push_back(one);
       else kept.transfers.push_back({spot_of(shape, slot), one.spot});
     }
@@ -106,6 +92,7 @@ std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* bef
     wanted = std::move(others);
   }
   Hop first{way.links[0], way.widths[0], way.widths[1], false, {}};
+  first.transfers.reserve(wanted.size());
   for (const Wanted& one : wanted) {
     const int expert = one.expert;
     const Spot owner = shape.home > 0 ? Spot{expert / shape.home, expert % shape.home}
@@ -115,58 +102,6 @@ std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* bef
   found.push_back(std::move(first));
   std::reverse(found.begin(), found.end());
   return found;
-}
-
-namespace {
-
-// Adds the elements of one end of a hop. For each expert of its place, a rank exchanges its blocks,
-// each with one rank of the other place. Widths of narrow places divide those of wide ones.
-void add_end(const Way& way, const Hop& hop, bool sends, const std::vector<int64_t>& held_N,
-             std::vector<int64_t>& near_N, std::vector<int64_t>& far_N) {
-  const int ranks = way.shape.ranks, node_size = way.shape.node_size;
-  const int mine = sends ? hop.source_width : hop.target_width;
-  const int other = sends ? hop.target_width : hop.source_width;
-  const int narrow = std::min(mine, other), wide = std::max(mine, other);
-  const int unit = std::min(mine, node_size);  // ranks for which as many places are near
-  std::vector<int64_t> all(ranks / mine), own(ranks / narrow), near(ranks / unit);
-  for (const Transfer& transfer : hop.transfers) {
-    const int place = (sends ? transfer.source : transfer.target).place;
-    const int other_place = (sends ? transfer.target : transfer.source).place;
-    const int at_narrow = mine < other ? place : other_place;
-    const int at_wide = mine < other ? other_place : place;
-    const int other_node = other_place * other / node_size;
-    ++all[place];
-    own[at_narrow] += at_narrow * narrow / wide == at_wide;
-    if (mine > node_size) ++near[other_node];
-    else near[place] += place * mine / node_size == other_node;
-  }
-  // Elements of every `width`-th block, from each one on, and of those of a node's ranks.
-  const auto blocks_of = [&](int width, int first, int last) {
-    std::vector<int64_t> sums(width, 0);
-    for (int rank = first; rank < last; ++rank) sums[rank % width] += held_N[rank];
-    return sums;
-  };
-  const std::vector<int64_t> of_mine = blocks_of(mine, 0, ranks), of_wide = blocks_of(wide, 0, ranks);
-  std::vector<int64_t> of_node;
-  for (int rank = 0; rank < ranks; ++rank) {
-    if (rank % node_size == 0) of_node = blocks_of(unit, rank, rank + node_size);
-    const int64_t total = all[rank / mine] * of_mine[rank % mine];
-    const int64_t within = other > node_size ? all[rank / mine] * of_node[rank % unit]
-                                             : near[rank / unit] * of_mine[rank % mine];
-    near_N[rank] += within - own[rank / narrow] * of_wide[rank % wide];
-    far_N[rank] += total - within;
-  }
-}
-
-}  // namespace
-
-Traffic traffic(const Way& way, const std::vector<Hop>& hops, const std::vector<int64_t>& held_N) {
-  Traffic sums(way.shape.ranks);
-  for (const Hop& hop : hops) {
-    add_end(way, hop, false, held_N, sums.near_N, sums.far_N);
-    add_end(way, hop, true, held_N, sums.sent_near_N, sums.sent_far_N);
-  }
-  return sums;
 }
 
 namespace {

@@ -1,5 +1,5 @@
 // Exchanges of experts as chains of holdings, which planner/hops.py describes: the hops of a layout,
-// their elements on the links, and the rows that one rank sends and receives in each.
+// and the rows that one rank sends and receives in each.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, G ranks per node. R rows of a matrix.
 #pragma once
@@ -15,14 +15,12 @@ namespace laer {
 // planner/hops.py has the same numbers.
 enum Link { kAll, kBetween, kInside };
 
-// A chain from the owners to the slots, directly or by node.
+// A chain of holdings from the owners to the slots.
 struct Way {
-  Way(const Shape& shape, bool by_node);
-
   Shape shape;
   std::vector<int> widths;  // ranks that share a place of each holding
   std::vector<int> links;   // of the hop from each holding to the next
-  int blocks;               // row blocks of a matrix: one where whole experts go to the slots
+  int blocks;               // row blocks of a matrix
 };
 
 // A place, and the position of an expert among those of the place.
@@ -43,21 +41,9 @@ struct Hop {
   std::vector<Transfer> transfers;
 };
 
-// The hops of a restore, from the owners on, of all slots or of those that differ from `before_S`.
-// Where ranks keep experts of that layout, a hop from its slots follows the one to the nodes.
-std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* before_S = nullptr,
-                      bool keeps = false);
-
-// Elements that ranks exchange with others of their node, and with other nodes.
-struct Traffic {
-  explicit Traffic(int ranks)
-      : near_N(ranks), far_N(ranks), sent_near_N(ranks), sent_far_N(ranks) {}
-
-  std::vector<int64_t> near_N, far_N, sent_near_N, sent_far_N;
-};
-
-// Sums over hops; a block of rows has the elements that its rank holds of an expert.
-Traffic traffic(const Way& way, const std::vector<Hop>& hops, const std::vector<int64_t>& held_N);
+// The hops of a restore, from the owners on. With `before_S`, the layout whose experts the slots have,
+// only others are fetched, and a hop from these slots follows the one to the nodes.
+std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* before_S);
 
 // Segments of rows that are both in a holding and on the wire, in a table: three integers each (row
 // in the holding, row on the wire, rows), in ascending order of the first. Segments of the same rows

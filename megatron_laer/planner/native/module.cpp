@@ -445,31 +445,39 @@ py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int
   });
 }
 
-laer::Way way_of(int ranks, int experts, int capacity, int node_size, int home, bool by_node) {
-  if (ranks < 1 || node_size < 1 || ranks % node_size != 0 || experts < 1 || capacity < 1) {
-    throw py::value_error("a node's ranks must divide all ranks, and ranks have slots");
+laer::Way way_of(int ranks, int experts, int capacity, int node_size, int home,
+                 std::vector<int> widths, std::vector<int> links, int blocks) {
+  const auto divides = [&](int width) { return width >= 1 && ranks % width == 0; };
+  if (ranks < 1 || !divides(node_size) || widths.size() != links.size() + 1 ||
+      !std::all_of(widths.begin(), widths.end(), divides)) {
+    throw py::value_error("nodes and places must divide the ranks, and a hop follows each but the last");
   }
   check_home(ranks, experts, capacity, home);
-  return {laer::Shape{ranks, experts, capacity, node_size, home}, by_node};
+  return {{ranks, experts, capacity, node_size, home}, std::move(widths), std::move(links), blocks};
 }
 
-// With `before_S`, ranks keep the experts of that layout.
 std::vector<laer::Hop> hops_of(const laer::Way& way, const Slots& slots_S,
                                const std::optional<Slots>& before_S) {
   for (const Slots* layout_S : {&slots_S, before_S ? &*before_S : &slots_S}) {
     check_size(*layout_S, way.shape.slots(), "the slots");
     check_experts(*layout_S, way.shape.experts, true);
   }
-  if (!before_S) return laer::hops(way, slots_S.data());
-  return laer::hops(way, slots_S.data(), before_S->data(), true);
+  return laer::hops(way, slots_S.data(), before_S ? before_S->data() : nullptr);
 }
 
-py::tuple restore_traffic(const laer::Way& way, const Slots& slots_S,
-                          const std::optional<Slots>& before_S, const Counts& held_N) {
-  check_size(held_N, way.shape.ranks, "the elements of ranks");
-  const laer::Traffic sums = laer::traffic(way, hops_of(way, slots_S, before_S), to_vector(held_N));
-  return py::make_tuple(to_array(sums.near_N), to_array(sums.far_N), to_array(sums.sent_near_N),
-                        to_array(sums.sent_far_N));
+// Of each hop the widths of its places, and the places of each expert that moves.
+py::list hops(const laer::Way& way, const Slots& slots_S, const std::optional<Slots>& before_S) {
+  py::list found;
+  for (const laer::Hop& hop : hops_of(way, slots_S, before_S)) {
+    std::vector<int64_t> source_X, target_X;
+    for (const laer::Transfer& transfer : hop.transfers) {
+      source_X.push_back(transfer.source.place);
+      target_X.push_back(transfer.target.place);
+    }
+    found.append(py::make_tuple(hop.source_width, to_array(source_X), hop.target_width,
+                                to_array(target_X)));
+  }
+  return found;
 }
 
 py::tuple to_tuple(const laer::Segments& made) {
@@ -571,11 +579,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("proportional_by_node", &proportional_by_node);
   module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
              py::arg("home"), py::arg("costs") = nullptr);
-  py::class_<laer::Way>(module, "Way")
-      .def(py::init(&way_of))
-      .def_readonly("widths", &laer::Way::widths)
-      .def_readonly("links", &laer::Way::links);
-  module.def("restore_traffic", &restore_traffic);
+  py::class_<laer::Way>(module, "Way").def(py::init(&way_of));
+  module.def("hops", &hops);
   module.def("rank_moves", &rank_moves);
   module.def("crossing_rows", &crossing_rows);
   module.def("together", &together);

@@ -21,7 +21,7 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.hops import Way
 from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
-from megatron_laer.runtime.comm.buffers import Take, Workspace
+from megatron_laer.runtime.comm.buffers import Workspace
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 from megatron_laer.runtime.comm.segments import Chain, Held
@@ -81,8 +81,10 @@ class Exchange:
             {int(link): stage_of(groups, name, link) for link in links}
             for name in ("parameters", "gradients")
         )
-        self._restores = _Direction(restores, self.count.add_restore, "receive", sums=False)
-        self._reduces = _Direction(reduces, self.count.add_reduce, "send", sums=True)
+        workspaces = self.restore_workspace, self.reduce_workspace
+        counts = self.count.add_restore, self.count.add_reduce
+        self._restores = _Direction(restores, workspaces[0], counts[0], "receive", sums=False)
+        self._reduces = _Direction(reduces, workspaces[1], counts[1], "send", sums=True)
 
     @property
     def communicators(self) -> tuple[Group, ...]:
@@ -132,13 +134,10 @@ class Exchange:
             shape = index.placed.geometry.replica_slots, rows, of_one.shape[-1]
             out_CRK = of_one.new_empty(shape)
         assert out_CRK.shape[1] == rows and out_CRK.is_contiguous()
-        columns, dtype = out_CRK.shape[2], out_CRK.dtype
-        most_bytes = None
-        if not chain.way.is_direct:
-            most_bytes = restore_workspace(chain.way, rows, columns, dtype.itemsize)
-        with self.restore_workspace.lent(most_bytes, columns, out_CRK.device) as take:
-            ends = _by_rows(source), [out_CRK.view(-1, columns)]
-            yield from _carry(self._restores, chain, *ends, take, (dtype, dtype))
+        slots, dtype = out_CRK.view(-1, out_CRK.shape[2]), out_CRK.dtype
+        most_bytes = restore_workspace(chain.way, rows, slots.shape[1], dtype.itemsize)
+        ends = _by_rows(source), [slots]
+        yield from _carry(self._restores, chain, *ends, most_bytes, (dtype, dtype))
         return out_CRK
 
     def reduce_steps(
@@ -172,12 +171,9 @@ class Exchange:
         if add_to is None:
             sums = grad_CRK.new_zeros((*self._own_shape(index.placed, rows), columns))
             add_to = sums.unbind() if chain.way.at_home else sums
-        most_bytes = None
-        if not chain.way.is_direct:
-            most_bytes = reduce_workspace(chain.way, rows, columns, dtype.itemsize, wire.itemsize)
-        with self.reduce_workspace.lent(most_bytes, columns, grad_CRK.device) as take:
-            ends = [grad_CRK.view(-1, columns)], _by_rows(add_to)
-            yield from _carry(self._reduces, chain, *ends, take, (dtype, wire), adds=adds)
+        most_bytes = reduce_workspace(chain.way, rows, columns, dtype.itemsize, wire.itemsize)
+        ends = [grad_CRK.view(-1, columns)], _by_rows(add_to)
+        yield from _carry(self._reduces, chain, *ends, most_bytes, (dtype, wire), adds=adds)
         if adds:
             return add_to if isinstance(add_to, torch.Tensor) else add_to[0]
         return sums
@@ -217,6 +213,7 @@ class _Direction(NamedTuple):
     """
 
     stages: Mapping[int, Stage | None]
+    workspace: Workspace
     counts: Callable[[int, int], None]
     between: str
     sums: bool
@@ -227,7 +224,7 @@ def _carry(
     chain: Chain,
     source: Held,
     target: Held,
-    take: Take,
+    most_bytes: Mapping[str, int],
     dtypes: tuple[torch.dtype, torch.dtype],
     *,
     adds: bool = False,
@@ -237,39 +234,43 @@ def _carry(
     Rows that lie as on the wire stay where they are, and those that are to lie so arrive there.
 
     Args:
+        most_bytes: of buffers; where whole experts go directly, they grow to what is needed.
         dtypes: of the rows of the source and of all others on the wire.
         adds: whether sums are added to the target's rows.
     """
-    table, held, end = chain.table, source, 0
+    table, sums, held, end = chain.table, direction.sums, source, 0
     stages = [direction.stages[move.link] for move in chain.moves]
-    for at, (move, stage) in enumerate(zip(chain.moves, stages, strict=True)):
-        leaves, arrives, dtype = move.leaves, move.arrives, dtypes[not move.is_first]
-        taken, into = target if move.is_kept else held, target
-        if not move.is_last:
-            end = max(end, arrives.end)
-            into = [take(direction.between, end, dtypes[1])]
-        in_place = stage is not None and not direction.sums and arrives.in_place is not None
-        if stage is None:
-            arrived = taken[0]
-        else:
-            # Else they lie in the buffer that the next rows go to.
-            may_stay = direction.sums or move.is_first or move.is_kept
-            if may_stay and leaves.in_place is not None:
-                sent = leaves.view(taken)
+    slots = (source if sums else target)[0]
+    bounds = None if chain.way.is_direct else most_bytes
+    with direction.workspace.lent(bounds, slots.shape[1], slots.device) as take:
+        for at, (move, stage) in enumerate(zip(chain.moves, stages, strict=True)):
+            leaves, arrives, dtype = move.leaves, move.arrives, dtypes[not move.is_first]
+            taken, into = target if move.is_kept else held, target
+            if not move.is_last:
+                end = max(end, arrives.end)
+                into = [take(direction.between, end, dtypes[1])]
+            in_place = stage is not None and not sums and arrives.in_place is not None
+            if stage is None:
+                arrived = taken[0]
             else:
-                sent = take("send", leaves.rows, dtype)
-                table.pack(leaves, taken, sent)
-            arrived = arrives.view(into) if in_place else take("receive", arrives.rows, dtype)
-            yield stage.group
-            rows_P = move.received_P, move.sent_P
-            dist.all_to_all_single(arrived, sent, *rows_P, group=stage.group)
-            yield stage.group if any(stages[at + 1 :]) else None
-            direction.counts(*stage.bytes_from(move.received_P, arrived))
-        if direction.sums:
-            table.add(arrives, arrived, into, adds=adds and move.is_last)
-        elif not in_place:
-            table.unpack(arrives, arrived, into)
-        held = into
+                # Else they lie in the buffer that the next rows go to.
+                may_stay = sums or move.is_first or move.is_kept
+                if may_stay and leaves.in_place is not None:
+                    sent = leaves.view(taken)
+                else:
+                    sent = take("send", leaves.rows, dtype)
+                    table.pack(leaves, taken, sent)
+                arrived = arrives.view(into) if in_place else take("receive", arrives.rows, dtype)
+                yield stage.group
+                rows_P = move.received_P, move.sent_P
+                dist.all_to_all_single(arrived, sent, *rows_P, group=stage.group)
+                yield stage.group if any(stages[at + 1 :]) else None
+                direction.counts(*stage.bytes_from(move.received_P, arrived))
+            if sums:
+                table.add(arrives, arrived, into, adds=adds and move.is_last)
+            elif not in_place:
+                table.unpack(arrives, arrived, into)
+            held = into
 
 
 def _by_rows(owned: torch.Tensor | Sequence[torch.Tensor]) -> Held:
