@@ -11,11 +11,12 @@ slowness.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -41,13 +42,6 @@ class Span(NamedTuple):
 class Operation(NamedTuple):
     number: int
     name: str
-
-
-class Message(NamedTuple):
-    """Message to or from a peer, by its rank in the group."""
-
-    peer: int
-    sends: bool
 
 
 @dataclass
@@ -124,10 +118,17 @@ class Checker:
                 del memory.accesses[old]
         memory.accesses[new] = Operation(number, name)
 
-    def communicates(
-        self, stream: int, number: int, group: Any, message: Message | None, num_bytes: int
-    ) -> None:
-        """Note that operation `number` of a stream exchanges bytes, with a peer or all ranks."""
+    def exchanged(self, stream: int, number: int) -> None:
+        """Note that operation `number` of a stream is a collective."""
+
+    def held_up(self) -> list[str]:
+        """Return what one hardware queue would hold up; nothing with a queue for each stream."""
+        return []
+
+    @contextlib.contextmanager
+    def grouping(self) -> Iterator[None]:
+        """Do nothing inside the block: with many queues, launches need no groups."""
+        yield
 
     def allocated(self, stream: int, tensor: torch.Tensor) -> bool:
         storage = tensor.untyped_storage()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,6 +18,7 @@ from tests.fake_cuda.findings import Finding, Findings
 from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
 from tests.fake_cuda.observing import Observer, Works
 from tests.fake_cuda.oracle import Oracle
+from tests.fake_cuda.recorder import Recorder
 from tests.launch_order import Launch
 
 H100, B200 = (9, 0), (10, 0)
@@ -34,6 +35,7 @@ class Watched:
         compiled_in_steps: kernels with a variant that no launch before the first step compiled.
         entered: functions of this package that ran, by file and name.
         captured: operations that a CUDA graph would record, with their places.
+        held_up: what one hardware queue would hold up, if the card has one.
         losses: of each step, if the run trains a model.
         orders: launches on communicators, in their order.
         error: the error that ended the run, or "".
@@ -47,6 +49,7 @@ class Watched:
     compiled_in_steps: list[str]
     entered: set[str]
     captured: set[tuple[str, str]]
+    held_up: list[str]
     losses: list[float] = field(default_factory=list)
     orders: list[Launch] = field(default_factory=list)
     error: str = ""
@@ -55,6 +58,7 @@ class Watched:
         """Return a sentence about each finding, in which a deliberate fault must show."""
         return [
             *self.races,
+            *self.held_up,
             *(f"{kind} in {place}: {what}" for kind, place, what in self.found),
             *(f"{COMPILED}: {name}" for name in self.compiled_in_steps),
             *(f"captured: {operation} in {place}" for operation, place in self.captured),
@@ -83,7 +87,7 @@ class Observed(NamedTuple):
         return Watched(
             *(checker.races, checker.operations, checker.frees, [*found.found]),
             *(dict(launches.number), [*+launches.compiled_in_steps], functions),
-            {*found.captured},
+            *({*found.captured}, checker.held_up()),
             **more,
         )
 
@@ -94,7 +98,6 @@ def observed(
     *,
     one_queue: bool = False,
     capability: tuple[int, int] = H100,
-    make_checker: Callable[[Callable[[], str]], Checker] = Checker,
 ) -> Iterator[Observed]:
     """Let the card be labels inside the block, in this thread; yield records of its operations.
 
@@ -102,9 +105,8 @@ def observed(
         kernels: treatment of Triton's kernels, a function of `kernels.py`.
         one_queue: whether the card has one hardware queue, for which exchanges are launched.
         capability: of the card.
-        make_checker: makes what gets the orders of streams, from the code's place.
     """
-    checker = make_checker(findings.place)
+    checker = (Recorder if one_queue else Checker)(findings.place)
     works, launches, found = Works(checker), Launches(), findings.renew()
     with (
         entered.recorded() as functions,
@@ -115,6 +117,7 @@ def observed(
         names.replaced(capability),
         Oracle(Observer(checker, works)),
         _shapes_of_shards(),
+        checker.grouping(),
     ):
         yield Observed(checker, found, launches, functions)
 

@@ -1,6 +1,6 @@
 """Observer that reports every operation on the labelled device: reads, writes, allocations.
 
-Schemas tell the effects of aten operations, and a table here those of collectives, whose c10d
+Schemas tell the effects of aten operations, and names of arguments those of collectives, whose c10d
 schemas name nothing as written. As on NCCL, a collective runs on the current stream, or
 asynchronously on a stream of its group, which waits for the current one. `Work.wait` makes the
 current stream wait for it. Until then the work holds its tensors.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,46 +24,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from tests.fake_cuda import findings, labels
-from tests.fake_cuda.clocks import HOST, Checker, Message
+from tests.fake_cuda.clocks import HOST, Checker
 from tests.fake_cuda.streams import Event, Simulation, Stream, behind, current_stream
-
-
-class Effect(NamedTuple):
-    """Arguments that a collective reads and writes, by their names in c10d's schema."""
-
-    reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
-
-
-_IN_PLACE = Effect(("tensors",), ("tensors",))
-_ONE = Effect(("input_tensor",), ("output_tensor",))
-_LISTS = Effect(("input_tensors",), ("output_tensors",))
-_COALESCED = Effect(("inputs",), ("outputs",))
-
-COLLECTIVES = {
-    "_allgather_base_": _ONE,
-    "_reduce_scatter_base_": _ONE,
-    "allgather_": _LISTS,
-    "allgather_coalesced_": Effect(("input_list",), ("output_lists",)),
-    "allgather_into_tensor_coalesced_": _COALESCED,
-    "allreduce_": _IN_PLACE,
-    "allreduce_coalesced_": _IN_PLACE,
-    "alltoall_": _LISTS,
-    "alltoall_base_": Effect(("input",), ("output",)),
-    "barrier": Effect(),
-    "broadcast_": _IN_PLACE,
-    "gather_": _LISTS,
-    "gather_into_tensor_": _ONE,
-    "monitored_barrier_": Effect(),
-    "recv_": Effect(writes=("tensors",)),
-    "recv_any_source_": Effect(writes=("tensors",)),
-    "reduce_": _IN_PLACE,
-    "reduce_scatter_": _LISTS,
-    "reduce_scatter_tensor_coalesced_": _COALESCED,
-    "scatter_": _LISTS,
-    "send": Effect(reads=("tensors",)),
-}
-"""What each operation of c10d reads and writes."""
 
 _POINT_TO_POINT = {"send": "dst", "recv_": "src", "recv_any_source_": ""}
 
@@ -136,29 +98,24 @@ class Works:
         self._held: list[list[tuple[Event, list[torch.Tensor]]]] = []
 
     def enqueued(self, name: str, given: dict[str, Any]) -> None:
-        assert name in COLLECTIVES, f"say in COLLECTIVES what c10d::{name} reads and writes"
         assert self._group is not None, f"c10d::{name} was called past ProcessGroup's methods"
-        effect, checker = COLLECTIVES[name], self._checker
+        checker = self._checker
         stream = current_stream()
         is_async = name in _POINT_TO_POINT or given.get("async_op", True)
         if is_async:
             stream = self._stream_of(name, given)
             behind(stream, current_stream())
         number = checker.enqueue(stream.number)
-        touched = []
-        for arguments, writes in ((effect.reads, False), (effect.writes, True)):
-            for tensor in (tensor for key in arguments for tensor in _tensors(given[key])):
+        touched = {False: list[torch.Tensor](), True: list[torch.Tensor]()}
+        for argument, value in given.items():
+            for writes in effects(name, argument):
+                touched[writes] += _tensors(value)
+        for writes, tensors in touched.items():
+            for tensor in tensors:
                 checker.access(stream.number, number, tensor, writes=writes, name=name)
-                touched.append(tensor)
-        num_bytes = max(
-            sum(t.numel() * t.element_size() for key in arguments for t in _tensors(given[key]))
-            for arguments in effect
-        )
-        peer = given.get(_POINT_TO_POINT[name]) if name in _POINT_TO_POINT else None
-        message = None if peer is None else Message(peer, name == "send")
-        checker.communicates(stream.number, number, self._group, message, num_bytes)
+        checker.exchanged(stream.number, number)
         if is_async:
-            self._enqueued.append((stream.record_event(), touched))
+            self._enqueued.append((stream.record_event(), touched[False] + touched[True]))
 
     def method(self, true_method: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a method of `ProcessGroup` that starts a collective."""
@@ -190,6 +147,19 @@ class Works:
             described = self._group.group_desc
             self._checker.names[stream.number] = f"NCCL's stream of group {described}"
         return self._streams[key]
+
+
+def effects(name: str, argument: str) -> tuple[bool, ...]:
+    """Return whether a collective writes this argument, each time that it touches it."""
+    if argument.startswith("output"):
+        return (True,)
+    if argument.startswith("input"):
+        return (False,)
+    if argument != "tensors":  # of a barrier, or sizes
+        return ()
+    return {"send": (False,), "recv_": (True,), "recv_any_source_": (True,)}.get(
+        name, (False, True)
+    )
 
 
 class AsyncWork:

@@ -17,12 +17,18 @@ from torch.distributed import distributed_c10d
 from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.plugin import steps
 from megatron_laer.runtime.comm import copies
+from megatron_laer.runtime.comm import steps as comm_steps
 from megatron_laer.runtime.comm.buffers import BufferPool
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.exchange import Exchange
-from megatron_laer.runtime.comm.steps import Steps
-from megatron_laer.runtime.comm.streams import CudaStream, OneQueueStream, _StreamResult
+from megatron_laer.runtime.comm.steps import SideBySide, Steps
+from megatron_laer.runtime.comm.streams import (
+    CommStream,
+    CudaStream,
+    OneQueueStream,
+    _StreamResult,
+)
 from megatron_laer.runtime.weights import main_grads
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
@@ -53,6 +59,7 @@ _change = RestoredWeights.change
 _start_download = Download.start
 _start_sizes = TokenSizesExchange.start
 _upload = copies.upload
+_next = SideBySide.next
 
 
 def _nothing(*_: Any, **__: Any) -> None: ...
@@ -219,6 +226,12 @@ def _without_completion() -> Iterator[None]:
         yield
 
 
+def _one_by_one(side_by_side: Any) -> bool:
+    """Launch each All-to-All by itself."""
+    with mock.patch.object(comm_steps, "one_launch", lambda *_: contextlib.nullcontext()):
+        return _next(side_by_side)
+
+
 LAYER_FAULTS = {
     "submit does not wait for the compute": Fault(
         replaced(streams.Stream, "wait_stream", _nothing)
@@ -276,6 +289,8 @@ LAYER_FAULTS = {
     ),
 }
 
+_IN_ONE_QUEUE = "one queue, experts at home by relay, full recompute"
+
 TRAINING_FAULTS = {
     "nobody waits for weights that replicas gather": Fault(
         replaced(steps, "_await_weights", _nothing),
@@ -315,5 +330,15 @@ TRAINING_FAULTS = {
     "nobody waits for the copy of token sizes": Fault(
         replaced(TokenSizesExchange, "start", _sizes_without_waiting),
         *("reads what copy_ on the stream of counts writes", "tokens through nodes of 2"),
+    ),
+    "copies are launched behind their exchange in one queue": Fault(
+        replaced(OneQueueStream, "submit_exchanges", CommStream.submit_exchanges),
+        "on the stream of parameters waits for alltoall_base_ on the stream of parameters",
+        _IN_ONE_QUEUE,
+    ),
+    "matrices are exchanged one after the other in one queue": Fault(
+        replaced(SideBySide, "next", _one_by_one),
+        "alltoall_base_ on the stream of parameters waits for alltoall_base_ on the stream of",
+        _IN_ONE_QUEUE,
     ),
 }
