@@ -41,7 +41,7 @@ def needed(row: Row) -> frozenset[tuple[str, ...]]:
     at_home = AT_HOME in row.fsep
     own = words_of(row.fsep.replace(AT_HOME, ""))
     own |= {f"capacity {row.capacity}"} if row.capacity else set()
-    published = features_of(settings_of(row)) - UNPUBLISHED
+    published = features(row) - UNPUBLISHED
     megatrons = words_of(row.flags) - published_words() - own
     settings = {word for word in row.values - megatrons if not word.startswith("without ")}
     return frozenset(
@@ -53,6 +53,12 @@ def needed(row: Row) -> frozenset[tuple[str, ...]]:
             *(("published", *pair) for pair in combinations(sorted(published), 2)),
         ]
     )
+
+
+@cache
+def features(row: Row) -> frozenset[str]:
+    """Return the row's features, by the names of `check-recipe`."""
+    return features_of(settings_of(row))
 
 
 @cache

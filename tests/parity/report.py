@@ -16,6 +16,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from megatron_laer.rules import REFUSALS, RULES, UNPROVEN
+from tests.parity import daily
 from tests.parity.compare import Distance
 from tests.parity.features import ALLOW, FEATURES, REPLACED, SEEN_ON_A_CARD
 from tests.parity.row import Row
@@ -25,6 +26,7 @@ FIGURES = Path(__file__).with_name("figures.csv")
 
 _NONE = "–"
 _NOTHING = "nothing yet"
+_MOST_ROWS = 4
 _SETTINGS = {item.setting for item in REFUSALS}
 _COLUMNS = ("gradients", "losses", "norms", "weights", "MoE losses")
 _NUMBERS = {row.id: number for number, row in enumerate(ROWS, start=1)}
@@ -95,9 +97,19 @@ def features() -> Iterator[str]:
     """Yield every feature, its proof, and the numbers of its rows or its refusals."""
     yield "| feature | proved by | rows, refusals, or the flag that allows it |"
     yield "|---|---|---|"
-    for feature, names in FEATURES.items():
+    for feature, names in {**rows_by_feature(), **FEATURES}.items():
         state, by = status(names)
         yield f"| {feature} | {state if by == _NONE else by} | {_listed(names)} |"
+
+
+def rows_by_feature() -> dict[str, list[str]]:
+    """Return the rows that prove each feature best: without replacements, then with few others."""
+    best = sorted(ROWS, key=lambda row: (_is_replaced(row), len(daily.features(row))))
+    there = sorted({feature for row in ROWS for feature in daily.features(row)}, key=str.lower)
+    return {
+        feature: [row.id for row in best if feature in daily.features(row)][:_MOST_ROWS]
+        for feature in there
+    }
 
 
 def replaced() -> Iterator[str]:
@@ -144,14 +156,18 @@ def status(names: Collection[str]) -> tuple[str, str]:
 
 def proved_by(names: Iterable[str]) -> str:
     """Return the kinds of proof: runs on the CPU, on a card, or nothing yet."""
-    given = [set((row.flags + row.fsep).split()) for row in ROWS if row.id in set(names)]
+    given = [row for row in ROWS if row.id in set(names)]
     kinds = []
     if given:
-        is_replaced = all(flags & REPLACED.keys() for flags in given)
-        kinds.append("CPU row, replacement" if is_replaced else "CPU row")
+        kinds.append("CPU row, replacement" if all(map(_is_replaced, given)) else "CPU row")
     if SEEN_ON_A_CARD & set(names):
         kinds.append("card")
     return ", ".join(kinds) or _NOTHING
+
+
+def _is_replaced(row: Row) -> bool:
+    """Return whether the row runs with replacements for parts that need a GPU."""
+    return not REPLACED.keys().isdisjoint((row.flags + row.fsep).split())
 
 
 def _code(*names: str) -> str:
