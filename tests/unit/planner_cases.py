@@ -35,6 +35,10 @@ def counts_of(kind: str, geometry: Geometry, seed: int) -> Int64:
     return counts_NE.astype(np.int64)
 
 
+def any_counts(geometry: Geometry, seed: int) -> Int64:
+    return counts_of(KINDS[seed % len(KINDS)], geometry, seed)
+
+
 def with_holes(layout: ExpertLayout, share: float, seed: int) -> ExpertLayout:
     """Empty this share of the slots at random, as far as every expert keeps one."""
     rng = np.random.default_rng(seed)
@@ -60,9 +64,5 @@ def geometries(
     return Geometry(num_ranks, num_experts, capacity, node_size)
 
 
-def shape_of(geometry: Geometry) -> tuple[int, int, int]:
-    return geometry.num_ranks, geometry.capacity, geometry.num_experts
-
-
 def static(geometry: Geometry) -> ExpertLayout:
-    return ExpertLayout.static(*shape_of(geometry))
+    return ExpertLayout.static(*geometry.shape)

@@ -24,7 +24,6 @@ class Rank:
     map_TE: torch.Tensor
     quotas: RankQuotas
     node_size: int
-    rank: int
 
 
 def route(
@@ -35,7 +34,6 @@ def route(
     *,
     node_size: int = 1,
     split: Split = Split.EXACT,
-    skew: float = 0.0,
     hot: bool = False,
     uneven: bool = False,
 ) -> list[Rank]:
@@ -45,11 +43,10 @@ def route(
     third one alone, as padding.
     """
     rng = np.random.default_rng(seed)
-    log_E = skew * rng.normal(size=layout.num_experts)
-    log_E[0] += 100.0 * hot
     maps = []
     for number in tokens:
-        scores_TE = log_E + rng.gumbel(size=(number, layout.num_experts))
+        scores_TE = rng.random((number, layout.num_experts))
+        scores_TE[:, 0] += hot
         map_TE = np.zeros(scores_TE.shape, dtype=np.bool_)
         np.put_along_axis(map_TE, np.argsort(-scores_TE, axis=1)[:, :top_k], True, axis=1)
         if uneven:
@@ -62,5 +59,5 @@ def route(
     found = []
     for rank, map_TE in enumerate(maps):
         mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
-        found.append(Rank(layout, torch.from_numpy(map_TE), mine, node_size, rank))
+        found.append(Rank(layout, torch.from_numpy(map_TE), mine, node_size))
     return found

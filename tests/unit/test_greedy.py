@@ -24,13 +24,7 @@ from megatron_laer.planner.native_core import native
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import SplitTotals
 from tests.costs import make_costs
-from tests.unit.planner_cases import KINDS, counts_of, geometries, shape_of
-
-
-def zipf_counts_NE(geometry: Geometry, seed: int) -> Int64:
-    rng = np.random.default_rng(seed)
-    share_E = rng.permutation(1.0 / np.arange(1, geometry.num_experts + 1) ** (seed % 3))
-    return rng.multinomial(500 * (seed % 4), share_E / share_E.sum(), size=geometry.num_ranks)
+from tests.unit.planner_cases import KINDS, counts_of, geometries
 
 
 def drifted_NE(counts_NE: Int64, seed: int, most: float) -> Int64:
@@ -45,7 +39,7 @@ def imbalance(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> float:
 
 
 def random_layout(geometry: Geometry, seed: int) -> ExpertLayout:
-    return ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    return ExpertLayout.random(*geometry.shape, seed=(seed,))
 
 
 @settings(max_examples=250)
@@ -95,7 +89,7 @@ def test_equal_experts_leave_no_rank_cut_off(shape: tuple[int, int, int, int], s
 @pytest.mark.parametrize("seed", range(5))
 def test_greedy_stays_balanced_when_experts_drift_by_a_tenth(capacity: int, seed: int) -> None:
     geometry = Geometry(16, 32, capacity, 8)
-    counts_NE = zipf_counts_NE(geometry, 6 * seed + 1)
+    counts_NE = counts_of("zipf", geometry, seed)
     layout = GreedyStrategy(geometry).plan(counts_NE, ExpertLayout.static(16, capacity, 32))
     bound = {3: 1.06, 4: 1.01, 6: 1.005}[capacity]
     assert imbalance(drifted_NE(counts_NE, seed, 0.1), layout, 8) <= bound
@@ -103,7 +97,7 @@ def test_greedy_stays_balanced_when_experts_drift_by_a_tenth(capacity: int, seed
 
 def test_a_rank_keeps_its_experts_where_the_node_still_needs_them() -> None:
     geometry = Geometry(8, 16, 4, 4)
-    counts_NE = zipf_counts_NE(geometry, 7)
+    counts_NE = counts_of("zipf", geometry, 7)
     greedy = GreedyStrategy(geometry)
     first = greedy.plan(counts_NE, ExpertLayout.static(8, 4, 16))
     # The same layout with reversed ranks in each node and reversed slots in each rank.
@@ -132,7 +126,7 @@ def judged_s(
 
     Nodes have one rank here, so that counts by node round as counts do.
     """
-    layout = ExpertLayout(*shape_of(geometry), slots_S.astype("<i2").tobytes())
+    layout = ExpertLayout(*geometry.shape, slots_S.astype("<i2").tobytes())
     wanted, total = geometry.num_slots * costs.cluster.gemm.points[-1][0], max(counts_NE.sum(), 1)
     # Exact numbers of any size.
     counts_NE = counts_NE.astype(object)
@@ -174,7 +168,7 @@ def test_by_time_the_fastest_of_the_constructions_is_taken(
     geometry: Geometry, kind: str, algorithm: ExchangeAlgorithm, seed: int
 ) -> None:
     counts_NE = counts_of(kind, geometry, seed)
-    costs, static = by_time_costs(algorithm), ExpertLayout.static(*shape_of(geometry))
+    costs, static = by_time_costs(algorithm), ExpertLayout.static(*geometry.shape)
     greedy = GreedyStrategy(geometry, costs)
     planned = greedy.plan(counts_NE, static)
     geometry.check_layout(planned)
@@ -206,7 +200,7 @@ def test_by_time_the_fastest_of_the_constructions_is_taken(
 
 def test_by_time_fewer_tokens_leave_their_node() -> None:
     geometry = Geometry(16, 32, 4, 8)
-    static = ExpertLayout.static(*shape_of(geometry))
+    static = ExpertLayout.static(*geometry.shape)
     shares = []
     for strategy in (GreedyStrategy(geometry), GreedyStrategy(geometry, paper_costs())):
         far = 0

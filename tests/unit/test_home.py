@@ -19,7 +19,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.home import replicate
-from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.planner.typical import typical_layout
@@ -37,20 +37,6 @@ def home_geometries(draw: st.DrawFn, most_experts: int = 24) -> Geometry:
     home = draw(st.integers(1, max(most_experts // num_ranks, 1)))
     capacity = min(num_ranks * home, home + draw(st.integers(1, 3)))
     return Geometry(num_ranks, num_ranks * home, capacity, node_size, Sharding.EXPERTS)
-
-
-def random_replicas(geometry: Geometry, seed: int) -> ExpertLayout:
-    """Fill about half of the replica slots at random."""
-    rng = np.random.default_rng(seed)
-    slots_NC = geometry.static_layout.slot_expert_S.reshape(geometry.num_ranks, -1).copy()
-    home, experts = geometry.home_slots, np.arange(geometry.num_experts)
-    for rank in range(geometry.num_ranks):
-        others = rng.permutation(experts[experts // home != rank])
-        chosen = others[: rng.integers(0, geometry.capacity - home + 1)]
-        slots_NC[rank, home : home + len(chosen)] = np.sort(chosen)
-    layout = ExpertLayout.from_slots(*geometry.shape, slots_NC.reshape(-1))
-    geometry.check_layout(layout)
-    return layout
 
 
 @settings(max_examples=150)
@@ -215,7 +201,7 @@ def test_strategies_keep_experts_at_home(
 ) -> None:
     counts_NE = counts_of(kind, geometry, seed)
     strategy = make_strategy(name, geometry=geometry, costs=COMPUTE_ONLY)
-    current = random_replicas(geometry, seed)
+    current = geometry.random_layout((seed,))
     layout = strategy.plan(counts_NE, current)
     geometry.check_layout(layout)
     slots_NC = layout.slot_expert_S.reshape(geometry.num_ranks, -1)[:, geometry.home_slots :]
@@ -234,7 +220,7 @@ def test_the_guard_keeps_experts_at_home(
 ) -> None:
     if tolerance is not None and mode != PlanMode.ADAPTIVE:
         return
-    counts_NE, planned = counts_of(kind, geometry, seed), random_replicas(geometry, seed)
+    counts_NE, planned = counts_of(kind, geometry, seed), geometry.random_layout((seed,))
     guard = Guard(mode, COMPUTE_ONLY, geometry, tolerance)
     decision = guard.decide(counts_NE, planned, seed % geometry.num_ranks)
     geometry.check_layout(decision.layout)
@@ -260,19 +246,6 @@ def test_free_slots_bring_tokens_back_to_their_node() -> None:
         if is_filled:
             totals = exact_split(layout, 2).totals(counts_NE)
             assert totals.far_S.sum() < counts_NE.sum()
-
-
-@pytest.mark.parametrize(("num_ranks", "num_experts", "node_size"), [(4, 8, 4), (4, 8, 2)])
-def test_balanced_loads_get_no_replica(num_ranks: int, num_experts: int, node_size: int) -> None:
-    geometry = Geometry(num_ranks, num_experts, 4, node_size, Sharding.EXPERTS)
-    counts_NE = np.full((num_ranks, num_experts), 100)
-    strategy = GreedyStrategy(geometry, COMPUTE_ONLY)
-    for current in (geometry.static_layout, random_replicas(geometry, 0)):
-        assert strategy.plan(counts_NE, current) == geometry.static_layout
-        for mode in (PlanMode.EXACT, PlanMode.ADAPTIVE):
-            guard = Guard(mode, make_costs(intra=FREE, inter=FREE), geometry)
-            decision = guard.decide(counts_NE, geometry.static_layout)
-            assert decision.layout is decision.planned_layout
 
 
 def test_chance_alone_brings_no_replica() -> None:
@@ -319,8 +292,8 @@ def test_native_prices_of_replicas_equal_the_plain_reference(
         hidden=7, ffn=5, memory_bytes_per_s=1e12, precision=precision, recompute=recompute
     )
     costs = costs.with_exchange(algorithm, geometry)
-    layout = Placed(random_replicas(geometry, seed), geometry)
-    before = random_replicas(geometry, seed + 1)
+    layout = Placed(geometry.random_layout((seed,)), geometry)
+    before = geometry.random_layout((seed + 1,))
     change_s = costs.change_seconds(before, layout)
     assert change_s == priced.change_seconds(costs, before, layout)
     if layout.changed_S(Placed(before, geometry)).any():  # else replicas are dropped at most

@@ -20,12 +20,7 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from tests.oracles.exact import hosted_by_node, proportional_experts
-from tests.unit.planner_cases import KINDS, counts_of, geometries, static
-
-
-def some_counts_NE(geometry: Geometry, seed: int) -> Int64:
-    shape = geometry.num_ranks, geometry.num_experts
-    return np.random.default_rng(seed).integers(0, 1 + seed % 50, shape)
+from tests.unit.planner_cases import KINDS, any_counts, counts_of, geometries, static
 
 
 def test_other_threads_run_while_it_solves() -> None:
@@ -51,7 +46,7 @@ def test_other_threads_run_while_it_solves() -> None:
 @settings(max_examples=150)
 @given(geometries(12, 20), st.integers(0, 2**16))
 def test_replicas_in_proportion_equal_the_plain_reference(geometry: Geometry, seed: int) -> None:
-    counts_NE, node_size = some_counts_NE(geometry, seed), geometry.node_size
+    counts_NE, node_size = any_counts(geometry, seed), geometry.node_size
     slots_S = native.proportional(counts_NE, geometry.static_layout.slot_expert_S, node_size)
 
     # The native code moves ranks of a node, and slots of a rank, back to their earlier places.
@@ -69,7 +64,7 @@ def test_nodes_host_their_largest_experts_like_the_plain_reference(
     geometry: Geometry, seed: int
 ) -> None:
     num_ranks, capacity, num_experts = geometry.shape
-    counts_NE, node_size = some_counts_NE(geometry, seed), geometry.node_size
+    counts_NE, node_size = any_counts(geometry, seed), geometry.node_size
     most = min(num_experts, max(node_size * (capacity - 1), -(-num_experts // geometry.num_nodes)))
     slots_S = native.proportional_by_node(counts_NE, capacity, node_size, most)
     ExpertLayout(num_ranks, capacity, num_experts, slots_S.astype("<i2").tobytes())

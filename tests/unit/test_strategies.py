@@ -28,43 +28,9 @@ from megatron_laer.planner.strategies import make_strategy, strategy_names
 from tests import shared_data
 from tests.costs import make_costs
 from tests.oracles import introsort
+from tests.unit.planner_cases import any_counts, counts_of, geometries
 
 COSTS = make_costs()
-
-
-def skewed_counts_NE(geometry: Geometry, seed: int, skew: float = 1.2) -> Int64:
-    rng = np.random.default_rng(seed)
-    share_E = rng.permutation(1.0 / np.arange(1, geometry.num_experts + 1) ** skew)
-    return rng.multinomial(2000, share_E / share_E.sum(), size=geometry.num_ranks)
-
-
-@st.composite
-def geometries(draw: st.DrawFn) -> Geometry:
-    """Draw any N in 1..40, E in 1..64, C, and G that divides N."""
-    num_ranks = draw(st.integers(1, 40))
-    num_experts = draw(st.integers(1, 64))
-    least = -(-num_experts // num_ranks)
-    capacity = draw(st.integers(least, min(num_experts, least + 6)))
-    node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
-    return Geometry(num_ranks, num_experts, capacity, node_size)
-
-
-def counts_for(draw_seed: int, geometry: Geometry) -> Int64:
-    kind = draw_seed % 4
-    shape = (geometry.num_ranks, geometry.num_experts)
-    if kind == 0:
-        return np.zeros(shape, dtype=np.int64)
-    if kind == 1:
-        counts_NE = np.zeros(shape, dtype=np.int64)
-        counts_NE[:, draw_seed % geometry.num_experts] = 100
-        return counts_NE
-    if kind == 2:
-        return np.random.default_rng(draw_seed).integers(0, 50, shape)
-    return skewed_counts_NE(geometry, draw_seed)
-
-
-def shape_of(geometry: Geometry) -> tuple[int, int, int]:
-    return geometry.num_ranks, geometry.capacity, geometry.num_experts
 
 
 needs_answers = shared_data.needs("laer_planner_cases.npz")
@@ -120,9 +86,9 @@ def test_laer_answers_as_its_authors_planner_does(
 
 
 @settings(max_examples=100)
-@given(geometries(), st.integers(0, 2**16))
+@given(geometries(40, 64), st.integers(0, 2**16))
 def test_replica_counts_use_every_slot(geometry: Geometry, seed: int) -> None:
-    loads_E = counts_for(seed, geometry).sum(axis=0)
+    loads_E = any_counts(geometry, seed).sum(axis=0)
     even_E, replicas_E = even_replicas(loads_E, geometry), proportional_replicas(loads_E, geometry)
     assert (even_E is None) == (geometry.num_slots % geometry.num_experts > 0)
     for counts_E in (replicas_E,) if even_E is None else (even_E, replicas_E):
@@ -139,7 +105,7 @@ def test_variants_are_candidates_of_their_own(geometry: Geometry) -> None:
     made = {name: make_strategy(name, geometry=geometry, costs=COSTS) for name in names}
     objective, differs = Objective.of(COSTS), set[str]()
     for seed in range(30):
-        counts_NE = skewed_counts_NE(geometry, seed, seed / 20)
+        counts_NE = counts_of("zipf", geometry, seed)
         layouts = {
             name: laer.plan(counts_NE, geometry.static_layout) for name, laer in made.items()
         }
@@ -154,7 +120,7 @@ def test_laer_removes_the_skew_that_static_suffers() -> None:
     geometry = Geometry(32, 8, 2, 8)
     share_E = np.array([0.5, *[0.5 / 7] * 7])
     counts_NE = np.random.default_rng(0).multinomial(32768, share_E, size=32)
-    static = ExpertLayout.static(*shape_of(geometry))
+    static = ExpertLayout.static(*geometry.shape)
     planned = make_strategy("laer", geometry=geometry, costs=COSTS).plan(counts_NE, static)
 
     def imbalance(layout: ExpertLayout) -> float:
@@ -183,13 +149,13 @@ def placed_plainly(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> Exp
             free = [rank for rank in free if on_node(expert, rank) == fewest] or free
             held[min(free, key=lambda r: (sum(weight_E[e] for e in held[r]), r))].append(expert)
     slots = [expert for experts in held for expert in sorted(experts)]
-    return ExpertLayout.from_slots(*shape_of(geometry), slots)
+    return ExpertLayout.from_slots(*geometry.shape, slots)
 
 
 @settings(max_examples=60)
-@given(geometries(), st.integers(0, 2**16))
+@given(geometries(40, 64), st.integers(0, 2**16))
 def test_placement_is_as_its_words_say(geometry: Geometry, seed: int) -> None:
-    loads_E = counts_for(seed, geometry).sum(axis=0)
+    loads_E = any_counts(geometry, seed).sum(axis=0)
     replicas_E = proportional_replicas(loads_E, geometry)
     expected = placed_plainly(loads_E, replicas_E, geometry)
     assert place(loads_E, replicas_E, geometry) == expected
@@ -199,7 +165,7 @@ def test_static_ignores_counts() -> None:
     geometry = Geometry(4, 6, 2, 2)
     strategy = make_strategy("static", geometry=geometry, costs=COSTS)
     current = ExpertLayout.random(4, 2, 6, seed=(0,))
-    planned = strategy.plan(skewed_counts_NE(geometry, 0), current)
+    planned = strategy.plan(any_counts(geometry, 2), current)
     assert planned == geometry.static_layout == ExpertLayout.static(4, 2, 6, 2)
 
 
@@ -217,12 +183,12 @@ def test_every_strategy_knows_its_name_and_refuses_other_shapes(name: str) -> No
 
 @pytest.mark.parametrize("name", strategy_names())
 @settings(max_examples=25)
-@given(geometry=geometries(), seed=st.integers(0, 2**16))
+@given(geometry=geometries(40, 64), seed=st.integers(0, 2**16))
 def test_every_strategy_is_legal_and_a_pure_function(
     name: str, geometry: Geometry, seed: int
 ) -> None:
-    counts_NE = counts_for(seed, geometry)
-    current = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    counts_NE = any_counts(geometry, seed)
+    current = ExpertLayout.random(*geometry.shape, seed=(seed,))
     given_NE, given_slots = counts_NE.copy(), current.to_list()
 
     planned = make_strategy(name, geometry=geometry, costs=COSTS).plan(counts_NE, current)

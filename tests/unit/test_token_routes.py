@@ -1,6 +1,6 @@
-"""Rows travel through both stages and back; one process acts as all ranks.
+"""Rows travel through both stages and back, as many as are counted; one process acts as all ranks.
 
-Legend: N ranks, C slots per rank, G ranks per node, T tokens, E experts, P pairs, R pairs received.
+Legend: N ranks, M nodes, S slots, T tokens, E experts, P pairs, R pairs received.
 """
 
 from __future__ import annotations
@@ -10,9 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megatron_laer.choices import Split
+from benchmarks.token_traffic import TokenRouting, dispatch_rows
+from megatron_laer.choices import Split, TokenExchange
+from megatron_laer.layer.dispatch.node_dispatcher import rows_through_nodes
 from megatron_laer.layer.dispatch.row_map import RowMap
+from megatron_laer.layer.dispatch.slot_dispatch import rows_by_node
 from megatron_laer.layer.dispatch.token_routes import (
     arrivals,
     pair_routes,
@@ -20,9 +25,10 @@ from megatron_laer.layer.dispatch.token_routes import (
     token_order,
 )
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.planner.token_rows import SizeMessages
 from tests.token_exchange import known_rows
+from tests.unit.planner_cases import geometries
+from tests.unit.routed import Rank, route
 
 EXPERTS, CAPACITY, TOP_K = 24, 6, 4
 
@@ -41,23 +47,12 @@ def exchange(
 
 class Exchange:
     def __init__(self, num_ranks: int, node_size: int) -> None:
-        self.layout = ExpertLayout.random(num_ranks, CAPACITY, EXPERTS, seed=(node_size,))
-        generator = torch.Generator().manual_seed(num_ranks)
-        self.maps = []
-        for rank in range(num_ranks):
-            scores_TE = torch.rand(0 if rank == 1 else 5 + rank, EXPERTS, generator=generator)
-            map_TE = torch.zeros(scores_TE.shape, dtype=torch.bool)
-            self.maps.append(map_TE.scatter_(1, scores_TE.topk(TOP_K, dim=1).indices, True))
-        counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in self.maps])
-        solved = solve_quotas(Split.EXACT, counts_NE, self.layout, node_size)
-        self.quotas = [
-            RankQuotas.of(self.layout, solved.rank_row(rank), solved.rank_columns(rank))
-            for rank in range(num_ranks)
-        ]
-        self.slots = [
-            token_order(map_TE, quotas)
-            for map_TE, quotas in zip(self.maps, self.quotas, strict=True)
-        ]
+        layout = ExpertLayout.random(num_ranks, CAPACITY, EXPERTS, seed=(node_size,))
+        tokens = [0 if rank == 1 else 5 + rank for rank in range(num_ranks)]
+        routed = route(layout, tokens, TOP_K, seed=num_ranks, node_size=node_size)
+        self.maps = [rank.map_TE for rank in routed]
+        self.quotas = [rank.quotas for rank in routed]
+        self.slots = [token_order(rank.map_TE, rank.quotas) for rank in routed]
         self.routes = [
             pair_routes(map_TE, slot_P, num_ranks, CAPACITY, node_size)
             for map_TE, slot_P in zip(self.maps, self.slots, strict=True)
@@ -145,22 +140,72 @@ def test_a_rank_is_told_the_sizes_that_it_needs_and_no_more(num_ranks: int, node
     of_all = [SizeMessages(rank, num_ranks, node_size) for rank in range(num_ranks)]
     for rank, rows in enumerate(known_rows(to_ranks_NN, to_nodes_NM, node_size)):
         assert rows.from_ranks_N.tolist() == to_ranks_NN[:, rank].tolist()
-        messages, node = of_all[rank], rank // node_size
-        told = sum(map(len, messages.received)) - len(messages.received[rank])
-        assert messages.received == [of.sent[rank] for of in of_all]
         assert rows.has_two_stages == has_two_stages
-        if not has_two_stages:
-            assert rows.first_sent == to_ranks_NN[rank].tolist()
-            assert rows.first_received == to_ranks_NN[:, rank].tolist()
-            assert rows.second_sent == rows.second_received == []
-            assert told == num_ranks - 1
-            continue
-        peers = [peer for peer in range(num_ranks) if peer % node_size == rank % node_size]
-        near = range(node * node_size, (node + 1) * node_size)
-        assert rows.first_sent == to_nodes_NM[rank].tolist()
-        assert rows.first_received == [to_nodes_NM[peer, node] for peer in peers]
-        assert rows.second_sent == [sum(to_ranks_NN[peer, to] for peer in peers) for to in near]
-        assert rows.second_received == [
-            sum(to_ranks_NN[local::node_size, rank]) for local in range(node_size)
-        ]
-        assert told == 2 * num_ranks - node_size - 1
+        received = of_all[rank].received
+        assert received == [of.sent[rank] for of in of_all]
+        told = sum(map(len, received)) - len(received[rank])
+        assert told == (2 * num_ranks - node_size - 1 if has_two_stages else num_ranks - 1)
+
+
+RANK, NODE = TokenExchange
+
+
+def counted(ranks: list[Rank]) -> TokenRouting:
+    maps = [rank.map_TE.numpy() for rank in ranks]
+    slots = [token_order(rank.map_TE, rank.quotas).numpy() for rank in ranks]
+    return TokenRouting.count(maps, slots, ranks[0].layout.capacity, ranks[0].node_size)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> list[Rank]:
+    """Draw shapes of all kinds, also nodes of one or all ranks, and ranks without tokens."""
+    geometry, seed = draw(geometries(8, 12, 2)), draw(st.integers(0, 2**16))
+    ranks = geometry.num_ranks
+    tokens = draw(st.lists(st.integers(0, 20), min_size=ranks, max_size=ranks))
+    top_k = draw(st.integers(1, min(geometry.num_experts, 4)))
+    layout = ExpertLayout.random(*geometry.shape, seed=(seed,))
+    of = {"node_size": geometry.node_size, "split": [*Split][seed % len(Split)]}
+    return route(layout, tokens, top_k, seed, **of)  # type: ignore[arg-type]
+
+
+@given(cases(), st.sampled_from(list(TokenExchange)))
+def test_dispatchers_count_the_rows_that_a_rank_sends(
+    ranks: list[Rank], exchange: TokenExchange
+) -> None:
+    routing, size = counted(ranks), ranks[0].node_size
+    rows = dispatch_rows(routing, exchange)
+    for rank in range(len(ranks)):
+        if exchange == NODE:
+            to_ranks_NN, to_nodes_NM = map(np.asarray, (routing.to_ranks_NN, routing.to_nodes_NM))
+            sent = rows_through_nodes(known_rows(to_ranks_NN, to_nodes_NM, size)[rank], rank, size)
+        else:
+            sent = rows_by_node(routing.pairs_NN[rank].tolist(), rank, size)
+        assert sent == (rows.sent_intra_N[rank], rows.sent_inter_N[rank])
+
+
+@given(cases())
+def test_node_never_sends_more_rows_between_nodes_than_rank(ranks: list[Rank]) -> None:
+    size = ranks[0].node_size
+    by_rank, by_node = (dispatch_rows(counted(ranks), exchange) for exchange in (RANK, NODE))
+    assert (by_node.sent_inter_N <= by_rank.sent_inter_N).all()
+    received = [rows.inter_N.reshape(-1, size).sum(axis=1) for rows in (by_node, by_rank)]
+    assert (received[0] <= received[1]).all()
+    if size == 1:
+        assert (by_node.inter_N <= by_rank.inter_N).all()
+    if size == len(ranks):
+        assert (by_node.intra_N <= by_rank.intra_N).all()
+        assert (by_node.sent_intra_N <= by_rank.sent_intra_N).all()
+
+
+@pytest.mark.parametrize("capacity", [4, 5, 8])
+def test_expected_rows_are_near_to_those_of_random_routing(capacity: int) -> None:
+    layout = ExpertLayout.random(8, 2 * capacity, 64, seed=(0,))
+    ranks = route(layout, [1024] * 8, top_k=8, node_size=2)
+    quota_NS = np.stack([rank.quotas.row_S for rank in ranks])
+    found, expected = counted(ranks), TokenRouting.expect(quota_NS, np.full(8, 1024), layout, 2)
+    np.testing.assert_array_equal(expected.pairs_NN, found.pairs_NN)
+    for exact, guess in (
+        (found.to_ranks_NN, expected.to_ranks_NN),
+        (found.to_nodes_NM, expected.to_nodes_NM),
+    ):
+        assert guess.sum() == pytest.approx(exact.sum(), rel=0.04)

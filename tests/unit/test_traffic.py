@@ -18,7 +18,7 @@ from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
 from tests.oracles.hops import Places, hops
 from tests.placed import placed
-from tests.unit.planner_cases import geometries, shape_of, with_holes
+from tests.unit.planner_cases import geometries, with_holes
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Case:
 def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
     """Draw layouts of any N, C, E and G, and two matrices, also with fewer rows than ranks."""
     geometry, seed = draw(geometries(max_ranks, 64)), draw(st.integers(0, 2**16))
-    full = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    full = ExpertLayout.random(*geometry.shape, seed=(seed,))
     # Where rows are even, all ranks are to fetch equally many slots.
     holes = 0.0 if even_rows else draw(st.sampled_from([0.0, 0.3, 1.0]))
     layout = with_holes(full, holes, seed)
@@ -44,7 +44,7 @@ def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
     # The earlier layout has some experts in other places.
     before_S = full.slot_expert_S.copy()
     before_S[changed_S] = np.random.default_rng(seed + 1).permutation(before_S[changed_S])
-    before = ExpertLayout.from_slots(*shape_of(geometry), before_S)
+    before = ExpertLayout.from_slots(*geometry.shape, before_S)
     before = with_holes(before, draw(st.sampled_from([0.0, 0.3])), seed + 2)
     return Case(Placed(layout, geometry), matrices, changed_S, Placed(before, geometry))
 
