@@ -41,11 +41,6 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         check_recipe(given, FSEPConfig())
 
 
-def test_sizes_are_checked_as_in_megatrons_training() -> None:
-    with pytest.raises(ValueError, match=r"--fsep-capacity 1: the slots of"):
-        check_recipe(recipe(), FSEPConfig(capacity=1))
-
-
 @pytest.mark.parametrize(
     "given",
     [
@@ -61,55 +56,58 @@ def test_what_works_is_accepted(given: SimpleNamespace) -> None:
     check_recipe(given, FSEPConfig())
 
 
-@pytest.mark.parametrize("target", ["*.layers.0.*.linear_fc1", "*linear_fc*", "linear_fc1_up"])
-def test_lora_on_experts_has_them_at_home(target: str) -> None:
-    given = changed("peft", target_modules=["linear_qkv", target])
+def lora(*targets: str, **more: object) -> SimpleNamespace:
+    return changed("peft", target_modules=[*targets], **more)
+
+
+MUON = changed("optimizer", optimizer="muon")
+ON_EXPERTS = ("*.layers.0.*.linear_fc1", "*linear_fc*", "linear_fc1_up")
+
+
+@pytest.mark.parametrize(
+    ("given", "sharding"),
+    [
+        (lora("linear_qkv"), "auto"),
+        *((lora("linear_qkv", target), "experts") for target in ON_EXPERTS),
+        (MUON, "experts"),
+    ],
+)
+def test_lora_on_experts_and_muon_have_experts_at_home(
+    given: SimpleNamespace, sharding: str
+) -> None:
     with mock.patch.object(bridge, "enable") as enable:
         FSEPCallback(given, FSEPConfig())
-        FSEPCallback(changed("peft", target_modules=["linear_qkv"]), FSEPConfig())
-    taken = [call.args[0].sharding for call in enable.call_args_list]
-    assert taken == ["experts", "auto"]
-    for config, says in (
-        (FSEPConfig(sharding="rows"), "take --fsep-sharding experts; or give target_modules"),
-        (FSEPConfig(planner="laer"), "experts have too, with --fsep-sharding rows: "),
-    ):
-        with pytest.raises(ValueError, match=says):
-            FSEPCallback(given, config)
+    assert enable.call_args.args[0].sharding == sharding
 
 
-def test_muon_has_experts_at_home() -> None:
-    given = changed("optimizer", optimizer="muon")
-    with mock.patch.object(bridge, "enable") as enable:
-        FSEPCallback(given, FSEPConfig())
-    assert enable.call_args.args[0].sharding == "experts"
-    for config, says in (
-        (FSEPConfig(sharding="rows"), "--optimizer muon with --fsep-sharding rows: "),
-        (FSEPConfig(planner="laer"), "--optimizer muon with --fsep-sharding rows: "),
-    ):
-        with pytest.raises(ValueError, match=says):
-            FSEPCallback(given, config)
+IN_PARTS = lora("linear_fc2")
+IN_PARTS.comm_overlap = SimpleNamespace(
+    overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True
+)
+ANOTHER_KIND = lora("linear_fc2")
+ANOTHER_KIND.peft = type("DoRA", (), vars(ANOTHER_KIND.peft))()
 
 
-def test_adapters_of_experts_are_refused_where_layers_run_backward_in_parts() -> None:
-    given = changed("peft", target_modules=["linear_fc2"])
-    given.comm_overlap = SimpleNamespace(
-        overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True
-    )
-    with pytest.raises(ValueError, match="--delay-wgrad-compute: no test proves adapters"):
-        check_recipe(given, FSEPConfig(sharding="experts"))
-
-
-def test_homes_of_a_file_are_refused_before_the_model_is_built() -> None:
-    given = changed("peft", target_modules=["linear_fc2"])
-    with pytest.raises(ValueError, match="--fsep-homes f with Megatron-Bridge: it conv"):
-        FSEPCallback(given, FSEPConfig(homes="f"))
-
-
-def test_adapters_of_another_kind_are_refused_by_name() -> None:
-    given = changed("peft", target_modules=["linear_fc2"])
-    given.peft = type("DoRA", (), vars(given.peft))()
-    with pytest.raises(ValueError, match="with peft=DoRA: replicas know LoRA and Canonical"):
-        check_recipe(given, FSEPConfig(sharding="experts"))
+@pytest.mark.parametrize(
+    ("given", "config", "says"),
+    [
+        (changed("dist", use_decentralized_pg=True), {}, "dist.use_decentralized_pg"),
+        (recipe(), {"capacity": 1}, "--fsep-capacity 1: the slots of"),
+        *((lora(target), {"sharding": "rows"}, "or give target_modules") for target in ON_EXPERTS),
+        (lora(ON_EXPERTS[0]), {"planner": "laer"}, "have too, with --fsep-sharding rows: "),
+        (MUON, {"sharding": "rows"}, "--optimizer muon with --fsep-sharding rows: "),
+        (MUON, {"planner": "laer"}, "--optimizer muon with --fsep-sharding rows: "),
+        (IN_PARTS, {"sharding": "experts"}, "--delay-wgrad-compute: no test proves adapters"),
+        (lora("linear_fc2"), {"homes": "f"}, "--fsep-homes f with Megatron-Bridge: it conv"),
+        (ANOTHER_KIND, {"sharding": "experts"}, "with peft=DoRA: replicas know LoRA and Canon"),
+    ],
+)
+def test_settings_that_a_recipe_cannot_have_are_refused_and_turn_nothing_on(
+    given: SimpleNamespace, config: dict[str, Any], says: str
+) -> None:
+    with mock.patch.object(bridge, "enable") as enable, pytest.raises(ValueError, match=says):
+        FSEPCallback(given, FSEPConfig(**config))
+    enable.assert_not_called()
 
 
 def test_a_recipe_is_read_as_bridge_applies_it_and_is_not_changed() -> None:
@@ -167,12 +165,6 @@ def test_the_callback_turns_fsep_on_and_marks_steps() -> None:
         ("enters", 4, 2, ["chunk"]),
         ("leaves",),
     ]
-
-
-def test_a_refused_recipe_turns_nothing_on() -> None:
-    with mock.patch.object(bridge, "enable") as enable, pytest.raises(ValueError):
-        FSEPCallback(changed("dist", use_decentralized_pg=True))
-    enable.assert_not_called()
 
 
 @pytest.mark.parametrize(
