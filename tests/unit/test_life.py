@@ -132,3 +132,24 @@ def test_a_pass_leaves_no_wait_that_nothing_joins() -> None:
         # Without a gradient of weights parts make none.
         none_made = {Kind.PARTS, Kind.FROZEN} <= kinds
         assert joins + with_tokens + drops + none_made == 1, kinds
+
+
+def test_backward_fetches_the_layer_before_as_soon_as_there_is_a_place() -> None:
+    for kinds in map(backward_kinds, PASSES):
+        life = column(kinds)
+        events = (Event.OUTPUT_GRAD, Event.INPUT_GRAD)
+        fetched = [event for event in events if Action.FETCH in life[event]]
+        # An empty layer takes no place; between parts another microbatch has the second one.
+        at = int(Kind.PARTS in kinds and Kind.EMPTY not in kinds)
+        is_ahead = not kinds & {Kind.ALONE, Kind.STEP}
+        assert fetched[:1] == ([events[at]] if is_ahead else []), kinds
+
+
+def test_only_what_was_started_is_awaited_and_nothing_runs_where_the_device_is_synchronised() -> (
+    None
+):
+    for kinds in PASSES:
+        life = column(kinds)
+        assert not {Kind.PARTS, Kind.EMPTY} <= kinds or Action.FINISH not in life[Event.WAIT]
+        follows = not kinds & {Kind.ALONE, Kind.PARTS, Kind.SYNCHRONISED}
+        assert (Action.FOLLOW in life[Event.LAST_LAYER]) == follows, kinds

@@ -227,6 +227,20 @@ def test_passes_through_one_layer_hand_on_its_weights(
     assert torch.allclose(one.main_grad, expected.expand_as(one))  # type: ignore[attr-defined]
 
 
+def test_a_held_step_sends_the_sum_of_its_passes_also_when_it_is_repeated(
+    streams: ExchangeStreams,
+) -> None:
+    restored = restored_experts(streams, kinds=(Kind.STEP,))
+    restored.begin_step(restored.index, 2)
+    main_grads = []
+    for passes in range(1, 5):
+        compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
+        assert streams.exchange.count.reduces == passes // 2
+        main_grads.append(restored._share.parameters[0].main_grad.clone())  # type: ignore[attr-defined]
+    assert not main_grads[0].any() and torch.equal(main_grads[3], 2 * main_grads[1])
+    assert streams.exchange.count.restores == 1 and streams.grads.in_use == 0
+
+
 def test_memory_is_lent_again_only_when_the_restore_into_it_is_over(
     streams: ExchangeStreams,
 ) -> None:
@@ -329,12 +343,14 @@ def test_main_gradients_have_received_the_sums_when_autograd_is_told(
     assert torch.equal(seen[1], 2 * seen[0]) and torch.equal(seen[1], parameter.main_grad)
 
 
-def test_a_state_that_may_not_follow_is_named() -> None:
+def test_a_state_that_may_not_follow_is_named(streams: ExchangeStreams) -> None:
     state = ExpertsState("layer 3")
     with pytest.raises(AssertionError, match=r"layer 3: .*RESTORED cannot follow .*SHARDED"):
         state.enter(WeightState.RESTORED)
     with pytest.raises(AssertionError, match=r"layer 3: .*NONE cannot follow .*NONE"):
         state.enter(GradState.NONE)
+    with pytest.raises(AssertionError, match="NONE cannot follow"):
+        restored_experts(streams).grads.finish_reduce()
 
 
 def test_a_pass_without_replicas_leaves_no_wait_behind(streams: ExchangeStreams) -> None:
