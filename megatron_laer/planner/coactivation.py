@@ -1,15 +1,10 @@
 """Homes that keep experts which tokens choose together in one node, from counts of pairs.
 
-`place_together` searches for homes with few expected rows (`crossings.py`) where nodes have alike
-loads. The search is `native/node_experts.hpp`:
+`place_together` searches for nodes with few expected rows (`crossings.py`) and alike loads, then
+deals each node's experts to its ranks by load. The search is `native/node_experts.hpp`. Replicas
+take over balance, and do not guide it.
 
-1. Every expert has a home in one node. Homes are swapped while more pairs are inside nodes.
-2. Replicas fill the other slots, and both move at random while expected rows fall (annealing).
-
-Only homes are kept: replicas take over balance while these are searched for. Inside nodes, homes
-are dealt to ranks by load.
-
-Legend: N ranks, E experts, C slots per rank, G ranks per node.
+Legend: N ranks, E experts, G ranks per node.
 """
 
 from __future__ import annotations
@@ -23,31 +18,22 @@ from megatron_laer.planner.native_core import native
 
 # Any fixed number: the same pairs give the same homes.
 _SEED = 2602
-# Steps of the annealing for each slot.
-_STEPS_PER_SLOT = 128
+# Steps of the annealing for each expert.
+_STEPS = 128
 
 
 def place_together(pairs_EE: Int64, geometry: Geometry) -> Int64:
-    """Return the experts in the order of their homes; deterministic.
-
-    Slots above E/N are for replicas.
-    """
+    """Return the experts in the order of their homes; deterministic."""
     if pairs_EE.shape != (geometry.num_experts, geometry.num_experts):
         raise ValueError(
             f"pairs_EE has shape {pairs_EE.shape}, but the planner is for {geometry.num_experts} "
             "experts; give pairs of the same model"
         )
-    of_nodes_E = native.together(
-        pairs_EE,
-        geometry.num_nodes,
-        geometry.node_size * geometry.capacity,
-        Crossings(pairs_EE).top_k,
-        _STEPS_PER_SLOT * geometry.num_slots,
-        _SEED,
-    )
-    load_E, size = pairs_EE.diagonal(), geometry.node_size
-    nodes = of_nodes_E.reshape(geometry.num_nodes, -1)
-    return np.concatenate([_dealt(experts_X, load_E, size) for experts_X in nodes])
+    nodes, top_k = geometry.num_nodes, Crossings(pairs_EE).top_k
+    node_E = native.together(pairs_EE, nodes, top_k, _STEPS * geometry.num_experts, _SEED)
+    experts_MX = np.argsort(node_E, kind="stable").reshape(nodes, -1)
+    load_E = pairs_EE.diagonal()
+    return np.concatenate([_dealt(of, load_E, geometry.node_size) for of in experts_MX])
 
 
 def _dealt(experts_X: Int64, load_E: Int64, ranks: int) -> Int64:

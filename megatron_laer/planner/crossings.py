@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_laer.arrays import Bool, Int64
+from megatron_laer.arrays import Int64
 from megatron_laer.planner.native_core import native
 
 
@@ -34,9 +34,9 @@ class Crossings:
         """Return K: each token of an expert is in K of its pairs."""
         return max(round(float(self.pairs_EE.sum() / max(np.trace(self.pairs_EE), 1))), 1)
 
-    def rows(self, hosts_ME: Bool) -> float:
-        """Expect the rows of a token to other nodes than its own, for the experts of each node."""
-        return native.crossing_rows(self.pairs_EE, hosts_ME.astype(np.int64), self.top_k)
+    def rows(self, node_E: Int64, num_nodes: int) -> float:
+        """Expect the rows of a token to other nodes than its own, for the nodes of experts."""
+        return native.crossing_rows(self.pairs_EE, node_E, num_nodes, self.top_k)
 
 
 def check_pairs(pairs_EE: Int64) -> None:

@@ -4,6 +4,7 @@
 // Legend: E experts, Q nodes, K experts of a token.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -16,51 +17,37 @@ struct Pairs {
   std::vector<double> pairs_EE;
 
   const double* of(int expert) const { return pairs_EE.data() + int64_t{expert} * experts; }
-  double load(int expert) const;
-  double load_of_node(int expert) const { return load(expert) / nodes; }
+  double load(int expert) const { return std::max(of(expert)[expert], 1.0); }
 };
 
-// A token uses experts of its own node, else of any node. An expert on a single node leads tokens
-// there. Experts are in sets by that node; the number of experts of a token in a set has a known
-// mean and variance, and a Polya urn with both gives the share of tokens with none. A token of an
-// expert on several nodes goes to one that it needs anyway, if there is one.
+// Each expert is on one node, to which it leads tokens. The number of a token's experts on a node
+// has a known mean and variance, and a Polya urn with both gives the share of tokens with none.
 class Crossings {
  public:
-  explicit Crossings(const Pairs& pairs);
+  Crossings(const Pairs& pairs, const std::vector<int>& node_E);
 
-  bool hosts(int node, int expert) const { return hosts_QE_[at(node, expert)] != 0; }
-
-  // Takes an expert from a node and gives it to another; kNowhere is none.
-  static constexpr int kNowhere = -1;
-  void move(int expert, int from, int to);
+  int node(int expert) const { return node_E_[expert]; }
+  void move(int expert, int to);
 
   // Rows of a token to other nodes than its own.
   double rows() const;
 
-  // Pairs of a token and an expert that a node computes: tokens of nodes without the expert are shared
-  // evenly by all that have it.
-  double node_load(int node) const { return load_Q_[node]; }
+  // Pairs of a token and an expert that a node computes.
+  double load(int node) const { return sets_Q_[node].load; }
 
  private:
-  // Experts that lead tokens to one node.
+  // The experts of a node.
   struct Set {
     double load = 0, square = 0;
-    std::vector<char> has_E;
     std::vector<double> together_E;
   };
 
-  int64_t at(int node, int expert) const { return int64_t{node} * pairs_.experts + expert; }
-  void update(int node, int expert);
-  void add_load(int expert, double sign);
-  double visits(int node) const;
-  double missed(int node, int expert) const;
-  double rows_with_choice(int expert) const;
+  void change(int node, int expert, double sign);
+  double missed(const Set& set) const;
 
   const Pairs& pairs_;
-  double tokens_ = 0, tokens_of_node_ = 0, tokens_of_nodes_ = 0;
-  std::vector<double> load_E_, load_Q_;
-  std::vector<char> hosts_QE_;
-  std::vector<int> hosts_E_;
+  double tokens_ = 0;
+  std::vector<int> node_E_;
   std::vector<Set> sets_Q_;
 };
 

@@ -516,37 +516,28 @@ laer::Pairs pairs_of(const Counts& pairs_EE, int nodes, int top_k) {
           {pairs_EE.data(), pairs_EE.data() + pairs_EE.size()}};
 }
 
-// The rows that are expected if nodes have the experts of `hosts_QE` that are not 0.
-double crossing_rows(const Counts& pairs_EE, const Counts& hosts_QE, int top_k) {
-  if (hosts_QE.ndim() != 2) throw py::value_error("the experts of nodes must be [Q, E]");
-  const laer::Pairs pairs = pairs_of(pairs_EE, static_cast<int>(hosts_QE.shape(0)), top_k);
-  check_size(hosts_QE, int64_t{pairs.nodes} * pairs.experts, "the experts of nodes");
-  laer::Crossings crossings(pairs);
-  for (int node = 0; node < pairs.nodes; ++node) {
-    for (int e = 0; e < pairs.experts; ++e) {
-      if (hosts_QE.data()[node * pairs.experts + e] != 0) {
-        crossings.move(e, laer::Crossings::kNowhere, node);
-      }
-    }
+// The rows that are expected with these nodes of the experts.
+double crossing_rows(const Counts& pairs_EE, const Counts& node_E, int nodes, int top_k) {
+  const laer::Pairs pairs = pairs_of(pairs_EE, nodes, top_k);
+  check_size(node_E, pairs.experts, "the nodes of experts");
+  const std::vector<int> nodes_E(node_E.data(), node_E.data() + pairs.experts);
+  if (std::any_of(nodes_E.begin(), nodes_E.end(), [&](int of) { return of < 0 || of >= nodes; })) {
+    throw py::value_error("nodes of experts must be in 0..Q-1");
   }
-  return crossings.rows();
+  return laer::Crossings(pairs, nodes_E).rows();
 }
 
-// The experts at home in each node, node after node.
-py::array_t<int64_t> together(const Counts& pairs_EE, int nodes, int slots_per_node, int top_k,
-                              int steps, uint64_t seed) {
+// The node of each expert.
+py::array_t<int64_t> together(const Counts& pairs_EE, int nodes, int top_k, int steps,
+                              uint64_t seed) {
   const laer::Pairs pairs = pairs_of(pairs_EE, nodes, top_k);
-  if (pairs.experts % nodes != 0 || slots_per_node < pairs.experts / nodes) {
-    throw py::value_error("nodes must divide the experts, and have slots for their share");
-  }
-  std::vector<int64_t> order_E;
+  if (pairs.experts % nodes != 0) throw py::value_error("nodes must divide the experts");
+  std::vector<int> node_E;
   {
     py::gil_scoped_release release;
-    for (const auto& experts : laer::choose_nodes(pairs, slots_per_node, steps, seed)) {
-      order_E.insert(order_E.end(), experts.begin(), experts.end());
-    }
+    node_E = laer::choose_nodes(pairs, steps, seed);
   }
-  return to_array(order_E);
+  return to_array(std::vector<int64_t>(node_E.begin(), node_E.end()));
 }
 
 }  // namespace

@@ -11,9 +11,8 @@
 
 namespace laer {
 
-// Returns the experts at home in each node. Swaps homes for pairs inside nodes from several starts,
-// fills nodes with replicas, other experts than theirs, and then anneals both by expected rows.
-std::vector<std::vector<int>> choose_nodes(const Pairs& pairs, int slots_per_node, int steps,
-                                           uint64_t seed);
+// Returns the node of each expert, as many on each node. Swaps experts for pairs inside nodes from
+// several starts, and then anneals by expected rows.
+std::vector<int> choose_nodes(const Pairs& pairs, int steps, uint64_t seed);
 
 }  // namespace laer

@@ -11,7 +11,7 @@ Legend: N ranks, E experts, M nodes, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,9 +20,6 @@ from megatron_laer.planner.coactivation import place_together
 from megatron_laer.planner.crossings import Crossings
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.tools.traces.records import Trace
-
-# Replicas take over balance, so that homes need less of it. Neither none nor many is always better.
-_REPLICA_SLOTS = (0, 1, 4)
 
 BY_PAIRS, NO_ROWS, HEAVIER = "by pairs", "stock's: no rows saved", "stock's: a heavier rank"
 
@@ -119,19 +116,20 @@ def _of_layer(trace: Trace, layer: int, geometry: Geometry, tolerance: float) ->
     load_E = pairs.of_layer(layer).diagonal()
 
     def rows(order_E: Int64) -> float:
-        hosts_ME = _hosts(order_E, geometry.num_nodes)
-        return rows_of_sets(sets_TE, hosts_ME) if len(sets_TE) else expected.rows(hosts_ME)
+        node_E = _nodes(order_E, geometry.num_nodes)
+        if len(sets_TE):
+            return rows_of_sets(sets_TE, node_E == np.arange(geometry.num_nodes)[:, None])
+        return expected.rows(node_E, geometry.num_nodes)
 
     def max_over_mean(order_E: Int64) -> float:
         load_N = load_E[order_E].reshape(geometry.num_ranks, -1).sum(axis=1)
         return float(load_N.max() / max(load_N.mean(), 1.0))
 
     stock_E = np.arange(geometry.num_experts)
-    most = max_over_mean(stock_E) + tolerance
-    found = _orders(pairs.of_layer(layer, planned), geometry)
-    order_E = next((one_E for one_E in found if max_over_mean(one_E) <= most), stock_E)
-    homes = BY_PAIRS if order_E is not stock_E else HEAVIER
-    if rows(order_E) >= rows(stock_E) and homes == BY_PAIRS:
+    order_E, homes = place_together(pairs.of_layer(layer, planned), geometry), BY_PAIRS
+    if max_over_mean(order_E) > max_over_mean(stock_E) + tolerance:
+        order_E, homes = stock_E, HEAVIER
+    elif rows(order_E) >= rows(stock_E):
         order_E, homes = stock_E, NO_ROWS
     return LayerHomes(
         trace.layers[layer],
@@ -147,16 +145,6 @@ def _of_layer(trace: Trace, layer: int, geometry: Geometry, tolerance: float) ->
     )
 
 
-def _orders(pairs_EE: Int64, geometry: Geometry) -> list[Int64]:
-    """Return experts in the order of homes, for each number of replica slots; fewest rows first."""
-    orders = []
-    for slots in _REPLICA_SLOTS:
-        capacity = min(geometry.capacity + slots, geometry.num_experts)
-        orders.append(place_together(pairs_EE, replace(geometry, capacity=capacity)))
-    crossings = Crossings(pairs_EE)
-    return sorted(orders, key=lambda order_E: crossings.rows(_hosts(order_E, geometry.num_nodes)))
-
-
 def rows_of_sets(sets_TE: Bool, hosts_ME: Bool) -> float:
     """Return a token's rows to other nodes than its own, which each node is alike."""
     visits_TM = sets_TE.astype(np.float32) @ hosts_ME.T.astype(np.float32) > 0
@@ -170,8 +158,8 @@ def _halves(step_P: Int64) -> tuple[range, range]:
     return (range(first, middle) if middle > first else range(first, end)), range(middle, end)
 
 
-def _hosts(order_E: Int64, num_nodes: int) -> Bool:
-    """Return the experts at home on each node, bool [M, E]."""
-    hosts_ME = np.zeros((num_nodes, len(order_E)), dtype=np.bool_)
-    np.put_along_axis(hosts_ME, order_E.reshape(num_nodes, -1), True, axis=1)
-    return hosts_ME
+def _nodes(order_E: Int64, num_nodes: int) -> Int64:
+    """Return the home node of each expert."""
+    node_E = np.empty_like(order_E)
+    node_E[order_E] = np.arange(len(order_E)) * num_nodes // len(order_E)
+    return node_E
