@@ -1,9 +1,8 @@
-// The choice between the two ways to pack, by how scarce slots are and by tokens off their node.
+// The choice between the two ways to pack: inside nodes where these can balance themselves.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "construct.hpp"
 
-#include <optional>
 #include <utility>
 
 #include "home.hpp"
@@ -27,16 +26,11 @@ bool can_balance(const Shape& shape) {
 
 std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE, Purpose purpose) {
   const int64_t cap = ideal_load(shape, node_counts_QE);
-  // A spare split for every rank lets nodes balance themselves; with fewer, both ways are tried.
-  const bool scarce = static_cast<int64_t>(shape.ranks) * (shape.capacity - 2) < shape.experts;
-  RankContents by_node(shape);
-  const std::optional<int64_t> off_node = pack_by_node(shape, node_counts_QE, cap, by_node);
-  if (off_node && (*off_node == 0 || !scarce)) return by_node.finish(node_counts_QE);
-  RankContents over_all(shape);
-  const PackingWeights& weights = purpose == Purpose::kNow ? kLocal : kSteady;
-  const int64_t off_node_over_all = pack_scarce(shape, node_counts_QE, cap, weights, over_all);
-  const bool take_by_node = off_node && *off_node <= off_node_over_all;
-  return (take_by_node ? by_node : over_all).finish(node_counts_QE);
+  RankContents contents(shape);
+  if (!pack_by_node(shape, node_counts_QE, cap, contents)) {
+    pack_scarce(shape, node_counts_QE, cap, purpose == Purpose::kNow ? kLocal : kSteady, contents);
+  }
+  return contents.finish(node_counts_QE);
 }
 
 Fresh fresh(const Shape& shape, const CostModel* costs, const Counts& counts,

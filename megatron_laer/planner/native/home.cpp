@@ -26,14 +26,12 @@
 //
 // Phases of replicate():
 //   1. Loads of experts and ranks, and each rank's experts sorted.
-//   2. Steps, the most underloaded taker first. Of givers that can fill its room one of the same
-//      node is taken, and of those the most loaded; else the giver with the largest expert. Of the
-//      giver's experts, by rule, the smallest that fills the room or the largest. With several
+//   2. Steps, the most underloaded taker first. It takes the largest expert of the most loaded giver
+//      of its node, or of all, if that fills its room; else the largest of all givers. With several
 //      nodes, an expert of another node that fills the room and that most tokens of the taker's node
-//      are for goes first: these tokens then stay in their node.
-//   3. If the level is missed, the other rule, and the better of both. Every layout here is at least
-//      as balanced as stock's placement, since a step only lowers loads that are above the level.
-//   4. Experts of a rank's replica slots ascend, empty slots come last.
+//      are for goes first: these tokens then stay in their node. Every layout here is at least as
+//      balanced as stock's placement, since a step only lowers loads that are above the level.
+//   3. Experts of a rank's replica slots ascend, empty slots come last.
 // A step takes O(H + log N) and uses a slot, so all take O(N * (C - H) * (H + log N)) besides
 // sorting.
 //
@@ -54,19 +52,17 @@
 namespace laer {
 namespace {
 
-// Givers by load that are looked at for one that can fill a room.
+// Givers by load whose experts are looked at for tokens of a taker's node.
 constexpr int kCompared = 8;
 
 // Parts of a token in which tokens per holder are counted.
 constexpr int64_t kParts = 1024;
 
-enum class Rule { kSmallestThatFills, kLargest };
-
 class AliasMethod {
  public:
   AliasMethod(const Shape& shape, const int64_t* node_counts_QE,
-              const std::vector<int64_t>& loads_E, int64_t level, Rule rule)
-      : shape_(shape), node_counts_QE_(node_counts_QE), level_(level), rule_(rule),
+              const std::vector<int64_t>& loads_E, int64_t level)
+      : shape_(shape), node_counts_QE_(node_counts_QE), level_(level),
         tokens_E_(loads_E), order_E_(loads_E.size()),
         load_N_(shape.ranks, 0), givers_Q_(shape.nodes()), replicas_N_(shape.ranks) {
     std::iota(order_E_.begin(), order_E_.end(), 0);
@@ -83,7 +79,7 @@ class AliasMethod {
       const int taker = takers_.begin()->second;
       const int64_t room = level_ - load_N_[taker];
       int place = shape_.nodes() > 1 ? place_for_locality(taker, room) : kNowhere;
-      if (place == kNowhere) place = place_of_choice(choose_giver(taker, room), room);
+      if (place == kNowhere) place = largest_place(choose_giver(taker, room));
       const int giver = place / shape_.home;
       leave(taker);
       leave(giver);
@@ -118,9 +114,9 @@ class AliasMethod {
     return tokens_E_[a] != tokens_E_[b] ? tokens_E_[a] < tokens_E_[b] : a > b;
   }
 
-  // The expert of a rank with most tokens at home.
-  int largest_of(int rank) const { return order_E_[(rank + 1) * shape_.home - 1]; }
-  int64_t most_of(int rank) const { return tokens_E_[largest_of(rank)]; }
+  // The place, in the order, of the expert of a rank with most tokens at home.
+  int largest_place(int rank) const { return (rank + 1) * shape_.home - 1; }
+  int64_t most_of(int rank) const { return tokens_E_[order_E_[largest_place(rank)]]; }
 
   // Sets of givers are in descending order, those of takers ascending.
   void enter(int rank) {
@@ -146,24 +142,11 @@ class AliasMethod {
 
   int choose_giver(int taker, int64_t room) const {
     for (const ByLoad* givers : {&givers_Q_[taker / shape_.node_size], &givers_}) {
-      int compared = 0;
-      for (const auto& giver : *givers) {
-        if (most_of(giver.second) >= room) return giver.second;
-        if (++compared == kCompared) break;
-      }
+      if (givers->empty()) continue;
+      const int most_loaded = givers->begin()->second;
+      if (most_of(most_loaded) >= room) return most_loaded;
     }
     return by_largest_.begin()->second;
-  }
-
-  // The place, in the order, of the expert to take from a giver.
-  int place_of_choice(int giver, int64_t room) const {
-    const auto first = order_E_.begin() + giver * shape_.home, last = first + shape_.home;
-    auto at = last - 1;
-    if (rule_ == Rule::kSmallestThatFills && tokens_E_[*at] >= room) {
-      at = std::lower_bound(first, last, room,
-                            [&](int e, int64_t tokens) { return tokens_E_[e] < tokens; });
-    }
-    return static_cast<int>(at - order_E_.begin());
   }
 
   // The place of the expert that keeps most tokens of the taker's node there, or none.
@@ -205,7 +188,6 @@ class AliasMethod {
   const Shape& shape_;
   const int64_t* node_counts_QE_;
   const int64_t level_;
-  const Rule rule_;
   std::vector<int64_t> tokens_E_;  // that are still at home
   std::vector<int> order_E_;       // experts of each rank, ascending by these
   std::vector<int64_t> load_N_;
@@ -249,14 +231,9 @@ HomeLayout replicate(const Shape& shape, const int64_t* node_counts_QE, int64_t 
   const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
   const int64_t ideal = ideal_of(shape, loads_E);
   level = std::max(level, ideal);
-  HomeLayout best = AliasMethod(shape, node_counts_QE, loads_E, level, Rule::kLargest).run();
-  if (best.largest > level) {
-    HomeLayout other =
-        AliasMethod(shape, node_counts_QE, loads_E, level, Rule::kSmallestThatFills).run();
-    if (other.largest < best.largest) best = std::move(other);
-  }
-  best.is_ideal = best.largest <= ideal;
-  return best;
+  HomeLayout made = AliasMethod(shape, node_counts_QE, loads_E, level).run();
+  made.is_ideal = made.largest <= ideal;
+  return made;
 }
 
 void fill_slots(const Shape& shape, const int64_t* node_counts_QE, int most, Fill fill,

@@ -26,7 +26,7 @@ namespace {
 constexpr int64_t kNearlyPart = 32;
 
 // Levels above the ideal, as parts of what stock's placement is above it.
-constexpr int64_t kLevelParts[] = {2, 8, 32};
+constexpr int64_t kLevelParts[] = {8, 32};
 
 // Slots of a rank that are filled after the gate, where balance needs none.
 constexpr int kMostAfterGate = 2;
@@ -85,15 +85,17 @@ HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, co
 
 std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const int64_t* node_counts_QE,
                                                  const std::vector<int16_t>& balanced_S) {
+  struct Way {
+    std::vector<int16_t> slots_S;
+    Fill fill;
+  };
   std::vector<std::vector<int16_t>> layouts;
-  for (const std::vector<int16_t>& begin_S : {at_home(shape), balanced_S}) {
-    for (Fill fill : {Fill::kLoadAndNode, Fill::kNode}) {
-      std::vector<int16_t> slots_S = begin_S;
-      for (int most = 1, all = shape.capacity - shape.home; most < 2 * all; most *= 2) {
-        const std::vector<int16_t> before_S = slots_S;
-        fill_slots(shape, node_counts_QE, std::min(most, all), fill, slots_S);
-        if (slots_S != before_S) layouts.push_back(slots_S);
-      }
+  for (Way way : {Way{at_home(shape), Fill::kLoadAndNode}, Way{at_home(shape), Fill::kNode},
+                  Way{balanced_S, Fill::kLoadAndNode}}) {
+    for (int most : {1, shape.capacity - shape.home}) {
+      const std::vector<int16_t> before_S = way.slots_S;
+      fill_slots(shape, node_counts_QE, most, way.fill, way.slots_S);
+      if (way.slots_S != before_S) layouts.push_back(way.slots_S);
     }
   }
   return layouts;
@@ -125,10 +127,9 @@ HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const Cou
     best.loads_S = std::move(loads_S);
   };
   // Ranks wait for this choice, and nothing hides the fetch: few slots are filled.
-  std::vector<int16_t> balanced_S = best.slots_S, home_S = at_home(shape);
+  const std::vector<int16_t> balanced_S = best.slots_S;
   compete(balanced_S);
-  fill_slots(shape, node_counts_QE, 1, Fill::kLoadAndNode, balanced_S);
-  compete(balanced_S);
+  std::vector<int16_t> home_S = at_home(shape);
   const int most = std::min(shape.capacity - shape.home, kMostAfterGate);
   fill_slots(shape, node_counts_QE, most, Fill::kLoadAndNode, home_S);
   compete(home_S);

@@ -26,13 +26,11 @@ class Sharing {
   NodeShares run() {
     choose_experts();
     share_tokens();
-    NodeShares shares{std::move(hosted_QE_), {}, 0, largest_ <= cap_ * shape_.node_size};
+    NodeShares shares{std::move(hosted_QE_), {}, largest_ <= cap_ * shape_.node_size};
     shares.tokens_QE.assign(shares.hosted_QE.size(), 0);
     for (int e = 0; e < experts_; ++e) {
       for (int pair = graph_.group_begin[e]; pair < graph_.group_begin[e + 1]; ++pair) {
-        const size_t at = static_cast<size_t>(graph_.pair_rank[pair]) * experts_ + e;
-        shares.tokens_QE[at] = flow_[pair];
-        shares.off_node += std::max<int64_t>(flow_[pair] - counts_QE_[at], 0);
+        shares.tokens_QE[static_cast<size_t>(graph_.pair_rank[pair]) * experts_ + e] = flow_[pair];
       }
     }
     return shares;

@@ -15,7 +15,6 @@ namespace laer {
 struct NodeShares {
   std::vector<char> hosted_QE;
   std::vector<int64_t> tokens_QE;  // that each node takes, 0 where it does not host the expert
-  int64_t off_node;                // tokens that leave their node
   bool is_balanced;                // whether no node takes more than its ranks can carry
 };
 

@@ -141,13 +141,13 @@ int64_t& OpenItems::most_tokens(int expert) {
   }
 }
 
-int64_t OpenItems::take(int node, Item item, int64_t amount) {
+void OpenItems::take(int node, Item item, int64_t amount) {
   close(item);
   int64_t local = item.home == node ? item.tokens : 0;
   if (item.is_mixed()) local = mixed_tokens_QE_[at(node, item.expert)];
   const int64_t own = std::min(amount, local);
   item.tokens -= amount;
-  if (item.tokens == 0) return amount - own;
+  if (item.tokens == 0) return;
   if (item.is_mixed()) {
     mixed_tokens_QE_[at(node, item.expert)] -= own;
     // Tokens of other nodes come from those with most of them.
@@ -159,7 +159,6 @@ int64_t OpenItems::take(int node, Item item, int64_t amount) {
     }
   }
   open(item);
-  return amount - own;
 }
 
 }  // namespace laer

@@ -31,8 +31,8 @@ class OpenItems {
   const int64_t* mixed_tokens_E(int node) const { return mixed_tokens_QE_.data() + at(node, 0); }
 
   // Gives `amount` tokens of an item to a rank of the node, its own ones first, and closes the item
-  // if none are left. Returns how many of them come from other nodes.
-  int64_t take(int node, Item item, int64_t amount);
+  // if none are left.
+  void take(int node, Item item, int64_t amount);
 
  private:
   size_t at(int node, int expert) const {

@@ -51,23 +51,23 @@ void fill_ranks(const Shape& shape, int64_t cap, int node, std::vector<Item>& it
 
 }  // namespace
 
-std::optional<int64_t> pack_by_node(const Shape& shape, const int64_t* node_counts_QE, int64_t cap,
-                                    RankContents& contents) {
+bool pack_by_node(const Shape& shape, const int64_t* node_counts_QE, int64_t cap,
+                  RankContents& contents) {
   // The most experts that a node can balance.
   const int most_experts =
       std::min(shape.experts, shape.node_size * (shape.capacity - 1) + 1);
   // With hardly more places than experts, balance between nodes decides which node hosts what.
   if (most_experts < shape.experts &&
       static_cast<int64_t>(shape.nodes()) * (most_experts - 2) < shape.experts) {
-    return std::nullopt;
+    return false;
   }
   const NodeShares shares = share_among_nodes(shape, node_counts_QE, cap, most_experts);
-  if (!shares.is_balanced) return std::nullopt;
+  if (!shares.is_balanced) return false;
   std::vector<std::vector<Item>> items_Q = node_items(shape, shares);
   for (int node = 0; node < shape.nodes(); ++node) {
     fill_ranks(shape, cap, node, items_Q[node], contents);
   }
-  return shares.off_node;
+  return true;
 }
 
 }  // namespace laer

@@ -5,16 +5,15 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 
 #include "rank_contents.hpp"
 #include "shape.hpp"
 
 namespace laer {
 
-// Fills `contents` so that no rank needs more than `cap`; returns the tokens that leave their node,
-// or nothing, and `contents` as it was, if nodes cannot be balanced that way.
-std::optional<int64_t> pack_by_node(const Shape& shape, const int64_t* node_counts_QE, int64_t cap,
-                                    RankContents& contents);
+// Fills `contents` so that no rank needs more than `cap`; returns false, and leaves `contents` as it
+// was, if nodes cannot be balanced that way.
+bool pack_by_node(const Shape& shape, const int64_t* node_counts_QE, int64_t cap,
+                  RankContents& contents);
 
 }  // namespace laer

@@ -23,22 +23,20 @@ class ScarcePacking {
         search_(shape.capacity, cap, weights),
         contents_(contents) {}
 
-  // Phase 2. Returns the tokens that leave their node.
-  int64_t run() {
-    int64_t off_node = 0;
+  // Phase 2.
+  void run() {
     int64_t open_ranks = shape_.ranks;
     for (int local_rank = 0; local_rank < shape_.node_size; ++local_rank) {
       for (int node = 0; node < shape_.nodes(); ++node) {
-        if (open_.size() == 0) return off_node;
-        off_node += fill(node, node * shape_.node_size + local_rank, open_ranks);
+        if (open_.size() == 0) return;
+        fill(node, node * shape_.node_size + local_rank, open_ranks);
         --open_ranks;
       }
     }
-    return off_node;
   }
 
  private:
-  int64_t fill(int node, int rank, int64_t open_ranks) {
+  void fill(int node, int rank, int64_t open_ranks) {
     // Phase 2a.
     const RankBounds bounds{
         std::max<int64_t>(open_.tokens() - (open_ranks - 1) * cap_, 0),
@@ -62,15 +60,14 @@ class ScarcePacking {
   }
 
   // Phase 2d.
-  int64_t take(int node, int rank, const RankChoice& choice) {
-    int64_t off_node = 0;
+  void take(int node, int rank, const RankChoice& choice) {
     for (int i : choice.whole_items) {
-      off_node += open_.take(node, items_[i], items_[i].tokens);
+      open_.take(node, items_[i], items_[i].tokens);
       contents_.add(rank, items_[i].expert);
     }
     const Item& split = items_[choice.split_item];
     contents_.add(rank, split.expert);
-    return off_node + open_.take(node, split, choice.split_tokens);
+    open_.take(node, split, choice.split_tokens);
   }
 
   const Shape& shape_;
@@ -84,9 +81,9 @@ class ScarcePacking {
 
 }  // namespace
 
-int64_t pack_scarce(const Shape& shape, const int64_t* node_counts_QE, int64_t cap,
-                    const PackingWeights& weights, RankContents& contents) {
-  return ScarcePacking(shape, node_counts_QE, cap, weights, contents).run();
+void pack_scarce(const Shape& shape, const int64_t* node_counts_QE, int64_t cap,
+                 const PackingWeights& weights, RankContents& contents) {
+  ScarcePacking(shape, node_counts_QE, cap, weights, contents).run();
 }
 
 }  // namespace laer

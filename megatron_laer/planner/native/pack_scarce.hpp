@@ -45,8 +45,8 @@
 
 namespace laer {
 
-// Fills `contents` so that no rank needs more than `cap`; returns the tokens that leave their node.
-int64_t pack_scarce(const Shape& shape, const int64_t* node_counts_QE, int64_t cap,
-                    const PackingWeights& weights, RankContents& contents);
+// Fills `contents` so that no rank needs more than `cap`.
+void pack_scarce(const Shape& shape, const int64_t* node_counts_QE, int64_t cap,
+                 const PackingWeights& weights, RankContents& contents);
 
 }  // namespace laer
