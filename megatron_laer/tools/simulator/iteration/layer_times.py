@@ -39,10 +39,11 @@ _LOGIT_BYTES = 16
 # through the softmax's backward (two reads and a write) and is read twice, the scores once. These
 # give the times of standard attention in FlashAttention-3's paper.
 _SCORE_PASSES, _SCORE_PASSES_BACKWARD = 4, 7
-# Operations of a layer in forward and backward: without experts, more with them, of each slot, and
-# of each chunk that Megatron's All-to-All dispatcher sorts, a slot's tokens from one rank. All but
-# the first were counted (`python -m benchmarks.launches`).
-_DENSE_OPERATIONS, _MOE_OPERATIONS, _SLOT_OPERATIONS, _CHUNK_OPERATIONS = 75, 85, 10, 1.5
+# Operations of a layer in forward and backward: without experts, more with them, and of each slot;
+# of each rank whose tokens Megatron's All-to-All dispatcher sorts; and of rows through nodes. All
+# but the first were counted (`python -m benchmarks.launches`).
+_DENSE_OPERATIONS, _MOE_OPERATIONS, _SLOT_OPERATIONS = 75, 85, 10
+_RANK_OPERATIONS, _NODE_OPERATIONS = 6, 64
 # Launches that take the host as long as one of these, in Python with autograd: from one published
 # time, in which the host is slower than the device (docs/simulator.md).
 _OPERATION_LAUNCHES = 7.3
@@ -302,9 +303,13 @@ def _operations(work: LayerWork | None) -> float:
     """Return the operations of a layer in forward and backward; None has no experts."""
     if work is None:
         return _DENSE_OPERATIONS
-    chunks = (work.group or 0) * work.used_slots if work.passing.sorts_chunks else 0
-    of_slots = _SLOT_OPERATIONS * work.used_slots + _CHUNK_OPERATIONS * chunks
-    return _DENSE_OPERATIONS + _MOE_OPERATIONS + of_slots
+    passing, found = work.passing, _DENSE_OPERATIONS + _MOE_OPERATIONS
+    found += _SLOT_OPERATIONS * work.used_slots
+    if passing.sorts_chunks:
+        found += _RANK_OPERATIONS * (work.group or 0)
+    if passing.prices.in_stages and not passing.pipelined:
+        found += _NODE_OPERATIONS
+    return found
 
 
 def _ffn_widths(model: ModelShape, width: int) -> tuple[int, int]:
