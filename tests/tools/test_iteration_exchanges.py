@@ -63,19 +63,26 @@ def test_replicas_that_are_held_move_once_per_step():
     assert by_step.memory_bytes["restored_gradients"] == slots * 4 + slots / 4 * 2
 
 
-def test_steps_without_replicas_count_no_bytes_of_them():
-    skewed, even = (workload_trace(name, WorkloadShape(8, 8, 2, 2**17), 4) for name in ("W1", "W0"))
-    counts_RNE = np.concatenate([even.counts_RNE[:2], skewed.counts_RNE[2:]])
-    homes = {"names": [FSEP], "mode": "forecast", "sharding": Sharding.EXPERTS}
-    # The second step's forecast is even, and the last one's skewed.
-    never, once, always = (
-        sum(of["restore"] for of in predicted(trace, **homes)[FSEP].bytes_by_kind.values())
-        for trace in (even, replace(even, counts_RNE=counts_RNE), skewed)
-    )
-    assert 0 == never < once < always
-
-
 HOMES = Geometry(8, 8, 3, 8, Sharding.EXPERTS)
+
+
+def test_steps_without_replicas_count_no_bytes_of_them():
+    """On one node, as between nodes even loads have replicas too, for tokens that stay inside."""
+    skewed, even = (workload_trace(name, WorkloadShape(8, 8, 2, 2**17), 4) for name in ("W1", "W0"))
+    costs = CostModel(H100, TINY.hidden, TINY.expert_ffn, TINY.gated, 2)
+    rates = Rates(H100, 2)
+    method = make_method(FSEP, MethodSettings(HOMES, costs, PlanMode.FORECAST), rates)
+
+    def restored(counts_RNE):
+        routing = Routing(replace(even, counts_RNE=counts_RNE), 8)
+        run = RunShape(8, 8, round(routing.pairs / TINY.topk), 4)
+        (found,) = predict_iterations(routing, TINY, run, [method], [rates], steps=2)
+        return found.bytes_by_kind["intra"]["restore"]
+
+    # The second step's forecast is even, and the last one's skewed.
+    mixed_RNE = np.concatenate([even.counts_RNE[:2], skewed.counts_RNE[2:]])
+    never, once, always = map(restored, (even.counts_RNE, mixed_RNE, skewed.counts_RNE))
+    assert 0 == never < once < always
 
 
 def of_layout(model, recompute=Recompute.NONE, **settings):

@@ -51,10 +51,6 @@ def test_kernels_of_permutations_compile_for_cards_that_are_not_here(
     types |= {"rows_PH": f"*{rows}", "sums_TH": f"*{rows}"}
     for kernel in (kernels._rows_of_expert, kernels._rows_of_token, kernels._sum_rows):
         compile_for(capability, kernel, types, {"BLOCK": 256})
-    types = dict.fromkeys(("token_P", "place_P", "first_J", "place_JK", "tokens_JK"), "*i64")
-    types |= {"here_TB": "*i32", "taken_P": "*i32"}
-    for kernel in (kernels._recount, kernels._choose):
-        compile_for(capability, kernel, types, {"BLOCK": 256})
 
 
 @pytest.mark.parametrize(
