@@ -55,6 +55,7 @@ class CostModel:
         latency_s: float,
         host_s: float,
         host_forward_s: float,
+        host_slot_s: float,
         replicas_host_s: float,
         by_node: bool,
         by_layout: bool,

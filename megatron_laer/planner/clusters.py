@@ -75,8 +75,9 @@ class SolveTime:
         return SolveTime(self.base_s * factor, self.slot_s * factor, self.count_s * factor)
 
 
-# Launches that take the host as long as forward of a layer with 8 experts (`simulate` counts more).
-_FORWARD_LAUNCHES = 584
+# Launches that take the host as long as forward of a layer, and as a slot more in it (`simulate`
+# counts operations).
+_LAYER_LAUNCHES, _SLOT_LAUNCHES = 390, 24.25
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,13 @@ class HostTime:
             _check_seconds(name, getattr(self, name))
 
     @property
-    def forward_s(self) -> float:
-        return _FORWARD_LAUNCHES * self.launch_s
+    def slot_s(self) -> float:
+        """Return the time of a further slot in forward."""
+        return _SLOT_LAUNCHES * self.launch_s
+
+    def forward_seconds(self, slots: int) -> float:
+        """Return the time of a layer's forward whose ranks use this number of slots."""
+        return _LAYER_LAUNCHES * self.launch_s + slots * self.slot_s
 
 
 # NCCL's MAXCHANNELS, which also bounds its thread blocks.

@@ -63,8 +63,8 @@ class Exposed(NamedTuple):
     Attributes:
         forward_s, backward_s: of restores, and in backward of the reduce. Backward's are equal for
             all layouts of rows with `flat`.
-        host_s: of the host's work for replicas in forward, as far as the device is not later; the
-            same for all layouts of rows.
+        host_s: of the host's work for replicas, as far as the device is not later; the same for all
+            layouts of rows.
     """
 
     forward_s: float
@@ -427,7 +427,8 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         inter.bytes_per_s,
         costs.token_latency_seconds(geometry),
         costs.host_seconds(geometry),
-        0.0 if host is None else host.forward_s,
+        0.0 if host is None else host.forward_seconds(geometry.home_slots or geometry.capacity),
+        0.0 if host is None else host.slot_s,
         0.0 if host is None else host.replicas_s,
         costs.restore_algorithm == ExchangeAlgorithm.NODE,
         costs.by_layout,

@@ -147,7 +147,7 @@ def test_the_core_refuses_sizes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="a slot holds no expert"):
         native.rank_quotas(SLOTS_S, loads_S, columns_NC, 5)
     points = np.array([1]), np.ones(1), np.ones(2), np.ones(1), np.ones(1)
-    numbers = 1.0, 0.3, 4.0, *[1.0] * 2, False, *[1.0] * 2, *[0.0] * 4, False, False, *[0.0] * 5, 0
+    numbers = 1.0, 0.3, 4.0, *[1.0] * 2, False, *[1.0] * 2, *[0.0] * 5, False, False, *[0.0] * 5, 0
     with pytest.raises(ValueError, match="wrong size of the GEMM curve"):
         native.CostModel(*points, *numbers, *carried(4, 4), 1)
     with pytest.raises(ValueError, match="the GEMM curve is empty"):

@@ -301,20 +301,29 @@ double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchang
   return std::max(exchanges.backward_s() - (beside_s - beside_s * costs.forward_share), 0.0);
 }
 
-bool has_replicas(const Shape& shape, const int16_t* slots_S) {
-  for (int slot = 0; slot < shape.slots(); ++slot) {
-    if (!shape.is_home(slot) && slots_S[slot] != kEmpty) return true;
+int most_replicas(const Shape& shape, const int16_t* slots_S) {
+  int most = 0;
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    const int16_t* first = slots_S + static_cast<int64_t>(rank) * shape.capacity;
+    const auto empty = std::count(first + shape.home, first + shape.capacity, kEmpty);
+    most = std::max(most, shape.capacity - shape.home - static_cast<int>(empty));
   }
-  return false;
+  return most;
 }
 
-// The host starts anew at each gate, and is hidden as far as the device takes longer.
+// The host starts anew at each gate, and is hidden as far as the device takes longer. Backward takes
+// it twice as long as forward. All layouts of rows have as many slots.
 double replica_host_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                             double beside_s) {
-  if (!has_replicas(shape, slots_S)) return 0.0;
-  const double over_s =
-      costs.host_forward_s + costs.replicas_host_s - beside_s * costs.forward_share;
-  return std::min(std::max(over_s, 0.0), costs.replicas_host_s);
+  const int most = most_replicas(shape, slots_S);
+  if (most == 0) return 0.0;
+  const double slots_s = shape.home > 0 ? most * costs.host_slot_s : 0.0;
+  const double device_s = beside_s * costs.forward_share;
+  const auto added_s = [](double host_s, double more_s, double hidden_s) {
+    return std::min(std::max(host_s + more_s - hidden_s, 0.0), more_s);
+  };
+  return added_s(costs.host_forward_s, slots_s + costs.replicas_host_s, device_s) +
+         added_s(2 * costs.host_forward_s, 2 * slots_s, beside_s - device_s);
 }
 
 }  // namespace laer

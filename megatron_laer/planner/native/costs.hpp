@@ -44,7 +44,8 @@ struct CostModel {
   double intra_bytes_per_s, inter_bytes_per_s;
   double latency_s;                    // of one pass of the token exchange
   double host_s;                       // of any microbatch, a constant of the shape
-  double host_forward_s, replicas_host_s;  // of a whole layer's forward, and of replicas in it
+  // Of a whole layer's forward without replicas, of each slot more in it, and of any replicas.
+  double host_forward_s, host_slot_s, replicas_host_s;
   bool by_node;                        // how changed slots are fetched
   bool by_layout;                      // whether each layout of home experts takes the faster way
   double flat_latency_s, node_latency_s;  // of a fetch of all matrices
@@ -92,10 +93,10 @@ double exposed_forward_seconds(const CostModel& costs, const Exchanges& exchange
 double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchanges,
                                 double beside_s);
 
-// Whether any slot after the home slots has an expert.
-bool has_replicas(const Shape& shape, const int16_t* slots_S);
+// Slots after the home slots with an expert, the most of a rank.
+int most_replicas(const Shape& shape, const int16_t* slots_S);
 
-// Seconds that the host's work for fetched experts adds to the forward of such a layer.
+// Seconds that the host's work for fetched experts adds to both passes of such a layer.
 double replica_host_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                             double beside_s);
 

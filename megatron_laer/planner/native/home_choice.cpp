@@ -35,7 +35,7 @@ constexpr int kMostAfterGate = 2;
 
 double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        const Exchanges& exchanges, double beside_s, bool is_after_gate) {
-  if (!has_replicas(shape, slots_S)) return 0.0;
+  if (most_replicas(shape, slots_S) == 0) return 0.0;
   const double whole_s = exchanges.all_s();
   const double exposed_s =
       (is_after_gate ? exchanges.restore_s : exposed_forward_seconds(costs, exchanges, beside_s)) +
