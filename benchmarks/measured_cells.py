@@ -190,8 +190,8 @@ def predicted_seconds(job: Job, rates: Rates) -> float:
     trace = _trace(job)
     steps = len(set(trace.step_R.tolist())) - job.size.warm_up
     method = make_method(name, settings, rates)
-    routing = Routing(trace, RANKS)
-    found = predict_iterations(routing, model, run, [method], [rates], steps=steps, lag=1)
+    routing = Routing(trace, RANKS, model.topk)
+    found = predict_iterations(routing, model, run, [method], [rates], steps=steps)
     return found[0].iteration_s
 
 

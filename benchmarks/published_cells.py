@@ -213,7 +213,7 @@ def _works(
         size = capacity * model.expert_weights * model.bytes_per_element
         inside, outside = (NODE_SIZE - 1) / RANKS, (RANKS - NODE_SIZE) / RANKS
         intra, inter = size * inside, size * outside
-        exchange = Exchange(intra, inter, intra, inter, False, 1, RANKS, NODE_SIZE)
+        exchange = Exchange(intra, inter, False, 1, RANKS, NODE_SIZE)
     return [
         [_work(pairs_N, mean, rates, exchange, model) for pairs_N in pairs_MN]
         for pairs_MN in pairs_LMN
@@ -232,8 +232,6 @@ def _work(
         pairs_N=pairs_N,
         intra_N=(np.maximum(pairs_N, mean) * others).astype(np.int64),
         inter_N=np.zeros_like(pairs_N),
-        mean_intra=float(mean * others),
-        mean_inter=0.0,
         restore=exchange,
         reduce=exchange,
         change=None,

@@ -2,7 +2,7 @@
 
 `LayerPasses` adds up a layer's outcomes, one per decided pass. `LayerMetrics` and `RankMetrics` are
 sums over groups and ranks. `named` gives their names, which `metrics.py` describes. Nothing here
-measures time, so a report on a trace alone uses the same code.
+measures time.
 
 Legend: N ranks.
 """

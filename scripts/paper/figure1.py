@@ -8,7 +8,6 @@ Legend: R records, E experts.
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = read_model(options.model)
     if options.trace is None:
         shape = skewed["ranks"], skewed["tokens"]
-        trace = simulate_input.workload(Namespace(lag=1), model, PAPER, *shape)
+        trace = simulate_input.workload(model, PAPER, *shape)
     else:
         trace = read_trace(options.trace, num_experts=model.num_experts)
     of_paper = published.get((options.model, FSDP))

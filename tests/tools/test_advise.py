@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from megatron_laer.choices import Recompute
 from megatron_laer.planner.cluster_files import cluster_content, load_cluster
-from megatron_laer.precision import Precision
 from megatron_laer.tools import cli
 from megatron_laer.tools.cli import run_flags
+from megatron_laer.tools.cli.advise import _DEFAULTS
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from tests.processes import python
 from tests.tools.plan_cases import drifting_trace, recording
@@ -25,7 +26,7 @@ architecture: {num-layers: 4, hidden-size: 4096, ffn-hidden-size: 14336, num-att
 moe: {num-experts: 8, moe-router-topk: 2}
 precision: {bf16: true}
 """
-GPUS = "--cluster h100-8 --gpus 8 --tokens 4096"
+GPUS = "--cluster h100-8 --gpus 8"
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +66,9 @@ def value(found):
 
 
 def test_no_case_of_a_sweep_is_faster_and_times_are_those_of_simulate(advised, simulated):
-    run = "--workload W1 --cluster h100-8 --microbatches 8"
+    run = "--workload W1 --cluster h100-8"
     limit = "--memory-gib 36"
-    found = advised(*f"{run} {limit} --gpus 16 --tokens 4096".split())
+    found = advised(*f"{run} {limit} --gpus 16".split())
     rows = "--ranks 8 16 --capacity 2 3 --sharding rows"
     homes = "--ranks 4 8 --capacity 3 --sharding experts"
     few = "--ranks 8 --capacity 2 --sharding experts"
@@ -101,6 +102,9 @@ def test_no_case_of_a_sweep_is_faster_and_times_are_those_of_simulate(advised, s
     assert value(found["stock"][0]) == pytest.approx(theirs[0], rel=2e-3)
     assert best["share"] == pytest.approx(balanced[0] / value(best), rel=2e-3)
     assert found["verdict"].startswith(f"Use FSEP ({best['label']}): it is ")
+    printed = found["printed"]
+    assert " ".join(printed.split("\n\n")[0].split()) == found["verdict"]
+    assert printed.split("\n\n")[1] == f"flags: {best['flags']}"
 
 
 @pytest.mark.parametrize("cluster", ["a100-4x8-ib800", "h100-8"])
@@ -119,9 +123,7 @@ def test_a_constant_that_reverses_the_answer_does_so(tmp_path, advised):
 
     def asked(of):
         path.write_text(yaml.safe_dump(cluster_content(of)))
-        return advised(
-            *f"{GPUS} --workload W1 --cluster {path} --memory-gib 32 --tokens 2048".split()
-        )
+        return advised(*f"{GPUS} --workload W1 --cluster {path} --memory-gib 32".split())
 
     found = asked(replace(cluster, spreads=(("host.gate", wide),)))
     turn = found["decides"]
@@ -133,7 +135,7 @@ def test_a_constant_that_reverses_the_answer_does_so(tmp_path, advised):
 
 def test_a_trace_has_the_tokens_and_microbatches_of_its_ranks(tmp_path, model, capsys):
     path = recording(tmp_path / "x.trace", drifting_trace(ranks=4))
-    words = [path, "--model", model, *"--cluster h100-8 --gpus 8 --recompute full".split()]
+    words = [path, "--model", model, *"--cluster h100-8 --gpus 8 --memory-gib 200".split()]
     found = written("advise", words, tmp_path / "x.json", capsys)
     assert "x.trace: 2048 tokens per rank and microbatch, 3 microbatches" in found["printed"]
     assert re.search(r"^1 +EP[248] ", found["printed"], re.MULTILINE)
@@ -142,33 +144,22 @@ def test_a_trace_has_the_tokens_and_microbatches_of_its_ranks(tmp_path, model, c
 def test_nothing_may_fit(advised):
     found = advised(*GPUS.split(), "--memory-gib", "2", status=1)
     assert found["best"] == found["stock"] == []
-    assert "\nNothing fits 2 GiB of a rank: the least need is of EP" in found["printed"]
+    assert found["printed"].startswith("Nothing fits 2 GiB of a rank: the least need is of EP")
 
 
-def test_in_fp8_experts_are_at_home_and_the_flags_say_so(advised):
-    expected = "--fp8-format hybrid --fp8-recipe tensorwise"
-    found = advised(*f"{GPUS} --workload W1 --memory-gib 60 {expected}".split())
-    assert found["best"] and all(" experts C=" in each["label"] for each in found["best"])
-    allowed = "--fsep-allow-unproven fp8-experts"
-    assert all(expected in each["flags"] for each in found["best"] + found["stock"])
-    assert [allowed in each["flags"] for each in found["best"]] == [True] * len(found["best"])
-    assert not any(allowed in each["flags"] for each in found["stock"])
-
-
-def test_a_job_script_in_fp8_is_read(advised, model, tmp_path):
-    run = f"{GPUS} --workload W1 --memory-gib 60"
-    path = tmp_path / "run.sh"
-    path.write_text(
-        "python pretrain.py --micro-batch-size 1 --fp8-format e4m3 --fp8-recipe tensorwise "
-        "--first-last-layers-bf16"
-    )
-    of_run, words = tmp_path / "of-run.json", run.replace(" --tokens 4096", "").split()
-    # Megatron reads the recipe, and must not be imported in this process before CUDA is replaced.
-    given = ["--model", model, *words, "--recipe", path, "--json", of_run]
+def test_a_job_in_fp8_has_experts_at_home_and_the_flags_say_so(advised, model, tmp_path):
+    words = f"{GPUS} --workload W1 --memory-gib 60".split()
+    in_fp8 = "--bf16 --fp8-format e4m3 --fp8-recipe tensorwise --micro-batch-size 1".split()
+    out = tmp_path / "of-run.json"
+    # Megatron reads the flags, and must not be imported in this process before CUDA is replaced.
+    given = ["--model", model, *words, "--json", out, "--", *in_fp8]
     python("-m", "megatron_laer", "advise", *given)
-    assert value(json.loads(of_run.read_text())["best"][0]) < value(
-        advised(*run.split())["best"][0]
-    )
+    found = json.loads(out.read_text())
+    assert value(found["best"][0]) < value(advised(*words)["best"][0])
+    assert all(" experts C=" in each["label"] for each in found["best"])
+    allowed = "--fsep-allow-unproven fp8-experts"
+    assert all(allowed in each["flags"] for each in found["best"])
+    assert not any(allowed in each["flags"] for each in found["stock"])
 
 
 def test_with_muon_experts_are_at_home(model, tmp_path):
@@ -185,7 +176,7 @@ def test_slots_fit_the_buffers_of_the_flags_back_end(model, tmp_path):
     path.write_text(yaml.safe_dump(cluster_content(cluster)))
     run = "--bf16 --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep".split()
     run.append("--moe-permute-fusion")  # without it tokens take no other way through nodes
-    words = f"--cluster {path} --gpus 2 --tokens 4096 --workload W1 --memory-gib 200".split()
+    words = f"--cluster {path} --gpus 2 --workload W1 --memory-gib 200".split()
     python("-m", "megatron_laer", "advise", "--model", model, *words, "--json", out, "--", *run)
     found = [each["flags"].split() for each in json.loads(out.read_text())["best"]]
     (flags,) = [each for each in found if "flex" in each]
@@ -193,59 +184,71 @@ def test_slots_fit_the_buffers_of_the_flags_back_end(model, tmp_path):
     python("-m", "megatron_laer", "check-recipe", "--ranks", "2", "--", *given)
 
 
-def test_a_run_says_which_of_its_layers_are_in_bf16():
-    of_run = {"seq_length": None, "fp8": "e4m3", "fp8_recipe": "blockwise"}
-    of_run |= {"first_last_layers_bf16": True, "bf16": True, "fp16": False}
-    of_run |= {"num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 1}
-    args = Namespace(fp8_format=None)
-    found = run_flags.model_with(args, Namespace(**of_run), read_model("tiny-moe"))
-    assert (found.precision, found.bf16_ends) == (Precision.BLOCKWISE, (2, 1))
-    assert (read_model("tiny-moe").bytes_per_element, found.bytes_per_element) == (4, 2)
+def flags(**given):
+    return Namespace(**_DEFAULTS | given)
 
 
-def test_sharded_dense_layers_take_less_memory_and_the_flags_say_so(advised):
-    strategy = "--data-parallel-sharding-strategy optim_grads_params"
-    whole, sharded = (
-        advised(*f"{GPUS} --workload W1 --memory-gib 60 {more}".split())["best"]
-        for more in ("", strategy)
+def test_flags_give_the_shape_of_the_run():
+    model = read_model("mixtral-8x7b-e8k2")
+    given = flags(
+        micro_batch_size=2,
+        seq_length=2048,
+        global_batch_size=64,
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=4,
+        num_layers_per_virtual_pipeline_stage=4,
+        recompute_granularity="selective",
+        recompute_modules=["moe"],
+        use_distributed_optimizer=False,
     )
-    flags = f"--use-megatron-fsdp {strategy} --ckpt-format fsdp_dtensor"
-    assert all(flags in each["flags"] and " experts C=" in each["label"] for each in sharded)
-    peaks = {each["label"].split(",")[0]: each["peak_bytes"] for each in whole}
-    saved = [
-        peaks[label] - each["peak_bytes"]
-        for each in sharded
-        if (label := each["label"].split(",")[0]) in peaks
-    ]
-    assert saved and min(saved) > 2**30
+    shape = run_flags.run_shape(given, 32, model, 4096, 8)
+    assert (shape.ranks, shape.stages, shape.chunks, shape.tensor) == (8, 4, 2, 2)
+    assert (shape.tokens, shape.microbatches) == (2048, 8)
+    assert (shape.recompute, shape.attention_again) == (Recompute.FULL, False)
+    assert (shape.shards_optimizer, shape.overlaps_data_parallel) == (False, True)
+    shape = run_flags.run_shape(flags(), 32, model, 4096, 8)
+    assert (shape.ranks, shape.tokens, shape.microbatches) == (32, 4096, 8)
+    in_bf16 = run_flags.model_with(flags(bf16=True), read_model("tiny-moe"))
+    assert (read_model("tiny-moe").bytes_per_element, in_bf16.bytes_per_element) == (4, 2)
 
 
-def test_frozen_bases_take_less_memory_and_keep_experts_at_home_if_these_are_adapted(advised):
-    words = f"{GPUS} --workload W1 --memory-gib 60".split()
-    whole, adapted, attention = (
-        advised(*words, *more.split())["best"]
-        for more in ("", "--lora-rank 32", "--lora-rank 32 --lora-targets linear_qkv")
-    )
-    assert all(" experts C=" in each["label"] for each in adapted)
-    assert any(" rows C=" in each["label"] for each in attention)
-    smallest = min(each["peak_bytes"] for each in whole)
-    # Gradients alone of a rank's 0.7e9 weights in experts would take 2.6 GiB.
-    assert max(each["peak_bytes"] for each in adapted) < smallest - 2.6 * 2**30
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"pipeline_model_parallel_size": 4}, "--gpus 6: is no multiple of 4 pipeline stages"),
+        ({"tensor_model_parallel_size": 4}, "1 pipeline stages times 4 tensor"),
+        ({"micro_batch_size": 0}, "--micro-batch-size 0: must be at least 1"),
+        ({"global_batch_size": 7}, "--global-batch-size 7: 6 GPUs take 6 sequences at a time"),
+        ({"seq_length": 99, "tensor_model_parallel_size": 2}, "--seq-length 99: is no multiple"),
+        ({"context_parallel_size": 2}, "--context-parallel-size 2: is not simulated"),
+        ({"use_megatron_fsdp": True}, "--use-megatron-fsdp: is not simulated"),
+        ({"num_layers_per_virtual_pipeline_stage": 5}, "32 layers on 1 stages are no multiple"),
+    ],
+)
+def test_flags_that_give_no_shape_are_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        run_flags.run_shape(flags(**given), 6, read_model("mixtral-8x7b-e8k2"), 4096, 8)
 
 
 def test_combined_1f1b_is_tried_where_megatron_allows_it(advised):
-    words = f"{GPUS} --workload W1 --memory-gib 60"
-    tried, asked, refused = (
-        advised(*f"{words} {more}".split()) for more in ("", "--overlap", "--recompute full")
-    )
+    found = advised(*f"{GPUS} --workload W1 --memory-gib 60".split())
     flag = "--overlap-moe-expert-parallel-comm --delay-wgrad-compute"
-    listed = [found["best"] + found["stock"] for found in (tried, asked, refused)]
-    assert any(flag in each["flags"] for each in listed[0])
-    for each in [row for of in listed for row in of]:
+    rows = found["best"] + found["stock"]
+    assert any(flag in each["flags"] for each in rows)
+    for each in rows:
         assert (flag in each["flags"]) == each["label"].endswith(", overlap")
-    assert all(flag in row["flags"] for row in listed[1] if row["label"] != "stock EP1")
-    assert not any(flag in row["flags"] for row in listed[2])
-    # What each gains, it has without asking.
-    assert value(tried["best"][0]) <= value(asked["best"][0])
-    seconds = [value(row) for row in tried["best"]]
+    seconds = [value(row) for row in found["best"]]
     assert seconds == sorted(seconds)
+
+    shape = run_flags.run_shape(flags(), 8, read_model("mixtral-8x7b-e8k2"), 4096, 8)
+    asked = flags(overlap_moe_expert_parallel_comm=True)
+    assert run_flags.overlaps(flags(), shape) == (False, True)
+    assert run_flags.overlaps(asked, shape) == (True,)
+    again = replace(shape, recompute=Recompute.FULL)
+    assert run_flags.overlaps(flags(), again) == (False,)
+    for given, of in (
+        (asked, again),
+        (flags(overlap_moe_expert_parallel_comm=True, moe_shared_expert_overlap=True), shape),
+    ):
+        with pytest.raises(ValueError, match="--overlap-moe-expert-parallel-comm: not with"):
+            run_flags.overlaps(given, of)

@@ -1,19 +1,23 @@
-"""Replicas in a simulated iteration: held over a step, in fp8, and with layers in bf16."""
+"""Memory of a simulated iteration, and replicas: held over a step, and in fp8."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from megatron_laer.choices import PlanMode, Recompute, Sharding
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.precision import Precision
-from megatron_laer.tools.simulator.iteration.methods import FSEP, MethodSettings, make_method
+from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
+from megatron_laer.tools.simulator.iteration.methods import (
+    FSEP,
+    STOCK,
+    MethodSettings,
+    make_method,
+)
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from megatron_laer.tools.simulator.iteration.predict import predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates
@@ -22,20 +26,15 @@ from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.replay import LayerPolicy
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
 from tests.tools.plan_cases import drifting_trace
-from tests.tools.test_iteration_work import H100, MODEL, TINY, predicted
+from tests.tools.test_iteration_work import H100, TINY, predicted
 
 
-def test_experts_that_are_held_are_restored_and_reduced_once_per_step():
+def test_experts_that_are_held_take_memory_of_all_layers_and_one_exchange_a_step():
     trace = drifting_trace()
     by_layer, by_step = (
         predicted(trace, names=[FSEP], mode="forecast", holds_step=holds)[FSEP]
         for holds in (False, True)
     )
-    # Two restores and one reduce in each of four microbatches, or one per step, of float32 sums.
-    links, kinds = ("intra", "inter"), (("restore", 8), ("reduce", 4 / 2))
-    for link, (kind, times) in itertools.product(links, kinds):
-        passing, held = (of.bytes_by_kind[link][kind] for of in (by_layer, by_step))
-        assert passing == pytest.approx(times * held)
     # All four layers' experts, and their gradient sums in four bytes.
     layer = 3 * TINY.expert_weights
     held, passing = by_step.memory_bytes, by_layer.memory_bytes
@@ -45,44 +44,31 @@ def test_experts_that_are_held_are_restored_and_reduced_once_per_step():
     assert 0 < by_step.exposed_s["reduce"] < by_layer.exposed_s["reduce"]
 
 
-def test_replicas_that_are_held_move_once_per_step():
+def test_replicas_that_are_held_take_memory_of_their_slots():
     trace = workload_trace("W1", WorkloadShape(8, 8, 2, 2**17), 4)  # enough tokens for replicas
     homes = {"names": [FSEP], "mode": "forecast", "sharding": Sharding.EXPERTS}
-    by_layer, by_step = (
-        predicted(trace, **homes, holds_step=holds)[FSEP] for holds in (False, True)
-    )
-    for kind, times in (("restore", 8), ("reduce", 4 / 2)):
-        passing, held = (
-            sum(of.bytes_by_kind[link][kind] for link in ("intra", "inter"))
-            for of in (by_layer, by_step)
-        )
-        assert passing == pytest.approx(times * held) and held > 0
+    memory = predicted(trace, **homes, holds_step=True)[FSEP].memory_bytes
     replica_slots = 3 - trace.num_experts // trace.num_ranks
     slots = 4 * replica_slots * TINY.expert_weights
-    assert by_step.memory_bytes["restored_experts"] == slots * 2
-    assert by_step.memory_bytes["restored_gradients"] == slots * 4 + slots / 4 * 2
+    assert memory["restored_experts"] == slots * 2
+    assert memory["restored_gradients"] == slots * 4 + slots / 4 * 2
+
+
+def test_weights_and_optimizer_take_the_documented_memory():
+    """On 32 ranks in groups of 8 whose experts' optimizer state four ranks share."""
+    model = read_model("mixtral-8x7b-e8k2")
+    costs = CostModel(H100, model.hidden, model.expert_ffn, True, 2)
+    run = RunShape(8, 8, 4096, 1, replicas=4)
+    experts = len(model.layer_has_experts) * model.expert_weights  # one of each layer on a rank
+    for name in (FSEP, STOCK):
+        settings = MethodSettings(Geometry(8, 8, 2, 8, Sharding.EXPERTS), costs, stock_group=8)
+        parts = memory_bytes(model, run, make_method(name, settings, Rates(H100, 2)), 8192)
+        found = sum(parts[part] for part in ("weights", "gradients", "optimizer"))
+        whole = 2 + 4 + 12 / 4  # bytes of an expert's weight, gradient and quarter of its state
+        assert found - experts * whole == pytest.approx(10.2e9, rel=0.03)
 
 
 HOMES = Geometry(8, 8, 3, 8, Sharding.EXPERTS)
-
-
-def test_steps_without_replicas_count_no_bytes_of_them():
-    """On one node, as between nodes even loads have replicas too, for tokens that stay inside."""
-    skewed, even = (workload_trace(name, WorkloadShape(8, 8, 2, 2**17), 4) for name in ("W1", "W0"))
-    costs = CostModel(H100, TINY.hidden, TINY.expert_ffn, TINY.gated, 2)
-    rates = Rates(H100, 2)
-    method = make_method(FSEP, MethodSettings(HOMES, costs, PlanMode.FORECAST), rates)
-
-    def restored(counts_RNE):
-        routing = Routing(replace(even, counts_RNE=counts_RNE), 8)
-        run = RunShape(8, 8, round(routing.pairs / TINY.topk), 4)
-        (found,) = predict_iterations(routing, TINY, run, [method], [rates], steps=2)
-        return found.bytes_by_kind["intra"]["restore"]
-
-    # The second step's forecast is even, and the last one's skewed.
-    mixed_RNE = np.concatenate([even.counts_RNE[:2], skewed.counts_RNE[2:]])
-    never, once, always = map(restored, (even.counts_RNE, mixed_RNE, skewed.counts_RNE))
-    assert 0 == never < once < always
 
 
 def of_layout(model, recompute=Recompute.NONE, **settings):
@@ -103,11 +89,9 @@ def of_layout(model, recompute=Recompute.NONE, **settings):
         return replace(method, layer_planner=lambda: replace(make(), policy=policy))
 
     method = planned(make_method(FSEP, settings, rates))
-    if method.in_bf16 is not None:
-        method = replace(method, in_bf16=planned(method.in_bf16))
     trace = workload_trace("W0", WorkloadShape(8, 8, 2, 4096), 4)
     run = RunShape(8, 8, 64, 4, recompute=recompute)
-    (found,) = predict_iterations(Routing(trace, 8), model, run, [method], [rates])
+    (found,) = predict_iterations(Routing(trace, 8, 2), model, run, [method], [rates])
     restore, _ = method.layer_planner()._exchanges(layout)
     return found, restore.seconds(rates)
 
@@ -116,7 +100,7 @@ def of_layout(model, recompute=Recompute.NONE, **settings):
 @pytest.mark.parametrize("holds", [False, True])
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_mxfp8_restores_a_form_for_each_direction(recompute, holds, overlaps):
-    """Bytes, waits and memory of replicas, compared with those of a recipe with one form."""
+    """Waits and memory of replicas, compared with those of a recipe with one form."""
     settings = {"overlaps": overlaps, "holds_step": holds}
     (one, one_s), (two, two_s) = (
         of_layout(replace(TINY, precision=recipe), recompute, **settings)
@@ -125,14 +109,7 @@ def test_mxfp8_restores_a_form_for_each_direction(recompute, holds, overlaps):
     larger = 1 + 1 / 32  # a scale for 32 weights
     # Restores of a layer in a step.
     times, of_two = (1, 2) if holds else (8, 8 if recompute == Recompute.NONE else 12)
-    moved, held = (
-        [part(of) for of in (one, two)]
-        for part in (
-            lambda of: of.bytes_by_kind["intra"]["restore"],
-            lambda of: of.memory_bytes["restored_experts"],
-        )
-    )
-    assert moved[1] / moved[0] == pytest.approx(of_two / times * larger, rel=1e-3)
+    held = [of.memory_bytes["restored_experts"] for of in (one, two)]
     assert held[1] / held[0] == pytest.approx((2 if holds else 1) * larger, rel=1e-3)
     waited_s = [of.exposed_s["restore"] for of in (one, two)]
     if not overlaps:  # a rank also waits for the last one to begin
@@ -140,39 +117,3 @@ def test_mxfp8_restores_a_form_for_each_direction(recompute, holds, overlaps):
     elif holds and recompute != Recompute.FULL:
         # Nothing hides what is fetched for a layer's first backward.
         assert waited_s[1] - waited_s[0] > 4 * two_s * H100.contention.exchange
-
-
-@pytest.mark.parametrize("ends", [(1, 0), (0, 2), (1, 2)])
-def test_layers_in_bf16_have_its_bytes_times_and_memory(ends):
-    whole, none = (
-        of_layout(replace(TINY, precision=one))[0]
-        for one in (Precision.BLOCKWISE, Precision.PARAMETERS)
-    )
-    found, _ = of_layout(replace(TINY, precision=Precision.BLOCKWISE, bf16_ends=ends))
-    share = sum(ends) / 4
-    for part in (
-        lambda of: of.bytes_by_kind["intra"]["restore"],
-        lambda of: of.compute_s["experts"],
-        lambda of: of.compute_s["attention"],
-        lambda of: -of.memory_bytes.get("quantised_weights", 0),
-    ):
-        assert part(whole) < part(none)
-        mixed = (1 - share) * part(whole) + share * part(none)
-        assert part(found) == pytest.approx(mixed, rel=0.02)
-    # Two layers at once, the largest.
-    of_bf16, of_fp8 = (of.memory_bytes["restored_experts"] / 2 for of in (none, whole))
-    larger = min(sum(ends), 2)
-    expected = larger * of_bf16 + (2 - larger) * of_fp8
-    assert found.memory_bytes["restored_experts"] == pytest.approx(expected)
-    assert found.memory_bytes["workspaces"] == none.memory_bytes["workspaces"]
-    assert found.memory_bytes["payloads"] == whole.memory_bytes["payloads"] > 0
-
-
-def test_layers_of_multi_token_prediction_stay_in_fp8(tmp_path):
-    """Megatron counts the decoder's layers from both ends."""
-    path = tmp_path / "model.yaml"
-    path.write_text(f"{MODEL}  first-last-layers-bf16: true\n  num-layers-at-end-in-bf16: 2\n")
-    assert read_model(str(path)).bf16_ends == (1, 2)
-    model = replace(TINY, precision=Precision.MXFP8, prediction_heads=2, bf16_ends=(1, 1))
-    in_fp8 = [model.for_layer(layer).precision.is_quantised for layer in range(4)]
-    assert in_fp8 == [False, True, False, True]

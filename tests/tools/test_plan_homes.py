@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from itertools import combinations
 from unittest import mock
 
@@ -86,9 +85,6 @@ def test_experts_chosen_together_get_a_node_and_good_homes_stay(tmp_path, capsys
     assert moved["stock_rows"] == pytest.approx(0.5 * (1 + 2 / 3), rel=1e-6 if sets else 0.1)
     assert kept["saved"] == 0 and kept["max_over_mean"] == kept["stock_max_over_mean"]
     assert ("counted on" in out) == sets and "layer 1" in out
-    if sets:  # 2 experts on 2 nodes; both layers' tokens share 1/6 and then 1/2
-        causes = "1.000 with a row for each expert - 0.333 shared by experts of stock's homes - "
-        assert causes + "0.167 by these homes = 0.500" in out
 
 
 def test_the_later_half_of_the_steps_counts(tmp_path, capsys):
@@ -97,17 +93,6 @@ def test_the_later_half_of_the_steps_counts(tmp_path, capsys):
     trace = recorded(tmp_path / "group-0.trace", [tokens, tokens[::-1]])
     *_, rows = plan(trace, "--node-size", 1, "--homes", tmp_path / "homes.json", capsys=capsys)
     assert [row["homes"] for row in rows.values()] == ["stock's: no rows saved"] * 2
-
-
-def test_rows_of_the_step_that_planned_are_said_to_be_that(tmp_path, capsys, monkeypatch):
-    words = ("--node-size", 1, "--homes", tmp_path / "homes.json")
-    later = "of the later half of the steps"
-    assert later in plan(recorded(tmp_path / "a.trace", [chosen(MIXED)]), *words, capsys=capsys)[1]
-    monkeypatch.setattr(sys.modules[__name__], "STEPS", 1)
-    trace = recorded(tmp_path / "b.trace", [chosen(MIXED)])
-    status, out, _, rows = plan(trace, *words, capsys=capsys)
-    assert status == 0 and "of the one step with pairs" in out and later not in out
-    assert rows["layer 1"]["steps"] == 1
 
 
 def test_a_heavier_rank_keeps_stocks_homes(tmp_path, capsys):
@@ -142,7 +127,6 @@ def test_layers_of_other_traces_stay_in_the_file(tmp_path, capsys):
     [
         ("--node-size 2", "all 2 ranks are in one node, and no rows between nodes can be saved"),
         ("--node-size 1 --ranks 16", "8 experts cannot be at home on 16 ranks"),
-        ("--node-size 1 --trace-ranks 0-0", "has no pairs of experts for these ranks; record them"),
         ("--node-size 1 --sharding rows", "experts have no home with --sharding rows"),
         ("--node-size 1 --capacity 5", "--capacity 5: no effect here"),
     ],
@@ -168,8 +152,7 @@ def test_a_file_of_sets_is_counted_token_by_token(tmp_path, capsys):
     words = ("--ranks", 4, "--node-size", 2, "--homes", tmp_path / "homes.json")
     path = tmp_path / "out" / "layer 7.trace"
     status, out, _, rows = plan(path, *words, capsys=capsys)
-    half = len(tokens) - len(tokens) // 2
-    assert status == 0 and f"counted on {half} or more tokens" in out
+    assert status == 0 and "counted on tokens' experts" in out
     assert rows["layer 7"]["rows"] == pytest.approx(0.5) and rows["layer 7"]["homes"] == "by pairs"
 
 

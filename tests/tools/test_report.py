@@ -18,12 +18,12 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from megatron_laer.choices import Sharding
 from megatron_laer.telemetry.metrics import LOGGED_NAMES, RECORDED_OF_STEPS
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.tools import cli
 from megatron_laer.tools.report.assessment import assess
 from megatron_laer.tools.report.bins import MAX_BINS, bin_edges, binned
-from megatron_laer.tools.report.figures import gini
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.plots import rounded
 from megatron_laer.tools.report.recorded import recorded_run
@@ -32,7 +32,6 @@ from megatron_laer.tools.traces import read_trace
 from tests.recorded_runs import COSTS, OWN, RUN, STEPS, record_run
 from tests.records import put_together, rewrite, taken_apart
 from tests.tools import report_pages
-from tests.tools.plan_cases import drifting_trace, recording
 from tests.tools.report_pages import data_of, figure_of, report, values_of, written
 
 # Without the data, nearly all of the file is plotly.js.
@@ -62,7 +61,6 @@ def test_the_page_has_the_numbers_of_the_recording(folder, tmp_path, capsys):
     assert "<td>6.291 MB</td>" in page
     fresh = 100 * of["fresh"].sum() / of["passes"].sum()
     assert f"{fresh:.4g} % of microbatches got a layout of their own" in page
-    assert f"<td>{of['max_over_mean'].max():.4g}</td>" in page
     assert f"<td>{of['stock_max_over_mean'].mean():.3f}</td>" in page
     out, err = capsys.readouterr()
     assert "of perfectly balanced speed; stock's placement of the same tokens" in out
@@ -86,7 +84,7 @@ def test_a_run_with_experts_at_home_shows_its_replicas(tmp_path):
 def test_the_assessment_is_worked_out_as_it_says(folder):
     files = find_run(folder, None)
     assert files.trace is not None and files.metrics is not None
-    run = recorded_run(files, read_metrics(files.metrics), read_trace(files.trace))
+    run = recorded_run(files, read_metrics(files.metrics), read_trace(files.trace), Sharding.ROWS)
     assessment = assess(run)
     lost = stock = 0.0
     for step, layer in np.ndindex(run.imbalance_TL.shape):
@@ -122,8 +120,8 @@ def test_the_page_loads_nothing_and_is_the_same_each_time(folder, tmp_path):
 
 
 def test_plotly_knows_every_property_of_the_figures(folder, tmp_path):
-    data = data_of(written(tmp_path, folder, "--compare", folder))
-    assert len(data["figures"]) >= 14
+    data = data_of(written(tmp_path, folder))
+    assert len(data["figures"]) >= 10
     for figure in data["figures"]:
         go.Figure(figure["data"], figure["layout"])
         for axis in ("xaxis", "yaxis"):
@@ -160,33 +158,9 @@ def test_what_a_run_says_of_itself_cannot_end_a_script_or_become_an_element(tmp_
     assert "<" not in figure_of(data_of(page), "FSEP: max/mean")["data"][0]["y"][0]
 
 
-def test_a_trace_alone_is_replayed_as_training_would_have_planned_it(tmp_path):
-    trace = drifting_trace(steps=8)
-    path = recording(tmp_path / "x.trace", trace)
-    words = (path, "--capacity", 3, "--node-size", 2)
-    data = data_of(written(tmp_path, *words))
-    assert data["is_measured"] is False
-    assert "A step's time" not in str(data)
-    fsep = np.array(values_of(data, "FSEP: max/mean"))
-    stock = np.array(values_of(data, "Stock's placement: max/mean"))
-    assert (fsep >= 1).all() and fsep.mean() < stock.mean()
-    # From `plan`, in the same mode, without the first step, which has no forecast.
-    plan = tmp_path / "plan.json"
-    options = "--strategy greedy --mode adaptive --capacity 3 --node-size 2".split()
-    assert cli.main(["plan", str(path), *options, "--json", str(plan)]) == 0
-    (row,) = (row for row in json.loads(plan.read_text())["rows"] if row["strategy"] == "greedy")
-    assert fsep[:, 1:].mean() == pytest.approx(row["mean"], rel=1e-3)
-
-
-def test_two_runs_are_compared_and_one_without_a_trace_has_a_page_that_says_so(folder, tmp_path):
-    other = tmp_path / "other"
-    record_run(other, steps=3, has_trace=False)
-    page = written(tmp_path, folder, "--compare", other)
-    data = data_of(page)
-    for title in (f"{other}: max/mean", f"{other}: A step's time"):
-        assert figure_of(data, title)["data"][0]["x"] == [0, 1, 2]
-    assert f'<th scope="col">{other}</th>' in page
-    page = written(tmp_path, other)
+def test_a_run_without_a_trace_has_a_page_that_says_so(tmp_path):
+    record_run(tmp_path / "run", steps=3, has_trace=False)
+    page = written(tmp_path, tmp_path / "run")
     assert "Tokens of each expert" not in page and data_of(page)["what_if"] == []
     assert "Without --fsep-record DIR trace" in page
 
@@ -264,11 +238,6 @@ def test_steps_are_thinned_out_by_their_means():
     assert np.isnan(binned(np.full((4, 1), np.nan), bin_edges(4, 2))).all()
 
 
-def test_how_uneven_experts_are_is_the_gini_coefficient():
-    for tokens_E, expected in (([5] * 8, 0.0), ([0, 0, 0, 9], 0.75), ([1, 3], 0.25)):
-        assert gini(np.array(tokens_E)) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("name", "train.log group-0.layouts group-0.trace group-0.metrics".split())
 def test_a_file_that_cannot_be_read_is_refused_by_name(folder, tmp_path, capsys, name):
     (folder / name).unlink(missing_ok=True)
@@ -283,10 +252,8 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(folder, tmp_path, capsys,
 @pytest.mark.parametrize("name", ["group-1.metrics", "group-7.layouts", "new.log", "link.html"])
 def test_no_page_is_written_under_a_name_that_is_read_the_next_time(folder, tmp_path, capsys, name):
     (folder / "link.html").symlink_to("new.log")
-    trace = recording(tmp_path / "x.trace", drifting_trace(steps=2))
-    for words in ((folder,), (trace, "--compare", folder)):
-        assert report(*words, "--out", folder / name) == 2
-        assert "would be read as a file of the run the next time" in capsys.readouterr().err
+    assert report(folder, "--out", folder / name) == 2
+    assert "would be read as a file of the run the next time" in capsys.readouterr().err
 
 
 def test_texts_that_are_not_utf_8_are_shown_with_escapes(tmp_path):
@@ -346,7 +313,7 @@ def test_a_run_is_predicted_with_the_constants_that_it_recorded(tmp_path, capsys
     for cluster in (OWN, COSTS.cluster):
         record_run(tmp_path / cluster.name, run=RUN | {"cluster": cluster.name}, cluster=cluster)
         page = written(tmp_path, tmp_path / cluster.name)
-        assert f"2 bytes per number, on {cluster.name}." in page and "taken instead" not in page
+        assert f"2 bytes per number, on {cluster.name}." in page
         rows[cluster.name] = data_of(page)["what_if"]
         assert not any("--cluster" in row["command"] for row in rows[cluster.name])
     for own, other in zip(*rows.values(), strict=True):
@@ -358,39 +325,21 @@ def test_a_run_is_predicted_with_the_constants_that_it_recorded(tmp_path, capsys
     assert capsys.readouterr().err == ""
 
 
-def test_settings_that_cannot_be_used_are_named_with_what_is_taken_instead(tmp_path, capsys):
-    wrong = {
-        "hidden": ("wide", "4096 for hidden 'wide'"),
-        "ffn": ("0", "14336 for ffn '0'"),
-        "gated": ("maybe", "True for gated 'maybe'"),
-        "recompute": ("True", "none for recompute 'True'"),
-        "restore_algorithm": ("pigeon", "flat for restore_algorithm 'pigeon'"),
-        "token_exchange": ("auto", "rank for token_exchange 'auto'"),
-        "top_k": ("\x1b[31m", "2 for top_k '\\x1b[31m'"),
-    }
-    noted = {name: value for name, (value, _) in wrong.items()}
-    record_run(tmp_path / "run", run=noted)
-    page = html.unescape(written(tmp_path, tmp_path / "run"))
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 1 and err.strip().isprintable()
-    missing = "2 for bytes_per_element, which is missing"
-    for says in (*(says for _, says in wrong.values()), missing):
-        assert says in err.partition("taken instead: ")[2]
-        assert says in page.partition("taken instead: ")[2]
-    assert "taken instead" not in written(tmp_path, tmp_path / "run", "--cases", 0)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_trace_beside_its_metrics_is_predicted_as_the_run_was(tmp_path):
-    record_run(tmp_path / "run", run=RUN | OTHER, cluster=OWN)
-    trace = tmp_path / "run" / "group-0.trace"
-    page = written(tmp_path, trace)
-    sent = "tokens sent by node, on my-machine"
-    assert f"experts of 4096 x 14336, not gated, 4 bytes per number, {sent}" in page
-    settings = dict(re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', page))
-    assert settings["ranks per node G"] == "2" and settings["slots per rank C"] == "3"
-    (trace.parent / "group-0.metrics").rename(tmp_path / "moved")
-    (trace.parent / "group-0.metrics").symlink_to(tmp_path / "moved")
-    assert report(trace, "--out", tmp_path / "moved") == 2
-    page = written(tmp_path, trace, "--config", "mixtral-8x7b-e8k2")
-    assert f"experts of 4096 x 14336, 2 bytes per number, {sent}" in page
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden", "wide"),
+        ("ffn", "0"),
+        ("gated", "maybe"),
+        ("recompute", "True"),
+        ("restore_algorithm", "pigeon"),
+        ("token_exchange", "auto"),
+        ("top_k", "\x1b[31m"),
+    ],
+)
+def test_recorded_settings_that_cannot_be_used_are_refused(tmp_path, capsys, name, value):
+    record_run(tmp_path / "run", run=RUN | {name: value})
+    assert report(tmp_path / "run", "--out", tmp_path / "page.html") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    shown = value.replace("\x1b", "\\x1b")
+    assert f"group-0.metrics: the run's {name} '{shown}' cannot be used: " in line

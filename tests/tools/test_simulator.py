@@ -16,7 +16,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import make_strategy, strategy_names
 from megatron_laer.tools.simulator.comparison import MODES, STOCK, chosen_cases, simulate
-from megatron_laer.tools.simulator.replay import check_memory
+from megatron_laer.tools.simulator.replay import check_memory, walk
 from megatron_laer.tools.traces.records import Trace
 from tests.tools.plan_cases import COSTS, drifting_trace, table
 
@@ -31,8 +31,7 @@ def rows(trace):
     return table(trace)
 
 
-@pytest.mark.parametrize("lag", [1, 2])
-def test_a_row_is_what_a_plain_loop_over_the_steps_gives(trace, lag):
+def test_a_row_is_what_a_plain_loop_over_the_steps_gives(trace):
     geometry = Geometry(4, 8, 3, 2)
     greedy = make_strategy("greedy", geometry=geometry, costs=COSTS)
     ratios, off_node, tokens, seconds = [], 0, 0, 0.0
@@ -41,8 +40,8 @@ def test_a_row_is_what_a_plain_loop_over_the_steps_gives(trace, lag):
         states = [SmoothedForecast()]
         for step in range(6):
             records = np.flatnonzero((trace.step_R == step) & (trace.layer_R == layer))
-            if step >= lag:
-                layout = greedy.plan(states[step - lag + 1].counts_NE(), layout)
+            if step >= 1:
+                layout = greedy.plan(states[step].counts_NE(), layout)
                 for record in records:
                     counts_NE = trace.counts_NE(record)
                     quotas = exact_split(layout, 2).solve(counts_NE)
@@ -52,13 +51,22 @@ def test_a_row_is_what_a_plain_loop_over_the_steps_gives(trace, lag):
                     seconds += COSTS.layer_seconds(counts_NE, Placed(layout, geometry))
             total_NE = sum(trace.counts_NE(record) for record in records)
             states.append(states[-1].observe(total_NE))
-    row = table(trace, strategies=["greedy"], modes=["forecast"], lag=lag)["greedy", "forecast"]
-    assert row.cases == len(ratios) == 2 * (6 - lag) * 3
+    row = table(trace, strategies=["greedy"], modes=["forecast"])["greedy", "forecast"]
+    assert row.cases == len(ratios) == 2 * 5 * 3
     assert row.mean == pytest.approx(np.mean(ratios))
     assert row.max == pytest.approx(max(ratios))
     assert row.p95 == pytest.approx(np.percentile(ratios, 95))
     assert row.off_node_share == pytest.approx(off_node / tokens)
     assert row.layer_ms == pytest.approx(seconds / len(ratios) * 1e3)
+
+
+def test_the_papers_planner_sees_the_newest_microbatches_of_its_layer_alone(trace):
+    """A step has three of each layer, so that five are not next to each other in the trace."""
+    for (step, layer, _), observed in walk(trace):
+        if observed is not None:
+            before_R = np.flatnonzero((trace.step_R < step) & (trace.layer_R == layer))
+            expected_NE = trace.counts_RNE[before_R[-5:]].sum(axis=0)
+            assert (observed.counts_NE(by_newest=True) == expected_NE).all()
 
 
 def test_stock_is_megatrons_placement_and_restores_nothing(trace, rows):
@@ -116,7 +124,7 @@ def test_every_kth_case_is_a_part_of_all_of_them_and_the_bar_counts_it(trace, ro
 
     part, whole = cases_of(trace, every=7, progress=progress), rows["static", "forecast"]
     assert seen == [part.cases] == [-(-whole.cases // 7)]
-    assert chosen_cases(trace, 1, 7) == chosen_cases(trace, 1, 1)[::7]
+    assert chosen_cases(trace, 7) == chosen_cases(trace, 1)[::7]
 
 
 def test_microbatches_without_tokens_or_forecast_are_no_cases(trace):
@@ -136,13 +144,13 @@ def test_a_plan_takes_no_more_memory_than_is_asked_for(trace, monkeypatch):
     simulate(wide, {Geometry(512, 8, 3, 8): COSTS}, strategy_names(), MODES)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    sizes = {"record_bytes": 4 * len(wide), "forecasts": 4, "purpose": "planning"}
+    sizes = {"record_bytes": 4 * len(wide), "purpose": "planning"}
     with monkeypatch.context() as patched:
         asked = []
         patched.setattr(memory, "check_enough", lambda needed, *_: asked.append(needed))
-        check_memory(512, 8, **sizes)
+        check_memory(wide, 512, **sizes)
     # A process of any size uses the first part.
     assert peak_bytes < 2**24 + asked[0]
     monkeypatch.setattr(memory, "available_bytes", lambda: asked[0] // 4)
     with pytest.raises(ValueError, match=r"planning would take .* give --ranks of at most 12[78]$"):
-        check_memory(512, 8, **sizes)
+        check_memory(wide, 512, **sizes)

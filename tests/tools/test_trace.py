@@ -64,12 +64,6 @@ def test_a_folder_stands_for_its_only_recording(tmp_path):
         read_trace(tmp_path)
 
 
-def test_a_part_of_the_ranks_is_read(tmp_path):
-    counts = some_counts(1)
-    recorded(tmp_path, counts)
-    assert_holds(read_trace(tmp_path / "x.trace", ranks=[1]), counts[:, :, :, 1:])
-
-
 def test_a_trace_for_which_memory_does_not_suffice_is_refused(tmp_path):
     recorded(tmp_path, some_counts(1))
     with (
@@ -100,7 +94,6 @@ def test_recorded_pairs_are_read_back_with_the_counts_of_their_step(tmp_path):
     assert trace.pairs.of_layer(1).tolist() == pairs_EE.tolist()
     assert not trace.pairs.of_layer(0).any() and not trace.pairs.of_layer(1, range(3)).any()
     assert read_trace(path).pairs is None and not read_trace(path).sets
-    assert trace.of_ranks([1]).pairs is None and not trace.of_ranks([1]).sets
     content = path.read_bytes()
     path.write_bytes(content[: content.rindex(pairs_EE[:1].astype("<u2").tobytes())])  # killed
     assert read_trace(path, pairs=True).pairs is None

@@ -22,7 +22,6 @@ from megatron_laer.tools.cli.program import (
     ended,
     escape_warnings,
     failed,
-    stopped_after,
     stopped_by_exceptions,
 )
 
@@ -65,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             script = args.script
             return 0
         escape_warnings()
-        with stopped_by_exceptions(), stopped_after(getattr(args, "hours", None)):
+        with stopped_by_exceptions():
             return int(_module(args.command).run(args))
 
     status = ended(name, run)

@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from megatron_laer.choices import Sharding, Unproven
 from megatron_laer.config import flag_name
 from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.clusters import Cluster
-from megatron_laer.planner.geometry import Geometry
 from megatron_laer.rules import sharding_for
 from megatron_laer.tools.cli import routing_input, run_flags, simulate_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
     between,
     describe,
-    named,
     option,
-    path,
     shared,
     yaml_inputs,
 )
 from megatron_laer.tools.cli.megatron_flags import parsed
 from megatron_laer.tools.cli.outputs import bar, check_outputs
-from megatron_laer.tools.recipes.command_lines import flags_in_file, script_flags
+from megatron_laer.tools.recipes.command_lines import script_flags
 from megatron_laer.tools.simulator.advisor import output
-from megatron_laer.tools.simulator.advisor.answer import turns
+from megatron_laer.tools.simulator.advisor.answer import decisive_turn
 from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run
 from megatron_laer.tools.simulator.advisor.search import search
 from megatron_laer.tools.simulator.advisor.settings import Dispatch, group_flags, group_sizes
@@ -38,13 +36,38 @@ from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import NATURAL
 
-_STEPS, _LAG = 3, 1
+_STEPS = 3
 # Exit status if nothing fits in memory.
 _NOTHING_FITS = 1
+# Flags that are assumed where none are given, and are printed with the others; Megatron's defaults
+# of those that `run_flags` reads.
+_ASSUMED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+_DEFAULTS = {
+    **dict.fromkeys(
+        "micro_batch_size seq_length global_batch_size pipeline_model_parallel_layout "
+        "num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
+        "recompute_granularity fp8".split()
+    ),
+    **dict.fromkeys(
+        "pipeline_model_parallel_size tensor_model_parallel_size context_parallel_size "
+        "expert_model_parallel_size".split(),
+        1,
+    ),
+    **dict.fromkeys(
+        "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split bf16 fp16 "
+        "use_megatron_fsdp moe_shared_expert_overlap overlap_moe_expert_parallel_comm "
+        "moe_permute_fusion".split(),
+        False,
+    ),
+    **dict.fromkeys(("use_distributed_optimizer", "overlap_grad_reduce"), True),
+    "optimizer": "adam",
+    "moe_token_dispatcher_type": "flex",
+    "moe_flex_dispatcher_backend": "deepep",
+}
 
 _EXAMPLES = """\
 examples:
-  %(prog)s --model qwen3-30b-a3b --cluster h100-8 --gpus 64 --tokens 8192
+  %(prog)s --model qwen3-30b-a3b --cluster h100-8 --gpus 64
   %(prog)s traces/group-0.trace --model my-model.yaml --cluster my-cluster.yaml --gpus 64
   %(prog)s --model qwen3-235b-a22b --cluster h100-8 --gpus 256 -- --seq-length 4096 \\
       --tensor-model-parallel-size 2 --pipeline-model-parallel-size 8 --micro-batch-size 1 \\
@@ -56,93 +79,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         "Size of the FSEP group, sharding, slots and exchanges with the shortest predicted "
-        "iteration that fits in memory, next to the fastest stock, and Megatron's flags for them.",
+        "iteration that fits in memory, next to the fastest stock, and Megatron's flags for them. "
+        "Megatron's flags after -- give the shape of the run.",
         _EXAMPLES,
     )
-    simulate_input.add_arguments(parser, groups=False)
+    simulate_input.add_inputs(parser)
     option(parser, "--gpus N", "of the whole run", between(2, MOST_RANKS), required=True)
-    shared(parser, "--tokens T", "as in the flags, the trace, or a sequence")
     shared(parser, "--memory-gib X", "the card's less 1")
-    text = (
-        "Megatron's flags, which give the shape of the run, as a command line or YAML; or after --"
-    )
-    option(parser, "--recipe FILE", text, path)
     shared(parser, "--json FILE")
-    parser.set_defaults(
-        lag=_LAG,
-        ranks=None,
-        world=None,
-        stock_expert_parallel=None,
-        flex_backend="deepep",  # Megatron's default
-        overlaps_shared=False,
-    )
+    parser.set_defaults(ranks=None)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.trace is None and args.workload is None:
         args.workload = NATURAL
+    args.ranks = args.gpus  # a workload has the ranks of each group
+    routing_input.check(args, "advise on")
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
-    check_outputs({"--json": args.json}, [*inputs, args.recipe], args.trace)
+    check_outputs({"--json": args.json}, inputs, args.trace)
     cluster = simulate_input.cluster_of(args)
     model = simulate_input.model_of(args)
-    model, dispatches, at_home, words = _with_flags(args, model)
     most_gib = simulate_input.most_gib(args, cluster)
     if most_gib is None:
         raise ValueError(f"--cluster {cluster.name} has no card; give --memory-gib")
-    asked, trace = _run(args, cluster, model, dispatches, at_home, most_gib)
-    common = [] if words else run_flags.flags_of(asked.shape)
-    if args.fp8_format is not None:
-        common += ["--fp8-format", args.fp8_format, "--fp8-recipe", str(model.precision)]
+    words = script_flags(args.flags)
+    settings = parsed(words) if words else Namespace(**_DEFAULTS)
+    model = run_flags.model_with(settings, model)
+    asked, balanced = _runs(args, cluster, model, settings, most_gib)
+    common = [] if words else list(_ASSUMED)
     if words:
-        asked = replace(asked, allow=_allowed(args, asked, [*words, *common]))
+        asked = replace(asked, allow=_allowed(args, asked, words))
     predictor = Predictor(asked)
-    tokens = asked.shape.tokens
-    balanced = replace(asked, trace_of=_trace_of(args, model, "W0", tokens), tokens=None)
     results = search(
         predictor, Predictor(balanced), lambda title, items: bar(title, leave=False)(items)
     )
-    decided = turns(predictor, results)
+    decided = decisive_turn(predictor, results)
     shape = asked.shape
-    routing = str(args.trace) if trace is not None else f"workload {args.workload}"
+    routing = f"workload {args.workload}" if args.trace is None else str(args.trace)
     title = (
         f"{args.model} on {args.gpus} GPUs of {cluster.name}, {routing}: {shape.tokens} tokens per "
         f"rank and microbatch, {shape.microbatches} microbatches; tensor {shape.tensor}, pipeline "
         f"{shape.stages} x {shape.chunks}; recompute {shape.recompute}"
     )
-    if model.lora is not None:
-        title += f"; LoRA of rank {model.lora.rank}, for which Megatron has no flags"
     if args.json is not None:
         content = {"title": title} | output.content(asked, results, decided, common)
         write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
-    print(one_line(title), output.text(asked, results, decided, common), sep="\n\n")
+    print(output.text(one_line(title), asked, results, decided, common))
     return 0 if results.best or results.stocks else _NOTHING_FITS
-
-
-def _with_flags(
-    args: argparse.Namespace, model: ModelShape
-) -> tuple[ModelShape, tuple[Dispatch, ...], bool, list[str]]:
-    """Return the model with sequences and fp8 of flags, and ways of tokens.
-
-    Then return if flags need experts at home, and the flags.
-    """
-    if args.recipe is not None and args.flags:
-        raise ValueError(f"both --recipe {args.recipe} and flags after --; remove one of them")
-    if args.recipe is None:
-        words = script_flags(args.flags)
-    else:
-        words = named("--recipe", str(args.recipe), lambda file: flags_in_file(Path(file)))
-    dispatches, at_home = [Dispatch.RANK, Dispatch.NODE], False
-    if words:
-        settings = parsed(words)
-        model = run_flags.model_with(args, settings, model)
-        run_flags.fill_in(args, settings, model)
-        if settings.moe_permute_fusion:
-            dispatches.remove(Dispatch.NODE)  # training refuses both
-        at_home = sharding_for(settings)[0] == Sharding.EXPERTS
-        args.overlaps_shared = settings.moe_shared_expert_overlap  # Megatron refuses both
-    if args.stock_dispatcher == "flex":
-        dispatches.append(Dispatch.FLEX)
-    return model, tuple(dispatches), at_home, words
 
 
 def _allowed(args: argparse.Namespace, asked: Run, words: list[str]) -> tuple[Unproven, ...]:
@@ -154,76 +137,65 @@ def _allowed(args: argparse.Namespace, asked: Run, words: list[str]) -> tuple[Un
     return run_flags.allowed(args.model, [*words, *group], args.gpus)
 
 
-def _run(
+def _runs(
     args: argparse.Namespace,
     cluster: Cluster,
     model: ModelShape,
-    dispatches: tuple[Dispatch, ...],
-    at_home: bool,
+    settings: Namespace,
     most_gib: float,
-) -> tuple[Run, Trace | None]:
-    stages, tensor = args.pipeline or 1, args.tensor_parallel or 1
-    ranks, left = divmod(args.gpus, stages)
-    if left or ranks % tensor:
-        raise ValueError(
-            f"--gpus {args.gpus}: is no multiple of {stages} pipeline stages times {tensor} "
-            "tensor-parallel ranks; give one"
-        )
-    sizes = group_sizes(ranks, cluster.ranks_per_node, tensor)
-    args.ranks = [ranks]
-    routing_input.check(args, "advise on")
+) -> tuple[Run, Run]:
+    """Return the run, and the same with perfectly balanced counts."""
     trace = None
+    tokens, microbatches = model.sequence, simulate_input.WORKLOAD_MICROBATCHES
     if args.workload is None:
         trace = routing_input.read(args, model.num_experts)
+        tokens = Routing(trace, trace.num_ranks, model.topk).tokens(model.topk)
+        microbatches = int(trace.microbatch_R.max()) + 1
+    shape = run_flags.run_shape(settings, args.gpus, model, tokens, microbatches)
+    sizes = group_sizes(shape.ranks, cluster.ranks_per_node, shape.tensor)
+    if trace is not None:
         sizes = [size for size in sizes if trace.divides(size)]
         if max(sizes, default=1) < 2:
-            trace.check_divides(ranks)
+            trace.check_divides(shape.ranks)
     if max(sizes, default=1) < 2:
         raise ValueError(
-            f"--gpus {args.gpus}: a stage of {ranks} ranks has no group that fills nodes of "
+            f"--gpus {args.gpus}: a stage of {shape.ranks} ranks has no group that fills nodes of "
             f"{cluster.ranks_per_node} or divides one; give another number"
         )
-    node_size = min(cluster.ranks_per_node, max(sizes))
-    if trace is None:
-        tokens = args.tokens or model.sequence
-    else:
-        recorded = Routing.of_run(trace, trace.num_ranks, model.topk, args.tokens, args.lag)
-        tokens = recorded.tokens(model.topk)
-    whole = Geometry(ranks, model.num_experts, model.num_experts, 1)
-    shape = simulate_input.run_shape(args, whole, tokens, trace)
-    shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
-    may_overlap = simulate_input.can_overlap(args, shape, model) and not args.overlaps_shared
-    overlaps = (True,) if args.overlap else (False, True) if may_overlap else (False,)
-    shardings = simulate_input.shardings_of(args, model)
+    dispatches = [Dispatch.RANK]
+    if not settings.moe_permute_fusion:  # training refuses both
+        dispatches.append(Dispatch.NODE)
+    stock_flex = settings.moe_token_dispatcher_type != "alltoall"
+    if stock_flex:
+        dispatches.append(Dispatch.FLEX)
+    at_home = model.precision.is_quantised
+    if args.flags:
+        at_home |= sharding_for(settings)[0] == Sharding.EXPERTS
     asked = Run(
         model=model,
         shape=shape,
         sizes=tuple(sizes),
-        node_size=node_size,
-        rates=simulate_input.rates_of(args, model, cluster),
-        trace_of=_trace_of(args, model, args.workload, tokens, trace),
-        tokens=None if trace is None else tokens,
-        lag=args.lag,
+        node_size=min(cluster.ranks_per_node, max(sizes)),
+        rates=simulate_input.rates_of(model, cluster),
+        trace_of=_trace_of(model, args.workload, shape.tokens, trace),
+        tokens=None if trace is None else shape.tokens,
         steps=_STEPS,
         most_bytes=most_gib * 2**30,
-        dispatches=dispatches,
-        stock_flex=args.stock_dispatcher == "flex",
-        flex_backend=args.flex_backend,
-        overlaps=overlaps,
-        shardings=(Sharding.EXPERTS,) if at_home else tuple(shardings),
+        dispatches=tuple(dispatches),
+        stock_flex=stock_flex,
+        flex_backend=settings.moe_flex_dispatcher_backend,
+        overlaps=run_flags.overlaps(settings, shape),
+        shardings=(Sharding.EXPERTS,) if at_home else tuple(Sharding),
         allow=(Unproven.FP8_EXPERTS,) if model.precision.is_quantised else (),
     )
-    return asked, trace
+    even = _trace_of(model, "W0", shape.tokens, None)
+    return asked, replace(asked, trace_of=even, tokens=None)
 
 
 def _trace_of(
-    args: argparse.Namespace,
-    model: ModelShape,
-    workload: str,
-    tokens: int,
-    trace: Trace | None = None,
-) -> simulate_input.TraceOf:
+    model: ModelShape, workload: str, tokens: int, trace: Trace | None
+) -> Callable[[int], Trace]:
     """Return a function of the group's ranks: the trace that was read, or a workload's."""
     if trace is not None:
         return lambda ranks: trace
-    return lambda ranks: simulate_input.workload(args, model, workload, ranks, tokens)
+    return lambda ranks: simulate_input.workload(model, workload, ranks, tokens)

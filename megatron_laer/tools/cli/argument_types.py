@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.files.checks import problem_of, quoted
-from megatron_laer.files.records import MAX_RANKS
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.planner.layout import MAX_EXPERTS
 
@@ -51,18 +50,6 @@ def path(text: str) -> Path:
         given = "'-' is no file here" if text else "the path is empty"
         raise argparse.ArgumentTypeError(f"{given}; give a file")
     return Path(text)
-
-
-def rank_range(text: str) -> range:
-    """Return the ranks of `FIRST-LAST`, both included."""
-    first, _, last = text.partition("-")
-    if not all(part.isascii() and part.isdigit() and len(part) < 19 for part in (first, last)):
-        raise argparse.ArgumentTypeError(f"must be two numbers such as 0-7, got {quoted(text)}")
-    if not int(first) <= int(last) < MAX_RANKS:
-        raise argparse.ArgumentTypeError(
-            f"{quoted(text)} is empty or exceeds {MAX_RANKS - 1}; write FIRST-LAST"
-        )
-    return range(int(first), int(last) + 1)
 
 
 def option(
@@ -122,5 +109,4 @@ SHARED: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "--cluster NAME|YAML": ("hardware constants, a name from configs/clusters or a file", str),
     "--memory-gib X": ("memory that a rank may take", number(1e-3, 1e6)),
     "--json FILE": ("write all figures there", path),
-    "--hours X": ("stop after so many hours", number(1e-6, 24.0 * 365)),
 }

@@ -34,7 +34,6 @@ from megatron_laer.tools.cli.argument_types import (
     named,
     option,
     path,
-    shared,
 )
 from megatron_laer.tools.model_flags import MAX_WIDTH, ExpertSizes, model_sizes
 from megatron_laer.tools.simulator.iteration_output import not_given
@@ -71,7 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     width = between(1, MAX_WIDTH)
     option(parser, "--hidden H", "in place of --config, with --ffn", width)
     option(parser, "--ffn F", "width of an expert, a gated one", width)
-    shared(parser, "--hours X", "never")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.planner.token_exchange import token_seconds
 from megatron_laer.rules import lays_out_freely
-from megatron_laer.tools.cli import fp8_flags, plan_homes, routing_input
+from megatron_laer.tools.cli import plan_homes, routing_input
 from megatron_laer.tools.cli.argument_types import (
     MAX_TOKENS,
     MOST_RANKS,
@@ -33,7 +31,6 @@ from megatron_laer.tools.cli.prediction_settings import (
     prediction_settings,
     recording_of,
 )
-from megatron_laer.tools.model_flags import DEFAULT_SIZES, MAX_WIDTH
 from megatron_laer.tools.report.recorded import check_same_run
 from megatron_laer.tools.report.run_files import metrics_beside
 from megatron_laer.tools.simulator import plan_output
@@ -44,12 +41,12 @@ from megatron_laer.tools.simulator.comparison import (
     chosen_cases,
     simulate,
 )
-from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
+from megatron_laer.tools.simulator.replay import check_memory
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import TITLES, WorkloadShape, workload_trace
 
 _DEFAULT_TOLERANCE = 0.05
-# Maximum of --lag and --every: more than any trace has records.
+# Maximum of --every: more than any trace has records.
 _MAX_STRIDE = 10**9
 # Flags of a workload, with the letter of their value, its maximum and default, and help.
 _WORKLOAD_ONLY = {
@@ -83,7 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, (letter, high, usual, text) in _WORKLOAD_ONLY.items():
         text = f"of a workload: {text}; default: {usual}"
         option(parser, f"{flag} {letter}", text, between(1, high))
-    stride, width = between(1, _MAX_STRIDE), between(1, MAX_WIDTH)
     shared(parser, "--ranks N", "as in the trace")
     shared(parser, "--capacity C", "the recorded, else min(E, ceil(E/N) + 1)", nargs="+")
     shared(parser, "--node-size G", "the recorded, else the cluster's, at most N")
@@ -94,8 +90,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of mode tolerance: replan where max/mean exceeds 1 + X; default: the recorded, else"
     text = f"{text} {_DEFAULT_TOLERANCE} (--homes: stock's + X; {_DEFAULT_TOLERANCE})"
     option(parser, "--tolerance X", text, number(0, MOST_RANKS))
-    text = "age of the newest counts, in steps of the trace; default: %(default)s"
-    option(parser, "--lag D", text, stride, default=1)
     predicted = "for the predicted time"
     again = f"what backward computes again, {predicted}: nothing; all of an MoE layer, token"
     for flag, words, text in (
@@ -106,15 +100,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         text = f"{text}; default: the recorded, else {words[0]}"
         option(parser, flag, text, choices=[str(word) for word in words])
-    text = "a model, for its experts' sizes in bf16; default: the recorded, else those of"
+    text = "a model, for its experts' sizes; default: the recorded, else those of"
     option(parser, "--config NAME|YAML", f"{text} mixtral-8x7b-e8k2")
-    text = "default: the model's or the recorded, else"
-    option(parser, "--hidden H", f"width of a token; {text} {DEFAULT_SIZES.hidden}", width)
-    option(parser, "--ffn F", f"width of an expert; {text} {DEFAULT_SIZES.ffn}", width)
-    fp8_flags.add_arguments(parser, "the model's, or the recorded")
-    text = "only every K-th microbatch, to be quick; a prime number meets all layers; default:"
-    option(parser, "--every K", f"{text} %(default)s", stride, default=1)
-    shared(parser, "--hours X", "never")
+    text = "only every K-th microbatch, to be quick; a prime number meets all layers; default: 1"
+    option(parser, "--every K", text, between(1, _MAX_STRIDE))
     plan_homes.add_arguments(parser)
     shared(parser, "--json FILE")
 
@@ -123,43 +112,44 @@ def run(args: argparse.Namespace) -> int:
     metrics = None if args.trace is None else metrics_beside(args.trace)
     _check(args, metrics)
     recording = recording_of(metrics)
-    flags = vars(args) | {
-        "top_k": args.topk,
-        "precision": fp8_flags.given_precision(args, None),
-        "imbalance_tolerance": args.tolerance,
-    }
+    flags = vars(args) | {"top_k": args.topk, "imbalance_tolerance": args.tolerance}
     settings = prediction_settings(flags, recording, metrics)
-    costs, sizes, cluster = settings.costs, settings.sizes, settings.costs.cluster
+    costs, sizes = settings.costs, settings.sizes
     num_experts = args.experts if args.experts is not None else sizes.num_experts
     tolerance = settings.tolerance if args.homes is None else args.tolerance
     tolerance = _DEFAULT_TOLERANCE if tolerance is None else tolerance
+    every = args.every or 1
 
     source, recorded = _routing(args, num_experts)
-    if metrics is not None and recording is not None and args.trace_ranks is None:
+    if metrics is not None and recording is not None:
         check_same_run(metrics, recording.shape, args.trace, recorded)
     num_ranks = recorded.num_ranks if args.ranks is None else args.ranks
     recorded.check_divides(num_ranks)
-    geometries, of_shape = settings.geometries(
+    geometries = settings.geometries(
         num_ranks, recorded.num_experts, args.capacity or [], args.node_size
     )
-    from_recording = [*settings.recorded, *of_shape]
     node_size = geometries[0].node_size
     if args.homes is not None:
         return plan_homes.run(args, recorded, num_ranks, node_size, tolerance)
     check_memory(
+        recorded,
         num_ranks,
-        recorded.num_experts,
         record_bytes=4 * len(recorded),
-        forecasts=kept_forecasts(recorded, args.lag),
         purpose=f"planning {len(recorded)} microbatches for {num_ranks:,} ranks",
     )
-    chosen_cases(recorded, args.lag, args.every)  # refuses a trace without any
+    chosen_cases(recorded, every)  # refuses a trace without any
     trace = recorded.with_ranks(num_ranks)
-    top_k = settings.top_k(trace)
-    tokens = trace.tokens_per_rank(top_k)
-    shapes = settings.priced(trace, geometries)
-    exchange_s = token_seconds(costs, geometries[0], top_k, tokens)
-    priced = ", ".join(dict.fromkeys(of.tokens.exchange for of in shapes.values()))
+    priced = settings.priced(trace, geometries)
+    strategies = args.strategy or [*BASELINES, FSEPConfig().planner]
+    rows = simulate(
+        trace,
+        priced,
+        strategies,
+        args.mode or MODES,
+        tolerance=tolerance,
+        every=every,
+        progress=bar("planning", unit="case"),
+    )
     about = {
         "trace": source,
         "steps": len(set(trace.step_R.tolist())),
@@ -169,74 +159,38 @@ def run(args: argparse.Namespace) -> int:
         "ranks": num_ranks,
         "experts": trace.num_experts,
         "node_size": node_size,
-        "cluster": cluster.name,
+        "cluster": costs.cluster.name,
         "expert_sizes": asdict(sizes),
         "bytes_per_element": costs.bytes_per_element,
         "precision": costs.precision,
         "sharding": settings.sharding,
         "restore_algorithm": settings.restore_algorithm,
+        "token_exchange": ", ".join(dict.fromkeys(of.tokens.exchange for of in priced.values())),
         "recompute": costs.recompute,
-        "from_recording": from_recording,
-        "token_exchange": priced,
-        "token_exchange_ms": {name: seconds * 1e3 for name, seconds in exchange_s.items()},
         "tolerance": tolerance,
-        "lag": args.lag,
-        "every": args.every,
+        "every": every,
     }
-    print(
-        one_line(
-            f"{source}: {about['steps']} steps, {about['layers']} layers, {len(trace)} records"
-            f", {trace.num_experts} experts, {recorded.num_ranks} ranks"
-        )
-    )
-    if settings.note:
-        print(one_line(f"plan: {settings.note}"), file=sys.stderr)
-
-    def origin(*names: str) -> str:
-        return " (by default)" if {*names} & {*settings.defaults} else ""
-
-    at_home = ", at home" if settings.sharding == Sharding.EXPERTS else ""
-    if costs.precision.is_quantised:
-        at_home += f", in {costs.precision.label}"
-    origins = f"; from {metrics}: {', '.join(from_recording)}" if from_recording else ""
-    print(
-        one_line(
-            f"planned for {num_ranks} ranks in nodes of {node_size} on {cluster.name}"
-            f"{origin('cluster')}; experts of {sizes.widths}{origin('hidden', 'ffn')}{at_home}"
-            f"{origins}"
-        )
-    )
-    in_words = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in exchange_s.items())
-    print(
-        f"tokens are priced as they travel by {priced}; expected for even counts, {tokens} tokens "
-        f"of top-{top_k} and C = {geometries[0].capacity}: {in_words}",
-        end="\n\n",
-    )
-
-    strategies = args.strategy or [*BASELINES, FSEPConfig().planner]
-    rows = simulate(
-        trace,
-        shapes,
-        strategies,
-        args.mode or MODES,
-        tolerance=tolerance,
-        lag=args.lag,
-        every=args.every,
-        progress=bar("planning", unit="case"),
-    )
     # The file first: a reader of the table that stops early would end the command.
     if args.json is not None:
         plan_output.write_json(args.json, about, rows)
-    print(plan_output.table_text(rows))
-    print(f"\n{plan_output.shortest(rows)}")
+    print(f"{plan_output.shortest(rows)}\n")
+    said = "steps", "layers", "records", "experts"
+    sizes_of_trace = ", ".join(f"{about[name]} {name}" for name in said)
+    print(one_line(f"{source}: {sizes_of_trace}, {recorded.num_ranks} ranks"))
+    recorded_in = "" if metrics is None else f"; what no flag gives is from {metrics}"
     print(
-        f"{rows[0].cases} cases: microbatches of one layer each, with layouts from counts that "
-        f"are {args.lag} recorded step(s) old.\nRows of {' and '.join(BASELINES)} are for "
-        "comparison, always in mode forecast."
+        one_line(
+            f"planned for {num_ranks} ranks in nodes of {node_size}: {settings.words()}"
+            f"{recorded_in}"
+        ),
+        end="\n\n",
     )
-    if rows[0].node_rows["home"]:
-        home = f"{rows[0].node_rows['home']:.1%}"
-        print(f"{home} of pairs leave their node with one copy of each expert, in this order.")
+    print(plan_output.table_text(rows))
+    print(
+        f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts of the counts of "
+        f"earlier steps.\nRows of {' and '.join(BASELINES)} are for comparison, always in mode "
+        "forecast."
+    )
     if settings.sharding == Sharding.EXPERTS and any(map(lays_out_freely, strategies)):
         print("laer leaves no expert at home: its rows are those of --sharding rows.")
     if trace.num_experts % num_ranks != 0:

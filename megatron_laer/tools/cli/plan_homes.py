@@ -20,6 +20,16 @@ from megatron_laer.tools.simulator.homes import LayerHomes, homes_by_pairs
 from megatron_laer.tools.simulator.rendering import aligned
 from megatron_laer.tools.traces.records import Trace
 
+_NO_EFFECT = (
+    *("--capacity", "--token-exchange", "--recompute", "--restore-algorithm"),
+    *("--strategy", "--mode", "--every"),
+)
+_LEGEND = """\
+rows: between nodes per token, {source}, of the later half of the steps; the earlier half
+planned, and a single step does both. Tokens travel once per node, and each expert has one copy.
+max/mean: of the experts at home, over all steps; replicas even it out. homes: stock's, where others
+save no rows or load a rank more by --tolerance."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "write homes by pairs of experts there, for --fsep-homes, in place of the comparison;"
@@ -39,11 +49,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{given}: experts have no home with --sharding rows; give experts, or leave it out"
         )
-    flags = ("--capacity", "--token-exchange", "--recompute", "--restore-algorithm")
-    more = ("--strategy", "--mode", "--fp8-format", "--fp8-recipe", "--hidden", "--ffn")
-    unset = {name: None for name in ("lag", "every") if getattr(args, name) == 1}
-    given_flags = argparse.Namespace(**vars(args) | unset)
-    refuse(given_flags, (*flags, *more, "--lag", "--every"), f"{given} compares no strategies")
+    refuse(args, _NO_EFFECT, f"{given} compares no strategies")
 
 
 def run(
@@ -52,22 +58,16 @@ def run(
     """Write the homes, and print rows and balance of each layer."""
     geometry = _geometry(args, trace, num_ranks, node_size)
     orders = _orders_of_other_traces(args, geometry)
-    bar_ = bar("placing", unit="layer")
-    layers = homes_by_pairs(trace, geometry, tolerance, bar_)
+    layers = homes_by_pairs(trace, geometry, tolerance, bar("placing", unit="layer"))
     orders |= {one.layer: one.home_slot_order_E for one in layers}
     write_homes(args.homes, num_ranks, orders)
-    about = {
-        "trace": str(args.trace),
-        "ranks": num_ranks,
-        "experts": trace.num_experts,
-        "node_size": node_size,
-        "tolerance": tolerance,
-    }
     if args.json is not None:
         rows = [_json_row(one) for one in layers]
-        write_output(args.json, json.dumps({**about, "homes": rows}, indent=1) + "\n", "--json")
+        write_output(args.json, json.dumps({"homes": rows}, indent=1) + "\n", "--json")
     print(one_line(f"homes for {num_ranks} ranks in nodes of {node_size}: {args.homes}"))
-    print(f"\n{table_text(layers)}\n\n{_causes(layers)}\n{_legend(layers)}")
+    is_counted = all(one.is_counted for one in layers)
+    source = "counted on tokens' experts" if is_counted else "expected from pairs"
+    print(f"\n{table_text(layers)}\n\n{_LEGEND.format(source=source)}")
     return 0
 
 
@@ -92,8 +92,8 @@ def _geometry(args: argparse.Namespace, trace: Trace, num_ranks: int, node_size:
     given, experts = f"--homes {quoted(args.homes)}", trace.num_experts
     if trace.pairs is None:
         raise ValueError(
-            f"{given}: {quoted(args.trace)} has no pairs of experts for these ranks; record them "
-            "with --fsep-record DIR trace --fsep-set pairs_interval=1, and leave --trace-ranks out"
+            f"{given}: {quoted(args.trace)} has no pairs of experts; record them with "
+            "--fsep-record DIR trace --fsep-set pairs_interval=1"
         )
     if experts % num_ranks:
         raise ValueError(
@@ -123,30 +123,3 @@ def _orders_of_other_traces(args: argparse.Namespace, geometry: Geometry) -> dic
 def _json_row(one: LayerHomes) -> dict[str, Any]:
     row = {field.name: getattr(one, field.name) for field in fields(one)}
     return row | {"saved": one.saved, "home_slot_order_E": one.home_slot_order_E.tolist()}
-
-
-def _causes(layers: list[LayerHomes]) -> str:
-    """Return the mean rows of a token by cause, in the manner of `simulator.node_rows`."""
-    pair_rows, stock_rows, rows = (
-        sum(getattr(one, name) for one in layers) / len(layers)
-        for name in ("pair_rows", "stock_rows", "rows")
-    )
-    return (
-        f"rows by cause, mean of layers: {pair_rows:.3f} with a row for each expert - "
-        f"{pair_rows - stock_rows:.3f} shared by experts of stock's homes - "
-        f"{stock_rows - rows:.3f} by these homes = {rows:.3f}"
-    )
-
-
-def _legend(layers: list[LayerHomes]) -> str:
-    tokens = min(one.sampled_tokens for one in layers)
-    source = f"counted on {tokens} or more tokens' experts" if tokens else "expected from pairs"
-    steps = """of the later half of the steps;
-the earlier half planned."""
-    if min(one.steps for one in layers) == 1:
-        steps = """of the one step with pairs;
-it planned too, so other tokens may save less: record more steps."""
-    return f"""\
-rows: between nodes per token, {source} {steps} Tokens travel once per
-node, and each expert has one copy. max/mean: of the experts at home, over all steps; replicas even
-it out. homes: stock's, where others save no rows or load a rank more by --tolerance."""

@@ -80,8 +80,6 @@ def _status(name: str, run: Callable[[], int]) -> int:
         return failed(name, "interrupted", _INTERRUPTED)
     except BrokenPipeError:
         raise
-    except TimeIsUpError as error:
-        return failed(name, str(error))
     except MemoryError:
         return failed(name, "the memory of this process does not suffice")
     except UnicodeEncodeError as error:
@@ -128,32 +126,6 @@ def stopped_by_exceptions() -> Iterator[None]:
     finally:
         for number in mine:
             signal.signal(number, signal.SIG_DFL)
-
-
-class TimeIsUpError(BaseException):
-    """End of `--hours`. Not an Exception, so that no handler on the way catches it."""
-
-
-@contextmanager
-def stopped_after(hours: float | None) -> Iterator[None]:
-    """Raise TimeIsUpError in the block after a number of hours; never for None."""
-    if hours is None:
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise TimeIsUpError(
-            f"stopped after the {hours:g} hours of --hours; give it less to do, or more --hours"
-        )
-
-    before = signal.signal(signal.SIGALRM, stop)
-    # Again after a second, since Python drops what a handler raises in a destructor.
-    signal.setitimer(signal.ITIMER_REAL, hours * 3600, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _discard_output() -> None:

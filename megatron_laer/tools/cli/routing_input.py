@@ -1,10 +1,10 @@
-"""Arguments of `plan` and `simulate` for their routing: a recorded trace, or a named workload."""
+"""Arguments of `plan`, `simulate` and `advise` for routing: a recorded trace, or a workload."""
 
 from __future__ import annotations
 
 import argparse
 
-from megatron_laer.tools.cli.argument_types import option, path, rank_range
+from megatron_laer.tools.cli.argument_types import option, path
 from megatron_laer.tools.report.run_files import naming
 from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
@@ -19,15 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path,
         help="a recording of --fsep-record DIR trace, or its folder",
     )
-    only = "only these ranks of the trace, such as 0-7; default: all"
-    option(parser, "--trace-ranks FIRST-LAST", only, rank_range)
     titles = ", ".join(f"{name} {title}" for name, title in TITLES.items())
     instead = f"in place of a trace, as in runs, or a stress test of Megatron's benchmark: {titles}"
     option(parser, "--workload W", instead, choices=TITLES)
 
 
 def check(args: argparse.Namespace, purpose: str) -> None:
-    """Refuse both trace and workload, or neither; refuse a trace's arguments with a workload."""
+    """Refuse both trace and workload, or neither, and a workload without ranks."""
     if args.workload is None:
         if args.trace is None:
             raise ValueError(
@@ -37,7 +35,6 @@ def check(args: argparse.Namespace, purpose: str) -> None:
     given = f"--workload {args.workload}"
     if args.trace is not None:
         raise ValueError(f"both a trace, {str(args.trace)!r}, and {given}; remove one of them")
-    refuse(args, ("--trace-ranks",), f"{given} reads no file")
     if args.ranks is None:
         raise ValueError(f"{given} has no ranks of its own; give --ranks")
 
@@ -46,13 +43,10 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> No
     for flag in flags:
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if value is not None:
-            if isinstance(value, range):
-                value = f"{value.start}-{value.stop - 1}"
-            elif isinstance(value, list):
-                value = " ".join(map(str, value))
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
             raise ValueError(f"{flag} {value}: no effect here; {way_out}, or leave {flag} out")
 
 
 def read(args: argparse.Namespace, num_experts: int | None, *, pairs: bool = False) -> Trace:
     with naming(args.trace):
-        return read_trace(args.trace, ranks=args.trace_ranks, num_experts=num_experts, pairs=pairs)
+        return read_trace(args.trace, num_experts=num_experts, pairs=pairs)

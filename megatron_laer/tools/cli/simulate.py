@@ -29,11 +29,10 @@ from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.rules import lays_out_freely
 from megatron_laer.tools.cli import simulate_input
-from megatron_laer.tools.cli.argument_types import between, describe, number, option, shared
-from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
+from megatron_laer.tools.cli.argument_types import between, describe, option, shared
+from megatron_laer.tools.cli.prediction_settings import ROWS_IN_FP8
 from megatron_laer.tools.simulator import iteration_output as output
 from megatron_laer.tools.simulator.iteration.methods import (
-    FSEP,
     METHODS,
     STOCK,
     Method,
@@ -53,15 +52,6 @@ _MAX_STEPS = 10**5
 _FLEX = "flex"
 _TOKENS = (*(exchange.value for exchange in TokenExchange), _FLEX, Auto.AUTO.value)
 
-_ROWS_SHARDED = (
-    "--data-parallel-sharding-strategy: Megatron-FSDP takes experts as stock's parameters; give "
-    "--sharding experts, --method without fsep, or leave it out"
-)
-_ROWS_ADAPTED = (
-    "--lora-rank: rows of experts have no linear layers to adapt; give --sharding experts, or "
-    "--lora-targets of attention alone"
-)
-
 _EXAMPLES = """\
 examples:
   %(prog)s traces/group-0.trace --model tiny-moe --cluster cpu-gloo
@@ -78,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "routing, as a range over the cluster's constants, and whether FSEP is worth it.",
         _EXAMPLES,
     )
-    simulate_input.add_arguments(parser)
+    simulate_input.add_inputs(parser)
+    simulate_input.add_sizes(parser)
     swept = parser.add_argument_group("what is compared; several values are a sweep")
     for flag, default in (
         ("--ranks N", "as in the trace"),
@@ -105,12 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--scheduler", ("on", "off"), "on", "as in training"),
     ):
         option(ours, flag, text, choices=choices, default=default)
-    steps = between(1, _MAX_STEPS)
-    option(ours, "--lag", "age of a forecast, in steps", steps, default=1)
     text = "of the trace that are simulated, spread over it; default: %(default)s"
-    option(parser, "--steps S", text, steps, default=3)
-    text = "of a rank, for MFU; default: what the cluster's fastest GEMM reaches"
-    option(parser, "--peak-tflops X", text, number(1e-6, 1e9))
+    option(parser, "--steps S", text, between(1, _MAX_STEPS), default=3)
     shared(parser, "--memory-gib X", "the card's less 1")
     shared(parser, "--json FILE")
 
@@ -119,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     simulate_input.check(args)
     cluster = simulate_input.cluster_of(args)
     model = simulate_input.model_of(args)
-    rates = simulate_input.rates_of(args, model, cluster)
+    rates = simulate_input.rates_of(model, cluster)
     shardings = _shardings(args, model)
     routing_of = simulate_input.routing_of(args, model)
     # A trace has its ranks; a workload needs --ranks.
@@ -164,8 +151,6 @@ def run(args: argparse.Namespace) -> int:
         "cluster": cluster.name,
         "run": asdict(cases.runs[0]),
         "steps": args.steps,
-        "lag": args.lag,
-        "peak_flops_per_s": cases.peak_flops_per_s,
         "memory_gib": cases.most_gib,
         "not_given": output.not_given(cluster),
     }
@@ -188,8 +173,6 @@ class _Cases:
         self.runs: list[RunShape] = []
         self.most_gib = simulate_input.most_gib(args, rates[0].cluster)
         self.most_bytes = None if self.most_gib is None else self.most_gib * 2**30
-        peak = args.peak_tflops
-        self.peak_flops_per_s = rates[0].peak_flops_per_s if peak is None else peak * 1e12
         self._args, self._model, self._rates = args, model, rates
 
     def predict(
@@ -198,15 +181,14 @@ class _Cases:
         """Predict a case; a workload's trace has the tokens of the case."""
         args, model, num_ranks = self._args, self._model, geometry.num_ranks
         scaled = tokens if args.workload is None else None
-        routing = Routing.of_run(trace, num_ranks, model.topk, scaled, args.lag)
+        routing = Routing(trace, num_ranks, model.topk, scaled)
         chosen = self._chosen(geometry, config, routing)
         geometry, costs = chosen.geometry, chosen.costs
         shape = simulate_input.run_shape(args, geometry, routing.tokens(model.topk), trace)
-        simulate_input.can_overlap(args, shape, model)
         shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
         sizes = num_ranks, geometry.node_size, geometry.capacity
         case = Case(*sizes, geometry.sharding.value, config.mode.value, shape.tokens, shape.world)
-        predict = partial(predict_iterations, routing, model, shape, steps=args.steps, lag=args.lag)
+        predict = partial(predict_iterations, routing, model, shape, steps=args.steps)
         settings = MethodSettings(
             geometry,
             costs,
@@ -225,11 +207,11 @@ class _Cases:
         methods, self.refused[case] = self._methods(
             settings, lambda methods: predict(methods, nominal)
         )
-        total = min(args.steps, len(routing.steps())) * routing.layers * shape.microbatches
+        layers = min(routing.layers, model.moe_layers)
+        total = min(args.steps, len(routing.steps())) * layers * shape.microbatches
         bar = tqdm(desc=case.label, total=total, unit="microbatch", disable=None, leave=False)
-        predict = partial(predict, peak_flops_per_s=self.peak_flops_per_s, progress=bar.update)
         with bar:
-            found = predict(methods, self._rates)
+            found = predict(methods, self._rates, progress=bar.update)
         self.predicted[case] = {prediction.method: prediction for prediction in found}
         self.runs.append(shape)
 
@@ -278,37 +260,34 @@ class _Cases:
 
 def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | Auto]:
     """Return the asked shardings, `auto` as the only one where there is no choice."""
-    possible = simulate_input.shardings_of(args, model, trains=FSEP in args.method)
-    if lays_out_freely(args.strategy) and (
-        Sharding.EXPERTS in args.sharding or Sharding.ROWS not in possible
-    ):
-        of = "--sharding experts asks for" if Sharding.ROWS in possible else "these flags need"
+    at_home = model.precision.is_quantised
+    if lays_out_freely(args.strategy) and (at_home or Sharding.EXPERTS in args.sharding):
+        of = "fp8 needs" if at_home else "--sharding experts asks for"
         raise ValueError(
             f"--strategy {args.strategy}: moves every expert, so it does not run with experts at "
             f"home, which {of}; use another strategy"
         )
-    if Sharding.ROWS in possible:
+    if not at_home:
         return [Auto.AUTO if word == Auto.AUTO else Sharding(word) for word in args.sharding]
     if Sharding.ROWS in args.sharding:
-        if model.precision.is_quantised:
-            raise ValueError(ROWS_IN_FP8)
-        raise ValueError(_ROWS_SHARDED if model.lora is None else _ROWS_ADAPTED)
-    return list(possible)
+        raise ValueError(ROWS_IN_FP8)
+    return [Sharding.EXPERTS]
 
 
-def _print(about: dict[str, Any], cases: _Cases, text: str) -> None:
+def _print(about: dict[str, Any], cases: _Cases, sentence: str) -> None:
     predicted, shape = cases.predicted, cases.runs[0]
     first = next(iter(predicted))
     sizes = f"{shape.tokens} tokens per rank and microbatch, {shape.microbatches} microbatches"
     parallel = f"pipeline {shape.stages} x {shape.chunks}, {shape.world} ranks in all"
     if about["memory_gib"] is not None:
         parallel += f" with {about['memory_gib']:g} GiB each"
+    print(sentence, end="\n\n")
+    if about["not_given"]:
+        print(one_line(about["not_given"]), end="\n\n")
     print(one_line(f"{about['model']} on {about['cluster']}, {about['trace']}"))
     print(f"{first.label}: {sizes}; {parallel}; recompute {shape.recompute}\n")
     print(output.table_text(predicted[first], cases.refused[first]), end="\n\n")
     print(output.parts_text(predicted[first]), end="\n\n")
     if len(predicted) > 1:
         print(output.sweep_text(predicted), end="\n\n")
-    if about["not_given"]:
-        text = f"{one_line(about['not_given'])}\n\n{text}"
-    print(output.LEGEND, text, sep="\n\n")
+    print(output.LEGEND)

@@ -25,12 +25,10 @@ _WORTH_NAMING = 0.002
 class Assessment:
     """Assessment of a run, over all steps.
 
-    `total_s` and `exchanges_s` are measured, or else `total_s` is the predicted time of MoE layers
-    including exchanges, and `exchanges_s` is 0. `balanced_s` is the time with perfect balance, and
-    `stock_s` the time that stock's placement would have lost to imbalance.
+    `balanced_s` is the time with perfect balance, and `stock_s` the time that stock's placement
+    would have lost to imbalance.
     """
 
-    is_measured: bool
     total_s: float
     balanced_s: float
     imbalance_s: float
@@ -50,14 +48,9 @@ class Assessment:
 
     def sentence(self) -> str:
         kept, by_stock = percent(self.kept), percent(self.kept_by_stock)
-        if self.is_measured:
-            return (
-                f"FSEP kept {kept} of perfectly balanced speed; stock's placement of the same "
-                f"tokens would have kept about {by_stock}"
-            )
         return (
-            f"FSEP's MoE layers would keep {kept} of perfectly balanced speed, and stock's "
-            f"placement about {by_stock}, by predicted times"
+            f"FSEP kept {kept} of perfectly balanced speed; stock's placement of the same tokens "
+            f"would have kept about {by_stock}"
         )
 
     def causes(self, layers: tuple[str, ...]) -> str:
@@ -77,20 +70,12 @@ def assess(run: RunData) -> Assessment:
     stock_lost_ms_TL = run.layer_ms_TL * (np.maximum(run.stock_TL, 1.0) - 1) / ratio_TL
     lost_ms_L, stock_lost_ms_L = np.nansum(lost_ms_TL, axis=0), np.nansum(stock_lost_ms_TL, axis=0)
     imbalance_s = float(lost_ms_L.sum()) * 1e-3
-    exchanges_s = 0.0
-    if run.is_measured:
-        total_s = float(np.nansum(run.of_steps["step_ms"])) * 1e-3
-        waits = ("restore_wait_ms", "reduce_wait_ms", "decide_ms")
-        exchanges_s = sum(float(np.nansum(run.of_steps[name])) for name in waits) * 1e-3
-        balanced_s = total_s - imbalance_s - exchanges_s
-    else:
-        total_s = float(np.nansum(run.layer_ms_TL)) * 1e-3
-        balanced_ms_TL = run.of_layers["balanced_ms"] * run.of_layers["passes"]
-        balanced_s = float(np.nansum(balanced_ms_TL)) * 1e-3
+    total_s = float(np.nansum(run.of_steps["step_ms"])) * 1e-3
+    waits = ("restore_wait_ms", "reduce_wait_ms", "decide_ms")
+    exchanges_s = sum(float(np.nansum(run.of_steps[name])) for name in waits) * 1e-3
     return Assessment(
-        run.is_measured,
         total_s,
-        balanced_s,
+        total_s - imbalance_s - exchanges_s,
         imbalance_s,
         exchanges_s,
         float(stock_lost_ms_L.sum()) * 1e-3,

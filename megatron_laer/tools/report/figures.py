@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
@@ -38,21 +37,16 @@ from megatron_laer.tools.report.plots import (
     Axis,
     Chart,
     Section,
-    Table,
     rounded,
 )
 from megatron_laer.tools.report.run_data import Float64, RunData
 
-_MAX_POINTS = 1500
-_NUM_WORST = 10
 # A step's time by kind, from the measured parts; the rest is dense layers and optimizer.
 KINDS = ("dense layers", "dispatch", "experts", "combine", "restore waits", "gradient waits")
 
 
-def sections(
-    run: RunData, assessment: Assessment, other: RunData | None = None
-) -> Iterator[Section]:
-    """Yield the sections for which there is data; `other` is a run to compare with."""
+def sections(run: RunData, assessment: Assessment) -> Iterator[Section]:
+    """Yield the sections for which there is data."""
     edges = bin_edges(len(run.steps_T), MAX_BINS)
     yield _balance(run, edges)
     yield _time(run, edges, assessment)
@@ -66,8 +60,6 @@ def sections(
         yield Section("replicas", "Replicas", moved, text)
     yield _guard(run)
     yield _memory(run, edges)
-    if other is not None:
-        yield _comparison(run, other)
 
 
 def _steps(run: RunData, edges: Sequence[int]) -> Axis:
@@ -94,29 +86,18 @@ def _balance(run: RunData, edges: Sequence[int]) -> Section:
         )
         for (name, values_TL), text in zip(balance_of.items(), texts, strict=True)
     ]
-    worst = Table(
-        "Steps and layers with the worst balance", ("", "FSEP", "stock"), list(_worst(run))
-    )
-    return Section("balance", "Balance by layer and step", figures, tables=[worst])
-
-
-def _worst(run: RunData) -> Iterator[tuple[str, ...]]:
-    ratio_TL = np.nan_to_num(run.imbalance_TL, nan=0.0)
-    for place in np.argsort(-ratio_TL, axis=None, kind="stable")[:_NUM_WORST].tolist():
-        step, layer = divmod(place, ratio_TL.shape[1])
-        values = (run.imbalance_TL[step, layer], run.stock_TL[step, layer])
-        yield (f"step {run.steps_T[step]}, {run.shape.layers[layer]}", *map(text_of, values))
+    return Section("balance", "Balance by layer and step", figures)
 
 
 def _time(run: RunData, edges: Sequence[int], assessment: Assessment) -> Section:
-    figures = [_times(run, edges)] if run.is_measured else []
+    figures = [_times(run, edges)]
     if run.loss:
         figures.append(_loss(run))
-    how = "the measured time from a dispatch to the end of its combine"
     figures.append(
         plots.bars_by_name(
             "Lost to imbalance by layer, all steps",
-            f"Computed from {how if run.is_measured else 'predicted layer times'} and max/mean.",
+            "Computed from the measured time from a dispatch to the end of its combine, and "
+            "max/mean.",
             run.shape.layers,
             {"stock's placement": assessment.stock_lost_ms_L, "FSEP": assessment.lost_ms_L},
             x="time lost in all steps, ms",
@@ -146,15 +127,14 @@ def _loss(run: RunData) -> Chart:
     )
 
 
-def _times(run: RunData, edges: Sequence[int], name: str = "", most: float | None = None) -> Chart:
+def _times(run: RunData, edges: Sequence[int]) -> Chart:
     return plots.stacked_bars(
-        f"{name}A step's time by kind",
+        "A step's time by kind",
         "On the planner rank. Combine waits for the busiest rank, so it includes the imbalance. "
         "Far longer columns, as of a warm-up, are cut off.",
         _time_parts(run, edges),
         x=_steps(run, edges),
         y="time of a step, ms",
-        most=most,
     )
 
 
@@ -215,38 +195,8 @@ def _experts(run: RunData) -> Section:
         bounds=(0.0, max(1.01, largest(share_BLE))),
         choices=layers,
     )
-    table = Table(
-        "Experts without tokens, Gini coefficient and drift by layer",
-        ("layer", "experts without a token", "Gini coefficient", "cosine of neighbouring columns"),
-        [
-            (name, str(int((total_E == 0).sum())), text_of(gini(total_E)), text_of(drift))
-            for name, total_E, drift in zip(layers, total_LE, _drift(share_BLE), strict=True)
-        ],
-    )
-    return Section("experts", "Experts", [figure], tables=[table])
-
-
-def gini(tokens_E: npt.NDArray[np.int64]) -> float:
-    """Return the Gini coefficient: 0 for equal shares, near 1 for a single expert."""
-    ordered_E = np.sort(tokens_E)
-    total = float(ordered_E.sum())
-    if total == 0:
-        return math.nan
-    number = len(ordered_E)
-    place_E = np.arange(1, number + 1)
-    return float(2 * (place_E * ordered_E).sum() / (number * total) - (number + 1) / number)
-
-
-def _drift(share_BLE: Float64) -> list[float]:
-    """Return the mean cosine between experts' shares in neighbouring bins, by layer."""
-    share_BLE = np.nan_to_num(share_BLE)
-    found = []
-    for layer in range(share_BLE.shape[1]):
-        one, other = share_BLE[:-1, layer], share_BLE[1:, layer]
-        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-        products = (one * other).sum(axis=1)
-        found.append(float(np.mean(products[norms > 0] / norms[norms > 0])) if norms.any() else 1.0)
-    return found
+    text = f"{int((total_LE == 0).sum())} of {total_LE.size} experts had no token in the whole run."
+    return Section("experts", "Experts", [figure], text)
 
 
 def _replicas(run: RunData, edges: Sequence[int]) -> Iterator[Chart]:
@@ -264,16 +214,15 @@ def _replicas(run: RunData, edges: Sequence[int]) -> Iterator[Chart]:
             bounds=(1.0, max(2.0, largest(slots_BLE))),
             choices=layers,
         )
-    if run.is_measured:
-        series, unit = in_unit({"received": binned(run.of_steps["weight_bytes"], edges)})
-        yield plots.lines(
-            "Weights moved",
-            "Weights and gradients that the planner rank received in a step.",
-            {name: rounded(values) for name, values in series.items()},
-            x=_steps(run, edges),
-            y=unit,
-            colours=(GREEN,),
-        )
+    series, unit = in_unit({"received": binned(run.of_steps["weight_bytes"], edges)})
+    yield plots.lines(
+        "Weights moved",
+        "Weights and gradients that the planner rank received in a step.",
+        {name: rounded(values) for name, values in series.items()},
+        x=_steps(run, edges),
+        y=unit,
+        colours=(GREEN,),
+    )
 
 
 def _slots_by_bin(run: RunData, bins: Bins) -> Float64:
@@ -298,28 +247,8 @@ def _guard(run: RunData) -> Section:
     passes = float(np.nansum(of["passes"]))
     share = float(np.nansum(of["fresh"])) / passes if passes else math.nan
     text = f"{text_of(100 * share)} % of microbatches got a layout of their own."
-    if run.is_measured:
-        text += _measured_over_predicted(of["layer_ms"], of["predicted_ms"])
-    there = np.flatnonzero(np.isfinite(of["cost_ms"]) & np.isfinite(of["gain_ms"]))
-    there = there[:: max(1, -(-len(there) // _MAX_POINTS))]
-    cost, gain, fresh = (of[name].ravel()[there] for name in ("cost_ms", "gain_ms", "fresh"))
-    figures = []
-    if len(there):
-        is_fresh = fresh > 0
-        figures.append(
-            plots.points(
-                "Decisions: predicted gain against predicted cost",
-                "A point is a layer in a step, the mean of its microbatches. Above the line a "
-                "fresh layout pays.",
-                {
-                    "kept the forecast": (cost[~is_fresh], gain[~is_fresh]),
-                    "took a fresh layout": (cost[is_fresh], gain[is_fresh]),
-                },
-                x="predicted cost, ms",
-                y="predicted gain, ms",
-            )
-        )
-    return Section("guard", "The guard, and the cost model", figures, text)
+    text += _measured_over_predicted(of["layer_ms"], of["predicted_ms"])
+    return Section("guard", "The guard, and the cost model", [], text)
 
 
 def _measured_over_predicted(measured: Float64, predicted: Float64) -> str:
@@ -369,30 +298,3 @@ def _largest_of_layers(values_TL: Float64) -> Float64:
     """Return the largest value of a step's layers; NaN without any."""
     largest = np.where(np.isfinite(values_TL), values_TL, -np.inf).max(axis=1)
     return np.where(np.isfinite(largest), largest, np.nan)
-
-
-def _comparison(run: RunData, other: RunData) -> Section:
-    both = [(one, bin_edges(len(one.steps_T), MAX_BINS)) for one in (run, other)]
-    names = ("FSEP", "stock's placement")
-    means = [
-        [binned(np.ma.masked_invalid(v).mean(axis=1).filled(np.nan), edges) for v in values]
-        for one, edges in both
-        for values in [(one.imbalance_TL, one.stock_TL)]
-    ]
-    high = 1.02 * max(1.0, *(largest(values) for pair in means for values in pair))
-    figures = [
-        plots.lines(
-            f"{one.name}: max/mean, mean of layers",
-            "Both figures have one scale.",
-            {name: rounded(values) for name, values in zip(names, pair, strict=True)},
-            x=_steps(one, edges),
-            y="max/mean tokens per rank",
-            colours=(GREEN, RED),
-            y_range=(0.98, high),
-        )
-        for (one, edges), pair in zip(both, means, strict=True)
-    ]
-    if run.is_measured and other.is_measured:
-        most = max(plots.stack_height(_time_parts(one, edges)) for one, edges in both)
-        figures += [_times(one, edges, f"{one.name}: ", most) for one, edges in both]
-    return Section("comparison", f"Compared with {other.name}", figures)

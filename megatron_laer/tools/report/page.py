@@ -23,7 +23,6 @@ from megatron_laer.tools.report.figures import sections
 from megatron_laer.tools.report.run_data import Float64, RunData
 from megatron_laer.tools.report.what_if import WhatIf
 from megatron_laer.tools.simulator.comparison import STOCK, TOLERANCE
-from megatron_laer.tools.simulator.node_rows import in_words
 from megatron_laer.version import __version__
 
 _FOLDER = resources.files("megatron_laer.tools.report") / "page"
@@ -31,7 +30,7 @@ _FOLDER = resources.files("megatron_laer.tools.report") / "page"
 _OF_VERDICT = ("kept", "kept_by_stock", "total_s", "imbalance_s", "exchanges_s", "stock_s")
 _OF_ROW = (
     *("strategy", "mode", "capacity", "cases", "mean", "p95", "p99"),
-    *("off_node_share", "node_rows", "replan_share", "layer_ms"),
+    *("off_node_share", "replan_share", "layer_ms"),
 )
 # Another quantity than the verdict's share of balance, of nearly the same name: of MoE layers
 # alone, and predicted.
@@ -40,31 +39,15 @@ _LEFT_OUT = "fsep_share_of_forced_balance"
 _WORTH_A_TRY = 0.02
 
 
-def page(
-    run: RunData, rows: Sequence[WhatIf], other: RunData | None = None, predicted_for: str = ""
-) -> str:
+def page(run: RunData, rows: Sequence[WhatIf], predicted_for: str = "") -> str:
     """Render the page; `predicted_for` describes the settings of the predictions in `rows`."""
-    runs = [run] if other is None else [run, other]
-    columns = [dict(_all_numbers(one)) for one in runs]
-    names = dict.fromkeys(name for one in columns for name in one)
     assessment = assess(run)
-    shown = list(sections(run, assessment, other))
+    shown = list(sections(run, assessment))
     data = {
         "format": "megatron_laer-report",
         "version": 3,
         "name": run.name,
-        "is_measured": run.is_measured,
-        "verdict": {
-            name: getattr(assessment, name)
-            for name in (
-                "kept",
-                "kept_by_stock",
-                "total_s",
-                "imbalance_s",
-                "exchanges_s",
-                "stock_s",
-            )
-        },
+        "verdict": {name: getattr(assessment, name) for name in _OF_VERDICT},
         "figures": [vars(figure) for section in shown for figure in section.figures],
         "what_if": [
             {name: getattr(row.row, name) for name in _OF_ROW}
@@ -84,13 +67,11 @@ def page(
         name=run.name,
         about=_about(run),
         version=__version__,
-        is_measured=run.is_measured,
         assessment=f"{assessment.sentence()}.",
         causes=_capital(assessment.causes(run.shape.layers)),
         notes=run.notes,
         six=list(_six_numbers(run)),
-        heads=["", *(one.name for one in runs)],
-        all_numbers=[(name, *(one.get(name, "–") for one in columns)) for name in names],
+        all_numbers=list(_all_numbers(run)),
         sections=shown,
         what_if=[_line(equal, own, run) for equal in _equal_rows(rows)],
         advice=_advice(rows, own),
@@ -127,9 +108,8 @@ def _six_numbers(run: RunData) -> Iterator[tuple[str, str, str]]:
     yield _mean(run.stock_TL), _mean(run.imbalance_TL), "max/mean tokens per rank, mean"
     shares = percent(assessment.kept_by_stock), percent(assessment.kept)
     yield *shares, "of perfectly balanced speed; stock's is an estimate"
-    of = "measured" if run.is_measured else "predicted for MoE layers"
     lost = seconds(assessment.stock_s), seconds(assessment.imbalance_s)
-    yield *lost, f"lost to imbalance; {seconds(assessment.total_s)} were {of} in all"
+    yield *lost, f"lost to imbalance; {seconds(assessment.total_s)} were measured in all"
 
 
 def _mean(values: Float64) -> str:
@@ -140,11 +120,10 @@ def _mean(values: Float64) -> str:
 def _all_numbers(run: RunData) -> Iterator[tuple[str, str]]:
     assessment = assess(run)
     yield "steps", f"{len(run.steps_T)} ({run.steps_T[0]} to {run.steps_T[-1]})"
-    if run.is_measured and np.isfinite(run.of_steps["step_ms"]).any():
+    if np.isfinite(run.of_steps["step_ms"]).any():
         median_ms = float(np.nanmedian(run.of_steps["step_ms"]))
         yield "step time, median", seconds(median_ms * 1e-3)
-    if run.is_measured:
-        yield "waits for exchanges and decisions", seconds(assessment.exchanges_s)
+    yield "waits for exchanges and decisions", seconds(assessment.exchanges_s)
     for name, values in (
         ("max/mean tokens per rank", run.imbalance_TL),
         ("the same under stock's placement", run.stock_TL),
@@ -169,8 +148,7 @@ def _is_own(found: WhatIf, run: RunData) -> bool:
     """Return whether a row has the run's own settings."""
     row, of = found.row, dict(run.settings)
     mode = TOLERANCE if "imbalance_tolerance" in of else of.get("plan_mode")
-    own = of.get("planner"), mode, run.shape.capacity
-    return run.is_measured and (row.strategy, row.mode, row.capacity) == own
+    return (row.strategy, row.mode, row.capacity) == (of.get("planner"), mode, run.shape.capacity)
 
 
 def _equal_rows(rows: Sequence[WhatIf]) -> list[list[WhatIf]]:
@@ -202,7 +180,6 @@ def _line(
         cells.append(("against this run", "this run's" if is_own else f"{100 * gain:+.1f} %"))
     if run.shape.node_size < run.shape.num_ranks:
         cells.append(("off their node", percent(row.off_node_share)))
-        cells.append(("rows between nodes: home - replicas - shared", in_words(row.node_rows)))
     return cells, (own if own is not None and is_own else equal[0]).command, is_own
 
 

@@ -46,15 +46,6 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Table that a reader opens; the first cell of a row names it."""
-
-    title: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
 class Section:
     """Section of the page."""
 
@@ -62,7 +53,6 @@ class Section:
     title: str
     figures: Sequence[Chart]
     text: str = ""
-    tables: Sequence[Table] = ()
 
 
 @dataclass(frozen=True)
@@ -197,14 +187,13 @@ def stacked_bars(
     *,
     x: Axis,
     y: str,
-    most: float | None = None,
 ) -> Chart:
-    """Return a figure of stacked bars; without `most`, the y axis cuts off far longer columns."""
+    """Return a figure of stacked bars; the y axis cuts off far longer columns."""
     traces = [
         {"type": "bar", "name": name, "x": x.values, "y": values, "marker": {"color": colour}}
         for (name, values), colour in zip(parts.items(), KIND_COLOURS, strict=True)
     ]
-    axis = {"title": {"text": y}, "range": [0, most or stack_height(parts)]}
+    axis = {"title": {"text": y}, "range": [0, stack_height(parts)]}
     layout = {"height": 380, "barmode": "stack", "bargap": 0.08, "yaxis": axis}
     return _chart(title, text, traces, x, layout)
 
@@ -246,41 +235,6 @@ def bars_by_name(
         "yaxis": {"title": {"text": y}, "autorange": "reversed", "type": "category"},
     }
     return _chart(title, text, traces, axis, layout)
-
-
-def points(
-    title: str, text: str, series: Mapping[str, tuple[Float64, Float64]], *, x: str, y: str
-) -> Chart:
-    """Return a figure of points (x, y) by name, with the line on which both are equal."""
-    traces = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": name,
-            "x": rounded(xs),
-            "y": rounded(ys),
-            "marker": {"color": colour, "size": 6, "opacity": 0.6},
-        }
-        for (name, (xs, ys)), colour in zip(series.items(), (BLUE, RED), strict=True)
-        if len(xs)
-    ]
-    ranges = [_robust(np.concatenate([pair[k] for pair in series.values()])) for k in (0, 1)]
-    # From the larger of the lower ends to the smaller of the upper ones.
-    low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
-    equal = _LINE | {"x0": low, "y0": low, "x1": high, "y1": high, "layer": "below"}
-    layout = {
-        "height": 340,
-        "yaxis": {"title": {"text": y}, "range": list(ranges[1])},
-        "shapes": [equal] if low < high else [],
-    }
-    axis = Axis((), {"title": {"text": x}, "range": list(ranges[0])})
-    return _chart(title, text, traces, axis, layout)
-
-
-def _robust(values: Float64) -> tuple[float, float]:
-    low, high = min(0.0, *np.quantile(values, [0.005])), max(0.0, *np.quantile(values, [0.995]))
-    margin = 0.06 * (high - low) or 1.0
-    return low - margin, high + margin
 
 
 def steps_axis(

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.files.checks import lines, open_input, quoted
+from megatron_laer.choices import Sharding
+from megatron_laer.files.checks import lines, open_input
 from megatron_laer.planner.layout import ExpertLayout, stock_owner_E
 from megatron_laer.runtime.planning.layout_recording import read_layouts
 from megatron_laer.telemetry.log import LOSS, read_run
@@ -23,16 +24,16 @@ from megatron_laer.tools.report.run_files import RunFiles, naming
 from megatron_laer.tools.traces.records import Trace
 
 
-def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | None) -> RunData:
+def recorded_run(
+    files: RunFiles, recording: MetricsRecording, trace: Trace | None, sharding: Sharding
+) -> RunData:
     """Read the rest of a run with recorded metrics.
 
     Raises ValueError for a damaged line or files of different runs, OSError for unreadable files.
     """
-    assert files.metrics is not None
     shape = recording.shape
     if len(recording.steps_T) == 0:
         raise ValueError(f"{files.metrics} holds no step yet; wait for the first one")
-    _check_ratios(files.metrics, recording)
     experts_TLE = stock_rank_tokens_TLN = None
     loss = _loss(files.logs)
     notes = [*_notes(files, recording), *_divergence(loss)]
@@ -49,7 +50,6 @@ def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | No
     return RunData(
         name=files.name,
         shape=shape,
-        is_measured=True,
         steps_T=recording.steps_T,
         imbalance_TL=of_layers["max_over_mean"],
         stock_TL=of_layers["stock_max_over_mean"],
@@ -69,6 +69,7 @@ def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | No
             *(recording.runs[-1][1].items() if recording.runs else ()),
         ],
         notes=notes,
+        sharding=sharding,
     )
 
 
@@ -89,17 +90,6 @@ def check_same_run(metrics: Path, shape: Shape, path: Path | None, trace: Trace)
             f"{path} is of {_said(of_trace)}, {metrics} of {_said(of_metrics)}; "
             "they are of different runs, so move one away"
         )
-
-
-def _check_ratios(path: Path, recording: MetricsRecording) -> None:
-    for name in ("max_over_mean", "stock_max_over_mean"):
-        values_TL = recording.of_layers[name]
-        for step, layer in np.argwhere(values_TL < 1)[:1].tolist():
-            raise ValueError(
-                f"{path}, step {recording.steps_T[step]}: {name} of "
-                f"{quoted(recording.shape.layers[layer])} is {values_TL[step, layer]:g}, which is "
-                "never below 1; the file is damaged there"
-            )
 
 
 def _said(of: tuple[int, int, tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Data of a report on a run, recorded or replayed.
+"""Data of a report on a run.
 
 Legend: T steps, L MoE layers, N ranks, E experts.
 """
@@ -27,15 +27,14 @@ class RunData:
     """Data of a run, by layer and step; NaN stands for missing values.
 
     `imbalance_TL` and `stock_TL` are tokens of the busiest rank over the mean, with FSEP and under
-    stock's placement. `layer_ms_TL` is the time over all passes of a step, predicted if not
-    `is_measured`. `of_steps`, `of_layers` and `metrics` are by recorded or logged names.
-    `experts_TLE` is None without a trace. `layouts` are planned ones by their first step, `loss` by
-    iteration from 1. `resumed` are the first steps of later runs that went on with the recording.
+    stock's placement. `layer_ms_TL` is the time over all passes of a step. `of_steps`, `of_layers`
+    and `metrics` are by recorded or logged names. `experts_TLE` is None without a trace. `layouts`
+    are planned ones by their first step, `loss` by iteration from 1. `resumed` are the first steps
+    of later runs that went on with the recording.
     """
 
     name: str
     shape: Shape
-    is_measured: bool
     steps_T: Int64
     imbalance_TL: Float64
     stock_TL: Float64

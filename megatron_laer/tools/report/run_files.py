@@ -18,48 +18,43 @@ from megatron_laer.runtime.planning.layout_recording import LAYOUTS
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.telemetry.trace_file import TRACE
 
-_WAYS = "--fsep-record DIR metrics trace layouts writes them"
+_WAYS = "give one that --fsep-record DIR metrics trace layouts wrote"
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Files of one FSEP group: at least a recording of metrics or a trace.
-
-    `groups` are all groups with recordings. Only the settings of `metrics_beside` are read; they
-    are next to a trace that is given alone.
-    """
+    """Files of one FSEP group; `groups` are all groups with metrics."""
 
     name: str
-    group: int = 0
-    groups: tuple[int, ...] = (0,)
-    metrics: Path | None = None
-    metrics_beside: Path | None = None
+    group: int
+    groups: tuple[int, ...]
+    metrics: Path
     trace: Path | None = None
     layouts: Path | None = None
     logs: tuple[Path, ...] = ()
 
     def all_files(self) -> list[Path]:
-        recordings = (self.metrics, self.metrics_beside, self.trace, self.layouts)
+        recordings = (self.metrics, self.trace, self.layouts)
         return [file for file in (*recordings, *self.logs) if file is not None]
 
 
 def find_run(given: Path, group: int | None) -> RunFiles:
     """Find the files of a run; without `group`, those of the first group.
 
-    Raises ValueError if nothing is there (of this group), or its recordings are of two runs.
+    Raises ValueError if no metrics are there (of this group), or its recordings are of two runs.
     """
     if not given.exists():
-        raise ValueError(f"run {quoted(given)} does not exist; give a folder or a trace")
+        raise ValueError(f"run {quoted(given)} does not exist; give a folder")
     if not given.is_dir():
-        return RunFiles(str(given), trace=given, metrics_beside=metrics_beside(given))
+        raise ValueError(f"run {quoted(given)} is no folder; {_WAYS}. `plan` replays a trace alone")
     found = _recordings(given)
-    groups = [of for of, files in sorted(found.items()) if {*files} != {LAYOUTS.suffix}]
+    groups = [of for of, files in sorted(found.items()) if METRICS.suffix in files]
     if not groups:
-        raise ValueError(f"folder {quoted(given)} holds no recording of a run; {_WAYS}")
+        raise ValueError(f"folder {quoted(given)} holds no metrics of a run; {_WAYS}")
     chosen = groups[0] if group is None else group
     if chosen not in groups:
         raise ValueError(
-            f"--group {chosen}: {quoted(given)} has recordings of the groups {groups}; give one"
+            f"--group {chosen}: {quoted(given)} has metrics of the groups {groups}; give one"
         )
     _check_one_run(found[chosen].values())
     logs = tuple(

@@ -18,7 +18,6 @@ from megatron_laer.tools.simulator.run_settings import RunSettings
 from megatron_laer.tools.traces.records import Trace
 
 _STRATEGY = FSEPConfig().planner
-_LAG = 1
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ def what_if(
 
     A run with a tolerance has it as a mode more. `path` and `flags` are for the printed commands.
     """
-    if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
+    if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) < 2:
         return []
-    cases = len(chosen_cases(trace, _LAG, 1))
+    cases = len(chosen_cases(trace, 1))
     every = _prime_from(-(-cases // most_cases))
     every = every if every <= cases else 1
     tolerance, homes = settings.tolerance, geometry.home_slots
@@ -67,14 +66,13 @@ def what_if(
         [_STRATEGY],
         [mode.value for mode in GUARD_MODES] + [TOLERANCE] * (tolerance is not None),
         tolerance=tolerance or 0.0,
-        lag=_LAG,
         every=every,
         progress=progress,
     )
     own = next(of for of in priced if of.capacity == geometry.capacity)
     balanced_s = [
         balanced_seconds(priced[own], own, trace.counts_NE(case))
-        for case in chosen_cases(trace, _LAG, every)
+        for case in chosen_cases(trace, every)
     ]
     balanced_ms = sum(balanced_s) / len(balanced_s) * 1e3
     return [

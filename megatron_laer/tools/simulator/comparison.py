@@ -25,7 +25,6 @@ from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_prices import BY_RANK
 from megatron_laer.rules import lays_out_freely
-from megatron_laer.tools.simulator.node_rows import NodeRows, by_cause
 from megatron_laer.tools.simulator.replay import (
     LayerPolicy,
     Observed,
@@ -52,9 +51,8 @@ BASELINES = ("static", "laer")
 class PlanRow:
     """One strategy and mode over all cases; `plan_output.LEGEND` explains the columns.
 
-    Cases are microbatches of one layer, with tokens and enough earlier steps. `fetched_bytes` are
-    the part of `restored_bytes` that is fetched after the gate; both are means. `node_rows` are
-    between nodes per pair, by cause.
+    Cases are microbatches of one layer, with tokens and an earlier step. `fetched_bytes` are the
+    part of `restored_bytes` that is fetched after the gate; both are means.
     """
 
     strategy: str
@@ -68,8 +66,6 @@ class PlanRow:
     max: float
     load_over_bound: float
     off_node_share: float
-    off_node_tokens: float
-    node_rows: Mapping[str, float]
     replan_share: float
     plan_ms: float
     gate_ms: float
@@ -84,7 +80,8 @@ class _Case(NamedTuple):
 
     ratio: float
     load_over_bound: float
-    rows: NodeRows
+    tokens: int
+    off_node: int
     layer_s: float
     bound_s: float
     replanned: bool
@@ -94,13 +91,14 @@ class _Case(NamedTuple):
     @classmethod
     def of(cls, guard: Guard, outcome: Outcome) -> _Case:
         decision, tokens_N, of = outcome.decision, outcome.tokens_N, price(guard, outcome)
-        least = -(-int(tokens_N.sum()) // tokens_N.size)
-        node_size, prices = guard.geometry.node_size, guard.costs.tokens
+        tokens = int(tokens_N.sum())
+        least = -(-tokens // tokens_N.size)
         fetched = busiest_rank(changed_traffic(guard, decision)) if decision.replanned else 0
         return cls(
             ratio=outcome.ratio,
             load_over_bound=int(tokens_N.max()) / least,
-            rows=NodeRows.of(outcome.counts_NE, node_size, outcome.totals, prices),
+            tokens=tokens,
+            off_node=int(outcome.totals.far_S.sum()),
             layer_s=of.layer_s,
             bound_s=of.bound_s,
             replanned=decision.replanned,
@@ -140,7 +138,7 @@ class _Planner:
         cases = self.cases[mode]
         ratios = np.array([case.ratio for case in cases])
         fetched_bytes = float(np.mean([case.fetched_bytes for case in cases]))
-        off_node = sum(case.rows.off_node for case in cases)
+        off_node = sum(case.off_node for case in cases)
         seconds = sum(case.layer_s for case in cases)
         return PlanRow(
             strategy=self.name,
@@ -153,9 +151,7 @@ class _Planner:
             p99=float(np.percentile(ratios, 99)),
             max=float(ratios.max()),
             load_over_bound=float(np.mean([case.load_over_bound for case in cases])),
-            off_node_share=off_node / sum(case.rows.pairs for case in cases),
-            off_node_tokens=off_node / len(cases),
-            node_rows=by_cause(case.rows for case in cases),
+            off_node_share=off_node / sum(case.tokens for case in cases),
             replan_share=float(np.mean([case.replanned for case in cases])),
             plan_ms=float(np.median(self.plan_s or [0.0])) * 1e3,
             gate_ms=float(np.median([case.gate_s for case in cases])) * 1e3,
@@ -173,20 +169,18 @@ def simulate(
     modes: Sequence[str],
     *,
     tolerance: float = 0.05,
-    lag: int = 1,
     every: int = 1,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[PlanRow]:
     """Run all strategies and modes over a trace; `progress` wraps the cases, as tqdm does.
 
     Stock expert parallelism is the first row if E is a multiple of N. The geometries, each with
-    its prices, differ in capacity alone. `lag` is the age of the newest counts behind a layout, in
-    recorded steps. `every` is the stride over the cases; one that is coprime to the numbers of
-    layers and microbatches samples all of them.
+    its prices, differ in capacity alone. `every` is the stride over the cases; one that is coprime
+    to the numbers of layers and microbatches samples all of them.
     """
     for geometry in priced:
         geometry.check_counts(trace.counts_RNE.shape[1:])
-    cases = chosen_cases(trace, lag, every)
+    cases = chosen_cases(trace, every)
     planners = [
         (planner, costs)
         for geometry, costs in priced.items()
@@ -195,7 +189,7 @@ def simulate(
     planners = [*_stock(*next(iter(priced.items()))), *planners]
     wanted = set(cases)
     bar = iter(progress(cases))
-    for (_, layer, records), observed in walk(trace, lag):
+    for (_, layer, records), observed in walk(trace):
         chosen = [record for record in records if record in wanted]
         if not chosen or observed is None:
             continue
@@ -212,24 +206,21 @@ def simulate(
     return [row for planner, _ in planners for row in planner.rows()]
 
 
-def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
-    """Return the evaluated records in order; refuse a lag or stride that leaves none."""
-    if lag < 1 or every < 1:
-        raise ValueError(f"lag and every must be at least 1, got {lag} and {every}")
+def chosen_cases(trace: Trace, every: int) -> list[int]:
+    """Return the evaluated records in order; refuse a trace or stride that leaves none."""
     has_tokens_R = trace.counts_RNE.any(axis=(1, 2))
     if not has_tokens_R.any():
         raise ValueError("the trace holds no tokens; record a run that routes some")
-    before = defaultdict[int, int](int)
+    began: set[int] = set()
     cases: list[int] = []
     for of in layer_steps(trace):
-        if before[of.layer] >= lag:
+        if of.layer in began:
             cases += [record for record in of.records if has_tokens_R[record]]
-        before[of.layer] += 1
+        began.add(of.layer)
     if not cases:
         raise ValueError(
-            f"--lag {lag}: no microbatch with tokens has a record {lag} step(s) before it in its "
-            f"layer; the trace holds {len(set(trace.step_R.tolist()))} step(s), so record at "
-            f"least {lag + 1}, or give a smaller lag"
+            "no microbatch with tokens has an earlier step in its layer; the trace holds "
+            f"{len(set(trace.step_R.tolist()))} step(s), so record at least 2"
         )
     if every > len(cases):
         raise ValueError(

@@ -9,7 +9,6 @@ from typing import Any
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.tools.simulator.iteration.methods import FSDP_EP, FSEP, METHODS, STOCK
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
-from megatron_laer.tools.simulator.node_rows import ASSUMED, CAUSES
 from megatron_laer.tools.simulator.rendering import aligned
 from megatron_laer.tools.simulator.verdict import Option, gain, verdict
 
@@ -46,16 +45,12 @@ class Case:
 Cases = Mapping[Case, Mapping[str, IterationPrediction]]
 Refused = Mapping[Case, Mapping[str, str]]
 
-LEGEND = (
-    """\
+LEGEND = """\
 s/iteration at the cluster's constants, and from their fastest to their slowest. x stock: how many
 times as fast as stock, with the same range; EP8: its fastest groups, of 8 ranks. MFU: FLOPs of the
 model over the peak's. waiting: for ranks that compute longer; exposed: exchanges, counts and
-bubbles that compute waits for; both are means over ranks. received: by a rank in an iteration.
-memory: with estimates for CUDA and NCCL, without the allocator's loss.
-"""
-    + ASSUMED
-)
+bubbles that compute waits for; both are means over ranks. memory: with estimates for CUDA and NCCL,
+without the allocator's loss."""
 
 
 def not_given(cluster: Cluster) -> str:
@@ -71,12 +66,11 @@ def not_given(cluster: Cluster) -> str:
 def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str, str]) -> str:
     head = (
         *("method", "s/iteration", "low", "high", "x stock", "tokens/s", "MFU"),
-        *("max/mean", "waiting", "exposed", "received GB in/between nodes", "memory GiB"),
+        *("max/mean", "waiting", "exposed", "memory GiB"),
     )
     lines = [head]
     for found in methods.values():
         times = str(gain(found, methods[STOCK])) if STOCK in methods else "-"
-        received = found.bytes
         lines.append(
             (
                 found.title,
@@ -89,7 +83,6 @@ def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str,
                 f"{found.max_over_mean:.3f}",
                 _s(found.waiting_s),
                 _s(sum(found.exposed_s.values())),
-                f"{received['intra'] / 1e9:.2f} / {received['inter'] / 1e9:.2f}",
                 f"{found.peak_bytes / _GIB:.2f}",
             )
         )
@@ -110,10 +103,6 @@ def parts_text(methods: Mapping[str, IterationPrediction]) -> str:
         if any(seconds):
             lines.append((title, *map(_s, seconds)))
     lines.append(("waiting s", *(_s(found.waiting_s) for found in methods.values())))
-    if first.node_rows["home"]:
-        for cause in CAUSES:
-            shares = [f"{found.node_rows[cause]:.1%}" for found in methods.values()]
-            lines.append((f"rows between nodes {cause}", *shares))
     parts = dict.fromkeys(part for found in methods.values() for part in found.memory_bytes)
     for part in parts:
         sizes = [found.memory_bytes.get(part, 0.0) / _GIB for found in methods.values()]
@@ -187,7 +176,7 @@ def _of_method(found: IterationPrediction) -> dict[str, Any]:
         del shown[name]
     first: dict[str, Any] = {"iteration_s": found.range_s, "by_rates_s": found.by_rates_s}
     first |= {"tokens_per_s": found.tokens_per_s, "mfu": found.mfu}
-    return first | shown | {"bytes": found.bytes, "peak_bytes": found.peak_bytes}
+    return first | shown | {"peak_bytes": found.peak_bytes}
 
 
 def _s(seconds: float) -> str:

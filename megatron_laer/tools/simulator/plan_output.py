@@ -24,7 +24,6 @@ _COLUMNS = (
     ("max", lambda row: f"{row.max:.3f}"),
     ("load/bound", lambda row: f"{row.load_over_bound:.4f}"),
     ("off-node", lambda row: f"{row.off_node_share:.1%}"),
-    ("rows", lambda row: f"{row.node_rows['sent']:.1%}"),
     ("replans", lambda row: f"{row.replan_share:.1%}"),
     ("plan ms", lambda row: f"{row.plan_ms:.3f}"),
     ("gate ms", lambda row: f"{row.gate_ms:.3f}"),
@@ -36,14 +35,12 @@ _WORDS = (0, 1, 3)  # columns of text
 
 LEGEND = """\
 mean, p95, p99, max: of max/mean tokens per rank. load/bound: largest load / ceil(tokens/N), mean.
-off-node: tokens computed on another node than their own. rows: sent between nodes, of the same;
-fewer where tokens that share a node are one row, as priced for independent choices. replans:
-microbatches whose layout was made after the gate. plan ms: a planned layout, in the background;
-gate ms: split and guard, on the critical path; both measured here, medians. restored MiB: what the
-busiest rank receives in one forward pass. layer ms: predicted, forward and backward, with the cost
-of replans, and of home experts' replicas what is not hidden; rows are taken to be restored unseen,
-and stock's tokens go by rank. time/bound: the same / what no layout of C slots and no split gets
-below."""
+off-node: tokens computed on another node than their own. replans: microbatches whose layout was
+made after the gate. plan ms: a planned layout, in the background; gate ms: split and guard, on the
+critical path; both measured here, medians. restored MiB: received by the busiest rank in one
+forward pass. layer ms: predicted, forward and backward, with the cost of replans, and of home
+experts' replicas as far as it is not hidden; rows are taken to be restored unseen, and stock's
+tokens go by rank. time/bound: the same / a lower bound for C slots."""
 
 
 def table_text(rows: Sequence[PlanRow]) -> str:
@@ -58,7 +55,10 @@ def shortest(rows: Sequence[PlanRow]) -> str:
     found = f"Shortest layer: {named}, C = {best.capacity}, {best.layer_ms:.3f} ms"
     if first.strategy != STOCK or best is first:
         return f"{found}."
-    return f"{found}, {first.layer_ms / best.layer_ms:.2f} times as fast as stock EP."
+    return (
+        f"{found}, {first.layer_ms / best.layer_ms:.2f} times as fast as stock EP; max/mean tokens "
+        f"per rank {best.mean:.3f}, where stock EP has {first.mean:.3f}."
+    )
 
 
 def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[PlanRow]) -> None:

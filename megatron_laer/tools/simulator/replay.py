@@ -9,7 +9,6 @@ Legend: N ranks, E experts, S slots.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -66,41 +65,33 @@ class Observed(NamedTuple):
 
 def walk(
     trace: Trace,
-    lag: int,
     total_NE: Callable[[Sequence[int]], Int64] | None = None,
     microbatches: int | None = None,
 ) -> Iterator[tuple[LayerStep, Observed | None]]:
-    """Yield the steps of all layers with their forecasts.
+    """Yield the steps of all layers with their forecasts, None in a layer's first step.
 
-    The newest counts of a forecast are `lag` steps old, among steps that recorded the layer;
-    it is None before there are so many. `total_NE` is by default the trace's. A step's
-    `microbatches` take its records in turn; each has its own by default.
+    `total_NE` is by default the trace's. A step's `microbatches` take its records in turn; each has
+    its own by default.
     """
     total_NE = total_NE or trace.total_NE
-    states: dict[int, deque[Observed]] = {}
+    states: dict[int, Observed] = {}
     for of in layer_steps(trace):
-        known = states.setdefault(of.layer, deque(maxlen=lag))  # oldest first
-        yield of, known[0] if len(known) == lag else None
-        before = known[-1] if known else Observed(SmoothedForecast(), (), total_NE)
+        yield of, states.get(of.layer)
+        before = states.get(of.layer) or Observed(SmoothedForecast(), (), total_NE)
         last = range(microbatches or len(of.records))[-WINDOW:]
         newest = (*before.newest, *(of.records[number % len(of.records)] for number in last))
         forecast = before.forecast.observe(total_NE(of.records))
-        known.append(Observed(forecast, newest[-WINDOW:], total_NE))
+        states[of.layer] = Observed(forecast, newest[-WINDOW:], total_NE)
 
 
-def kept_forecasts(trace: Trace, lag: int) -> int:
-    return len(trace.layers) * (min(lag, len(set(trace.step_R.tolist()))) + 1)
-
-
-def check_memory(
-    num_ranks: int, num_experts: int, *, record_bytes: int, forecasts: int, purpose: str
-) -> None:
+def check_memory(trace: Trace, num_ranks: int, *, record_bytes: int, purpose: str) -> None:
     """Refuse a replay that would take more memory than is free.
 
     `record_bytes` are of all records, per count [N, E].
     """
+    forecasts = 2 * len(trace.layers)  # the newest, and the one before
     per_count = record_bytes + _FORECAST_BYTES * forecasts + _WORKING_BYTES
-    needed = num_ranks * num_experts * per_count
+    needed = num_ranks * trace.num_experts * per_count
     share = memory.available_bytes() / needed
     memory.check_enough(needed, purpose, f"give --ranks of at most {int(num_ranks * share):,}")
 

@@ -26,9 +26,8 @@ class RunSettings:
     """Settings of a run, whose `costs` assume tokens that travel by rank.
 
     With `restore_algorithm` auto, exchanges are those that training takes by itself. `tolerance` is
-    the recorded one if no flag gives it, and None without both. `recorded` and `defaults` name the
-    settings from the recording, and from neither it nor flags. `note` names unusable recorded
-    settings and their replacements; "" for none.
+    None without one. `shape` is the recorded one; its nodes are those of the recorded cluster, and
+    do not hold for another one, as with `has_flag_cluster`.
     """
 
     sizes: ExpertSizes
@@ -39,9 +38,6 @@ class RunSettings:
     tolerance: float | None
     has_flag_cluster: bool
     shape: Shape | None
-    recorded: tuple[str, ...]
-    defaults: tuple[str, ...]
-    note: str
 
     def words(self) -> str:
         sent = "" if self.token_exchange == TokenExchange.RANK else ", tokens sent by node"
@@ -72,34 +68,27 @@ class RunSettings:
 
     def geometries(
         self, num_ranks: int, num_experts: int, capacities: Sequence[int], node_size: int | None
-    ) -> tuple[list[Geometry], tuple[str, ...]]:
-        """Return the shapes, one per capacity, and the names of the sizes that were recorded.
+    ) -> list[Geometry]:
+        """Return the shapes, one per capacity.
 
-        For the recorded number of ranks, sizes that were not given are the recorded ones. The node
-        size is not, if a flag names the cluster.
+        For the recorded number of ranks, sizes that were not given are the recorded ones.
         """
         shape = self.shape if self.shape and self.shape.num_ranks == num_ranks else None
-        recorded, flag = [], "--node-size"
-        cluster = self.costs.cluster
+        flag, cluster = "--node-size", self.costs.cluster
         if node_size is None and shape is not None and not self.has_flag_cluster:
             node_size = shape.node_size
-            recorded.append("node_size")
         elif node_size is None:
             node_size = min(cluster.ranks_per_node, num_ranks)
             flag = f"--node-size is not given, and {cluster.name}'s"
-        if not capacities and shape is not None:
-            capacities = [shape.capacity]
-            recorded.append("capacity")
-        slots: Sequence[int | None] = capacities or [None]
-        shapes = [
+        recorded: Sequence[int | None] = [None if shape is None else shape.capacity]
+        return [
             resolve_geometry(
                 num_experts,
                 num_ranks,
-                one,
+                capacity,
                 node_size,
                 sharding=self.sharding,
                 flags=("--capacity", flag),
             )
-            for one in slots
+            for capacity in capacities or recorded
         ]
-        return shapes, tuple(recorded)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,13 @@ _BYTES_PER_COUNT = 12
 def read_trace(
     path: Path,
     *,
-    ranks: Sequence[int] | None = None,
     num_experts: int | None = None,
     pairs: bool = False,
 ) -> Trace:
     """Read a recording, or the only one in a folder.
 
-    `ranks` are the source ranks to read, in this order. `num_experts` is compared with the
-    recorded number. `pairs` of experts are read on request. Raises ValueError for a missing
-    recording or damaged content, named by file and line or record.
+    `num_experts` is compared with the recorded number. `pairs` of experts are read on request.
+    Raises ValueError for a missing recording or damaged content, named by file and line or record.
     """
     if not path.exists():
         raise ValueError(f"trace {str(path)!r} does not exist; give a file or a folder")
@@ -42,7 +39,7 @@ def read_trace(
         raise ValueError(
             f"{path} has {trace.num_experts} experts, not {num_experts}; give the run's own model"
         )
-    return trace if ranks is None else trace.of_ranks(ranks)
+    return trace
 
 
 def read_recording(path: Path, *, pairs: bool = False) -> Trace:

@@ -126,10 +126,11 @@ class Trace:
         return counts_NE
 
     def total_NE(self, records: Sequence[int]) -> Int64:
-        """Return the summed counts of consecutive records."""
-        if len(records) == 1:
-            return self.counts_NE(records[0])
-        part_RNE = self.counts_RNE[records[0] : records[-1] + 1]
+        """Return the summed counts of some records."""
+        if isinstance(records, range):  # without a copy
+            part_RNE = self.counts_RNE[records.start : records.stop]
+        else:
+            part_RNE = self.counts_RNE[list(records)]
         summed_NE: Int64 = part_RNE.sum(axis=0, dtype=np.int64)
         return summed_NE
 
@@ -171,17 +172,6 @@ class Trace:
             f"a trace of {recorded} source ranks cannot be planned for {num_ranks} ranks; use one "
             f"of {works} or a multiple of {recorded}"
         )
-
-    def of_ranks(self, ranks: Sequence[int]) -> Trace:
-        wrong = [rank for rank in ranks if not 0 <= rank < self.num_ranks]
-        if wrong or not ranks:
-            raise ValueError(
-                f"source ranks {wrong} are not in the trace; it has ranks 0 to {self.num_ranks - 1}"
-            )
-        counts_RNE = np.ascontiguousarray(self.counts_RNE[:, list(ranks)])
-        chosen = replace(self, counts_RNE=counts_RNE)
-        is_everyone = sorted(ranks) == list(range(self.num_ranks))
-        return chosen if is_everyone else replace(chosen, pairs=None, sets={})
 
 
 def _dealt_out(counts_RNE: Int32, parts: int) -> Int32:

@@ -61,9 +61,6 @@ function linesOf({ data, layout }) {
   if (first.type === "heatmap") {
     const { x, y, z } = data.find((trace) => trace.visible);
     lines = [[title("yaxis"), ...x], ...z.map((row, r) => [y[r], ...row])];
-  } else if (first.mode === "markers") {
-    lines = [["", title("xaxis"), title("yaxis")],
-      ...data.flatMap(({ name, x, y }) => x.map((value, n) => [name, value, y[n]]))];
   } else {
     const [names, values] = first.orientation === "h" ? ["y", "x"] : ["x", "y"];
     lines = [[title(`${names}axis`), ...data.map(({ name }) => name)],

@@ -18,9 +18,8 @@ _MATTERS = 1.01
 class Turn:
     """A constant at one end of its spread, and what is best there.
 
-    `gain` is of the best setting over the best stock, `best` its label, and `change` that gain over
-    the nominal one. `loss` is the time of the chosen setting over the best one's. With `reverses`,
-    the other of FSEP and stock is worth it.
+    `gain` is of the best setting over the best stock, `best` its label. `loss` is the time of the
+    chosen setting over the best one's. With `reverses`, the other of FSEP and stock is worth it.
     """
 
     constant: str
@@ -28,18 +27,12 @@ class Turn:
     value: float
     best: str
     gain: float
-    change: float
     loss: float
     reverses: bool
 
     @property
     def matters(self) -> bool:
         return self.reverses or self.loss > _MATTERS
-
-    @property
-    def weight(self) -> tuple[bool, bool, float]:
-        size = max(self.loss, self.change, 1.0 / self.change)
-        return self.reverses, self.loss > _MATTERS, size
 
 
 def takes_fsep(results: Results) -> bool:
@@ -49,10 +42,13 @@ def takes_fsep(results: Results) -> bool:
     return gain(results.best[0].prediction, results.stocks[0].prediction).times >= WORTH
 
 
-def turns(predictor: Predictor, results: Results) -> list[Turn]:
-    """Predict the best settings and stocks with each constant at either end of its spread."""
+def decisive_turn(predictor: Predictor, results: Results) -> Turn | None:
+    """Predict the best with each constant at either end of its spread; return what matters most.
+
+    None where FSEP or stock does not fit, or no constant has a spread.
+    """
     if not results.best or not results.stocks:
-        return []
+        return None
     nominal = predictor.run.rates[0]
     ends = [
         (name, value)
@@ -64,7 +60,6 @@ def turns(predictor: Predictor, results: Results) -> list[Turn]:
     ours = [_scaled(predictor, found, sets) for found in results.best]
     stocks = [_scaled(predictor, found, sets) for found in results.stocks]
     is_worth = takes_fsep(results)
-    now = results.stocks[0].seconds / min(found.seconds for found in results.best)
     made = []
     for place, (name, value) in enumerate(ends, start=1):
         best = min(range(len(ours)), key=lambda each: ours[each][place])
@@ -78,12 +73,11 @@ def turns(predictor: Predictor, results: Results) -> list[Turn]:
                 value,
                 results.best[best].candidate.label,
                 times,
-                times / now,
                 ours[0][place] / ours[best][place],
                 (times >= WORTH) != is_worth,
             )
         )
-    return sorted(made, key=lambda turn: turn.weight, reverse=True)
+    return max(made, key=lambda turn: (turn.reverses, turn.loss), default=None)
 
 
 def _with(nominal: Rates, name: str, value: float) -> Rates:

@@ -9,45 +9,40 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_laer.config import flag_name
-from megatron_laer.planner.clusters import Cluster
 from megatron_laer.tools.simulator.advisor.answer import Turn, takes_fsep, verdict_of
 from megatron_laer.tools.simulator.advisor.predictor import Candidate, Run
 from megatron_laer.tools.simulator.advisor.search import Found, Results
 from megatron_laer.tools.simulator.advisor.settings import group_flags
-from megatron_laer.tools.simulator.iteration.rates import ends_of
 from megatron_laer.tools.simulator.iteration_output import not_given
-from megatron_laer.tools.simulator.node_rows import ASSUMED, in_words
 from megatron_laer.tools.simulator.rendering import aligned
 from megatron_laer.tools.simulator.verdict import gain
 
 _GIB, _WIDTH = 2**30, 100
-# First words of a spread's source that no measurement or publication stands behind.
-_ASSUMED = ("assumed", "none")
 
-LEGEND = (
-    """\
+LEGEND = """\
 Each row has the fastest slots and exchanges of its group size and sharding. share: time of stock
 under perfectly balanced counts, in its fastest group that fits, over the row's time under the given
 routing. x stock: how many times as fast as the first stock, with the range over the constants.
-EP: ranks of a group; C: slots per rank; overlap: Megatron's combined 1F1B.
-"""
-    + ASSUMED
-)
+EP: ranks of a group; C: slots per rank; overlap: Megatron's combined 1F1B."""
 
 
-def text(run: Run, results: Results, turns: Sequence[Turn], common: Sequence[str]) -> str:
-    parts = [
-        f"{results.tried} settings of FSEP compared; {results.too_large} of them need more than "
-        f"{run.most_bytes / _GIB:.3g} GiB",
-    ]
-    if found := _listed(results):
-        parts += [_table(results), LEGEND]
-    parts.append(_filled(verdict_of(results, run.most_bytes / _GIB)))
+def text(title: str, run: Run, results: Results, turn: Turn | None, common: Sequence[str]) -> str:
+    """Return the verdict, the flags to paste and the constant to measure, then all the rest."""
+    found, most_gib = _listed(results), run.most_bytes / _GIB
+    parts = [_filled(verdict_of(results, most_gib))]
     if found:
+        chosen = found[0] if takes_fsep(results) else results.stocks[0]
+        parts.append(f"flags: {shlex.join(flags(run, chosen.candidate, common))}")
+    if turn is not None:
+        parts.append(_filled(_deciding(turn)))
+    parts.append(
+        f"{title}. {results.tried} settings of FSEP compared; {results.too_large} of them need "
+        f"more than {most_gib:.3g} GiB"
+    )
+    if found:
+        parts += [_table(results), LEGEND]
         parts.append("\n".join(["flags of each row:", *_flag_lines(run, found, common)]))
-    if turns:
-        parts.append(_filled(_deciding(turns)))
-    return "\n\n".join([*parts, *_assumptions(run.rates[0].cluster)])
+    return "\n\n".join([*parts, *filter(None, [_filled(not_given(run.rates[0].cluster))])])
 
 
 def flags(run: Run, candidate: Candidate, common: Sequence[str]) -> list[str]:
@@ -59,9 +54,7 @@ def flags(run: Run, candidate: Candidate, common: Sequence[str]) -> list[str]:
     return [*common, *group_flags(candidate.method.group, run.stock_flex, candidate.combined)]
 
 
-def content(
-    run: Run, results: Results, turns: Sequence[Turn], common: Sequence[str]
-) -> dict[str, Any]:
+def content(run: Run, results: Results, turn: Turn | None, common: Sequence[str]) -> dict[str, Any]:
     """Return the content of the JSON file."""
 
     def listed(found: Found) -> dict[str, Any]:
@@ -73,7 +66,6 @@ def content(
             "share": results.balanced.seconds / found.seconds,
             "peak_bytes": prediction.peak_bytes,
             "max_over_mean": prediction.max_over_mean,
-            "node_rows": dict(prediction.node_rows),
         }
 
     return {
@@ -85,13 +77,8 @@ def content(
         "tried": results.tried,
         "too_large": results.too_large,
         "least_bytes": dict(results.least_bytes),
-        "decides": _of_turn(turns[0]) if turns else None,
-        "turns": [_of_turn(turn) for turn in turns],
+        "decides": None if turn is None else asdict(turn),
     }
-
-
-def _of_turn(turn: Turn) -> dict[str, Any]:
-    return {name: value for name, value in asdict(turn).items() if name != "change"}
 
 
 def _listed(results: Results) -> list[Found]:
@@ -100,7 +87,7 @@ def _listed(results: Results) -> list[Found]:
 
 def _table(results: Results) -> str:
     lines: list[tuple[str, ...]] = [
-        ("", "", "s/iteration", "low", "high", "x stock", "share", "max/mean", "rows", "GiB")
+        ("", "", "s/iteration", "low", "high", "x stock", "share", "max/mean", "GiB")
     ]
     rows = [(str(place), found) for place, found in enumerate(results.best, start=1)]
     rows += [("", found) for found in results.stocks]
@@ -117,14 +104,13 @@ def _table(results: Results) -> str:
                 "-" if over is None else str(gain(prediction, over)).replace(" times", ""),
                 f"{results.balanced.seconds / found.seconds:.3f}",
                 f"{prediction.max_over_mean:.3f}",
-                in_words(prediction.node_rows),
                 f"{prediction.peak_bytes / _GIB:.1f}",
             )
         )
     balanced = results.balanced
     size = f"{balanced.prediction.peak_bytes / _GIB:.1f}"
     label = f"{balanced.candidate.label}, balanced counts"
-    lines.append(("", label, f"{balanced.seconds:.4g}", "", "", "", "1.000", "", "", size))
+    lines.append(("", label, f"{balanced.seconds:.4g}", "", "", "", "1.000", "", size))
     return aligned(lines, left=(0, 1))
 
 
@@ -135,9 +121,8 @@ def _flag_lines(run: Run, found: Sequence[Found], common: Sequence[str]) -> list
     ]
 
 
-def _deciding(turns: Sequence[Turn]) -> str:
+def _deciding(turn: Turn) -> str:
     """Name the one constant whose measurement could change the answer."""
-    turn = turns[0]
     if not turn.matters:
         return (
             "Measure first: nothing. No constant, at either end of its spread, changes the answer "
@@ -149,22 +134,6 @@ def _deciding(turns: Sequence[Turn]) -> str:
     else:
         there = f"{turn.best} is {turn.loss:.2f} times as fast as the first row"
     return f"Measure first: {turn.constant}. With {at}, {there} (`calibrate` measures it)."
-
-
-def _assumptions(cluster: Cluster) -> list[str]:
-    """Return the constants without measurement, and the text of the cluster's file."""
-    known = dict(cluster.spreads)
-    assumed = [
-        f"{name} {low:.3g} to {high:.3g}"
-        for name, (low, high) in ends_of(cluster).items()
-        if name not in known or known[name].source.startswith(_ASSUMED)
-    ]
-    ranges = ", ".join(assumed) or "none"
-    return [
-        *filter(None, [_filled(not_given(cluster))]),
-        _filled(f"Assumed ranges: {ranges}."),
-        _filled(f"Assumed by {cluster.name}: {' '.join(cluster.assumed.split())}"),
-    ]
 
 
 def _filled(words: str) -> str:

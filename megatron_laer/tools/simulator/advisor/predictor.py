@@ -40,7 +40,7 @@ from megatron_laer.tools.simulator.iteration.predict import (
     replay_steps,
 )
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import Routing
+from megatron_laer.tools.simulator.iteration.routing import Routing, Step
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.stock_group import stock_sizes
 from megatron_laer.tools.traces.records import Trace
@@ -69,7 +69,6 @@ class Run:
     rates: tuple[Rates, ...]
     trace_of: Callable[[int], Trace]
     tokens: int | None
-    lag: int
     steps: int
     most_bytes: float
     dispatches: tuple[Dispatch, ...]
@@ -116,6 +115,7 @@ class Predictor:
     _traces: dict[int, Trace] = field(default_factory=dict)
     _routings: dict[tuple[int, bool], Routing] = field(default_factory=dict)
     _priced: dict[tuple[Geometry, TokenExchange], CostModel] = field(default_factory=dict)
+    _walked: dict[tuple[int, bool], list[Step]] = field(default_factory=dict)
     _works: dict[tuple[Setting | int, bool], list[StepWorks]] = field(default_factory=dict)
 
     def stocks(self) -> list[Candidate]:
@@ -245,9 +245,12 @@ class Predictor:
         same = method.group if setting is None else replace(setting, combined=False)
         assert same is not None
         if (same, short) not in self._works:
+            key = candidate.num_ranks, short
             routing = self._routing(candidate.num_ranks, short=short)
-            sizes = microbatches, steps, self.run.lag
-            self._works[same, short] = list(replay_steps(routing, model, [method], *sizes))
+            if key not in self._walked:  # FSEP's forecast is that of any number of microbatches
+                self._walked[key] = list(routing.walk(steps, microbatches))
+            sizes = self._walked[key], model, [method], microbatches
+            self._works[same, short] = list(replay_steps(routing, *sizes))
         return self._works[same, short]
 
     def _trace(self, num_ranks: int) -> Trace:
@@ -261,8 +264,7 @@ class Predictor:
             trace = self._trace(num_ranks)
             if short:
                 trace = _short_trace(trace)
-            sizes = num_ranks, self.run.model.topk, self.run.tokens, self.run.lag
-            self._routings[key] = Routing.of_run(trace, *sizes, keeps_steps=True)
+            self._routings[key] = Routing(trace, num_ranks, self.run.model.topk, self.run.tokens)
         return self._routings[key]
 
 
@@ -278,9 +280,7 @@ def _shortened(model: ModelShape, run: RunShape) -> tuple[ModelShape, RunShape, 
     if not any(tail):
         return model, run, 1.0
     factor = len(layers) / kept if run.stages == 1 else 1.0
-    # Of many layers, those that are kept in bf16 are few.
-    shorter = replace(model, layer_has_experts=tail, bf16_ends=(0, 0))
-    return shorter, replace(run, stages=stages), factor
+    return replace(model, layer_has_experts=tail), replace(run, stages=stages), factor
 
 
 def _short_trace(trace: Trace) -> Trace:
@@ -314,5 +314,5 @@ def _extended(
         return end + (end - start) * share
 
     spent = ("by_rates_s", "tokens", "flops", "waiting_s", "compute_s", "exposed_s")
-    lines = {name: (getattr(few, name), getattr(many, name)) for name in (*spent, "bytes_by_kind")}
+    lines = {name: (getattr(few, name), getattr(many, name)) for name in spent}
     return replace(many, **{name: line(*ends) for name, ends in lines.items()})

@@ -58,7 +58,6 @@ class LayerTimes:
     except with `again`, where it first runs forward again, with its exchanges of tokens, but
     without attention unless `attention_again`.
     `gather_s` and `scatter_s` exchange the layer's parameters and gradients; 0 in passes without.
-    `unshard_s` gathers weights that are sharded again after their use, in forward and in backward.
     """
 
     name: str
@@ -71,7 +70,6 @@ class LayerTimes:
     host_s: tuple[float, float] = (0.0, 0.0)
     gather_s: float = 0.0
     scatter_s: float = 0.0
-    unshard_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -178,12 +176,10 @@ def forward(
     number = -1
     if schedule.restores_forward:
         restores.start(0)
-    began_s = float(clocks.now_N.max())
     for layer in layers:
         clocks.gathered_s += layer.gather_s
         if layer.gather_s > 0:
             clocks.wait("data_parallel", clocks.gathered_s)
-        began_s = _unshard(clocks, layer, began_s)
         _dense(clocks, layer, 0)
         if layer.moe is None:
             yield from _NO_EXPERTS
@@ -243,10 +239,8 @@ def backward(
 
     if schedule.restores_backward:
         restores.start(restores.last)
-    began_s = float(clocks.now_N.max())
     for layer in reversed(layers):
         moe = layer.moe
-        began_s = _unshard(clocks, layer, began_s)
         if layer.again:
             _dense(clocks, layer, 0, attention=layer.attention_again)
         if moe is None:
@@ -325,18 +319,6 @@ def _fetch(
     if not seconds:
         return _NOTHING_MOVES
     return clocks.exchange(PARAMETERS, seconds, moe.exchange_link)
-
-
-def _unshard(clocks: Clocks, layer: LayerTimes, before_s: float) -> float:
-    """Wait for a layer's gathered weights, and return the layer's beginning.
-
-    They are on their way since the layer before began, at `before_s`. Megatron-FSDP gathers several
-    small layers ahead, so that this is the longest wait.
-    """
-    if layer.unshard_s > 0:
-        clocks.gather_beside_scatter(before_s, layer.unshard_s)
-        clocks.wait("data_parallel", clocks.gathered_s)
-    return float(clocks.now_N.max())
 
 
 def _dense(clocks: Clocks, layer: LayerTimes, direction: int, *, attention: bool = True) -> None:

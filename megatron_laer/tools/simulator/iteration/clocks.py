@@ -77,7 +77,7 @@ class Clocks:
     ) -> None:
         self.now_N: Seconds = np.zeros(ranks)
         self.spent: dict[str, Seconds] = {kind: np.zeros(ranks) for kind in KINDS}
-        self.gathered_s = self.scattered_s = self._scattering_s = 0.0
+        self.gathered_s = self.scattered_s = 0.0
         self._node_size = node_size
         self._pace, self._contention, self._stretch = pace, contention, stretch
         self._flights = {stream: Flight(INTRA, 0.0, 0.0) for stream in (PARAMETERS, GRADIENTS)}
@@ -131,16 +131,7 @@ class Clocks:
 
     def scatter(self, seconds: float) -> None:
         """Start the reduce of a layer's gradients, after those before."""
-        self._scattering_s = max(float(self.now_N.max()), self.scattered_s)
-        self.scattered_s = self._scattering_s + seconds
-
-    def gather_beside_scatter(self, begin_s: float, seconds: float) -> None:
-        """Gather weights from `begin_s` on, over the links of the last reduce."""
-        begin_s = max(self.gathered_s, begin_s)
-        end_s = begin_s + seconds
-        both_s = min(end_s, self.scattered_s) - max(begin_s, self._scattering_s)
-        self.gathered_s = end_s + max(both_s, 0.0)
-        self.scattered_s += max(both_s, 0.0)
+        self.scattered_s = max(float(self.now_N.max()), self.scattered_s) + seconds
 
     def _last(self, group: int | None, within_node: bool) -> Seconds:
         size = group or len(self.now_N)

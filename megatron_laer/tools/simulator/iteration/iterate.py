@@ -6,7 +6,7 @@ Legend: N ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, pairwise
 
 import numpy as np
@@ -25,7 +25,7 @@ from megatron_laer.tools.simulator.iteration.clocks import (
     Flight,
 )
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
-from megatron_laer.tools.simulator.iteration.memory_parts import trained_weights
+from megatron_laer.tools.simulator.iteration.memory_parts import stage_weights
 from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.pipeline import Operation, Operations, order, sweep
 from megatron_laer.tools.simulator.iteration.rates import slowest_pace
@@ -108,7 +108,7 @@ def _finish(method: Method, timing: Timing, stages: Sequence[Clocks]) -> None:
         if not run.overlaps_data_parallel:
             exchanged = _exchanged(method, timing, stage)
             clocks.meet()
-            clocks.work("data_parallel", sum(each.whole_s(run.microbatches) for each in exchanged))
+            clocks.work("data_parallel", sum(map(sum, exchanged)))
         clocks.wait("data_parallel", clocks.scattered_s)
         clocks.meet()
     last_s = max(float(clocks.now_N.max()) for clocks in stages)
@@ -116,7 +116,7 @@ def _finish(method: Method, timing: Timing, stages: Sequence[Clocks]) -> None:
     for stage, clocks in enumerate(stages):
         clocks.wait("pipeline", last_s)
         clocks.work("optimizer", _STEP_COLLECTIVES * latency_s)
-        weights = trained_weights(timing.model, run, method, stage)
+        weights = stage_weights(timing.model, run, method, stage)
         dense_copies = run.data_parallel if run.shards_optimizer else 1
         copies = method.replicas * run.replicas if run.shards_optimizer else 1
         held = weights.dense / dense_copies + weights.expert / copies
@@ -126,7 +126,7 @@ def _finish(method: Method, timing: Timing, stages: Sequence[Clocks]) -> None:
         clocks.wait(WAITING, end_s)
 
 
-def _exchanged(method: Method, timing: Timing, stage: int) -> list[DataParallel]:
+def _exchanged(method: Method, timing: Timing, stage: int) -> list[tuple[float, float]]:
     run = timing.run
     by_chunk = run.layers_by_chunk(len(timing.model.layer_has_experts))
     layers = [
@@ -135,51 +135,22 @@ def _exchanged(method: Method, timing: Timing, stage: int) -> list[DataParallel]
     return [data_parallel(method, timing, layer) for layer in layers]
 
 
-@dataclass(frozen=True)
-class DataParallel:
-    """Seconds of a layer's data-parallel exchanges.
-
-    `gather_s` and `scatter_s` of parameters and gradients are once a step. `unshard_s` are in each
-    forward and each backward, `reshard_s` in each backward, where Megatron-FSDP shards.
-    """
-
-    gather_s: float = 0.0
-    scatter_s: float = 0.0
-    unshard_s: float = 0.0
-    reshard_s: float = 0.0
-
-    def whole_s(self, microbatches: int) -> float:
-        repeated_s = microbatches * (2 * self.unshard_s + self.reshard_s)
-        return self.gather_s + self.scatter_s + repeated_s
-
-
-def data_parallel(method: Method, timing: Timing, layer: int) -> DataParallel:
-    """Return the times of exchanging a layer's parameters and gradients.
+def data_parallel(method: Method, timing: Timing, layer: int) -> tuple[float, float]:
+    """Return the times of gathering a layer's parameters and of reducing its gradients, in a step.
 
     Dense ones go over the stage's data-parallel ranks, experts' over the ranks that hold the same.
     Without the distributed optimizer, gradients are all-reduced and no parameters are gathered.
     """
     model, run = timing.model, timing.run
     has_experts = model.layer_has_experts[layer]
-    dense: float = model.attention_weights + model.dense_weights(has_experts)
-    if model.lora is not None:
-        dense = model.dense_adapters(has_experts)
+    dense = model.attention_weights + model.dense_weights(has_experts)
     scatter_s, gather_s = _ring_seconds(timing, dense / run.tensor, run.data_parallel, run.tensor)
-    found = DataParallel(
-        0.0 if run.shards_weights else gather_s,
-        0.0 if run.shards_gradients else scatter_s,
-        gather_s if run.shards_weights else 0.0,
-        scatter_s if run.shards_gradients else 0.0,
-    )
     if not has_experts:
-        return found
-    scatter_s, gather_s = _ring_seconds(
-        timing,
-        method.experts_held * model.trained_of_expert,
-        method.replicas * run.replicas,
-        run.ranks // method.replicas,
-    )
-    return replace(found, gather_s=found.gather_s + gather_s, scatter_s=found.scatter_s + scatter_s)
+        return gather_s, scatter_s
+    experts = method.experts_held * model.expert_weights
+    copies, stride = method.replicas * run.replicas, run.ranks // method.replicas
+    of_experts = _ring_seconds(timing, experts, copies, stride)
+    return gather_s + of_experts[1], scatter_s + of_experts[0]
 
 
 def _ring_seconds(timing: Timing, weights: float, copies: int, stride: int) -> tuple[float, float]:
@@ -226,20 +197,19 @@ class _Passes:
         if (found := self._kept.get(key)) is not None:
             return found
         timing, run = self._timing, self._timing.run
-        exchanged = DataParallel()
+        gather_s = scatter_s = 0.0
         if run.overlaps_data_parallel:
-            exchanged = data_parallel(self._method, timing, layer)
+            gather_s, scatter_s = data_parallel(self._method, timing, layer)
         holds = self._method.schedule.holds_step
-        times = timing.for_layer(layer).layer(
+        times = timing.layer(
             f"layer {layer + 1}",
             timing.model.layer_has_experts[layer],
             work,
             restores=first or not holds,
             restores_backward=not holds,
             reduces=last or not holds,
-            gather_s=exchanged.gather_s if first else 0.0,
-            scatter_s=(exchanged.scatter_s if last else 0.0) + exchanged.reshard_s,
-            unshard_s=exchanged.unshard_s,
+            gather_s=gather_s if first else 0.0,
+            scatter_s=scatter_s if last else 0.0,
             by_parts=self._method.schedule.by_parts,
         )
         self._kept[key] = times

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -47,8 +47,12 @@ _RANK_OPERATIONS, _NODE_OPERATIONS = 6, 64
 # Launches that take the host as long as one of these, in Python with autograd: from one published
 # time, in which the host is slower than the device (docs/simulator.md).
 _OPERATION_LAUNCHES = 7.3
+# Speed of attention's core over the fastest GEMM's, forward and backward. It reaches 185 and 150
+# TFLOP/s on an A100, and cuDNN's 539 and 516 on an H100, by FlashAttention's papers. GEMMs reach
+# 237 and 685.
+_CORE_FORWARD, _CORE_BACKWARD = 0.78, 0.69
 # Backward has two GEMMs for each of forward's: of the input's gradient, and of the weight's.
-_BACKWARD_GEMMS, _FROZEN_GEMMS = 2, 1
+_BACKWARD_GEMMS = 2
 
 
 @dataclass(frozen=True)
@@ -59,16 +63,6 @@ class Timing:
     run: RunShape
     rates: Rates
     nominal: Rates
-
-    def for_layer(self, layer: int) -> Timing:
-        """Return the timing in the precision of this layer."""
-        model = self.model.for_layer(layer)
-        if model is self.model:
-            return self
-        rates, nominal = (
-            replace(of, precision=model.precision) for of in (self.rates, self.nominal)
-        )
-        return Timing(model, self.run, rates, nominal)
 
     def layer(
         self,
@@ -81,7 +75,6 @@ class Timing:
         reduces: bool = True,
         gather_s: float = 0.0,
         scatter_s: float = 0.0,
-        unshard_s: float = 0.0,
         by_parts: bool = False,
     ) -> LayerTimes:
         """Return the times of one microbatch in one layer; `work` is None for a dense layer.
@@ -115,7 +108,6 @@ class Timing:
             host_s=self._host(work, device_s, by_parts),
             gather_s=gather_s,
             scatter_s=scatter_s,
-            unshard_s=unshard_s,
         )
 
     def head_seconds(self) -> tuple[float, float]:
@@ -123,8 +115,8 @@ class Timing:
         model, tokens = self.model, self.run.tokens
         gemm_s = self._gemm(2.0 * model.prediction_heads * model.head_weights, is_linear=False)
         passes = model.prediction_heads * tokens * model.vocabulary * _LOGIT_BYTES
-        memory_s = self.rates.memory_seconds(passes / 2) * (1 + self.rates.overhead)
-        factor = self._backward_gemms * self.rates.backward_factor
+        memory_s = self.rates.layer_memory_seconds(passes / 2)
+        factor = _BACKWARD_GEMMS * self.rates.backward_factor
         return gemm_s + memory_s, gemm_s * factor + memory_s
 
     def _host(
@@ -154,11 +146,6 @@ class Timing:
         size = run.tokens * self.model.hidden * self.model.bytes_per_element
         return size / link.bytes_per_s + link.latency_s
 
-    @property
-    def _backward_gemms(self) -> int:
-        """Return the GEMMs of backward; those of adapters are too small to count."""
-        return _BACKWARD_GEMMS if self.model.lora is None else _FROZEN_GEMMS
-
     def _gemm(self, flops_per_token: float, *, is_linear: bool = True) -> float:
         tensor = self.run.tensor
         tokens = self.run.tokens * tensor
@@ -168,8 +155,7 @@ class Timing:
         """Return the time to quantise rows of linear layers' inputs, and gradients of outputs."""
         passes = self.model.precision.row.operand_bytes(self.model.bytes_per_element)
         forward_s, backward_s = (
-            self.rates.memory_seconds(rows * width * passes) * (1 + self.rates.overhead)
-            for width in (inputs, outputs)
+            self.rates.layer_memory_seconds(rows * width * passes) for width in (inputs, outputs)
         )
         return forward_s, backward_s
 
@@ -177,17 +163,17 @@ class Timing:
         model, rates = self.model, self.rates
         gemm_s = self._gemm(2.0 * model.attention_weights)
         core = model.core_flops_per_token * self.run.tokens / rates.best_flops_per_s
-        backward_s = gemm_s * self._backward_gemms * rates.backward_factor
+        backward_s = gemm_s * _BACKWARD_GEMMS * rates.backward_factor
         if not model.flash_attention:
             # Separate GEMMs over all pairs, not only the causal half, with scores in memory.
             core_s = 2 * core
             scores = self.run.tokens * model.heads * model.sequence * model.bytes_per_element
-            pass_s = rates.memory_seconds(scores) * (1 + rates.overhead)
+            pass_s = rates.layer_memory_seconds(scores)
             backward_s += _BACKWARD_GEMMS * core_s * rates.backward_factor
             backward_s += _SCORE_PASSES_BACKWARD * pass_s
             return gemm_s + core_s + _SCORE_PASSES * pass_s, backward_s
         # Backward of the core has five GEMMs for two: flash attention recomputes the scores.
-        return gemm_s + core / rates.core_forward, backward_s + 2.5 * core / rates.core_backward
+        return gemm_s + core / _CORE_FORWARD, backward_s + 2.5 * core / _CORE_BACKWARD
 
     def _dense(self, has_experts: bool) -> tuple[float, float]:
         model, rates, tokens = self.model, self.rates, self.run.tokens
@@ -200,9 +186,8 @@ class Timing:
         else:
             width = model.dense_ffn
         elements += (3 if model.gated else 2) * width
-        memory_s = rates.memory_seconds(elements * tokens * model.bytes_per_element)
-        memory_s *= 1 + rates.overhead
-        backward_s = gemm_s * self._backward_gemms * rates.backward_factor
+        memory_s = rates.layer_memory_seconds(elements * tokens * model.bytes_per_element)
+        backward_s = gemm_s * _BACKWARD_GEMMS * rates.backward_factor
         # Attention's projections, and the FFN.
         inputs, outputs = _ffn_widths(model, width)
         inputs += model.hidden + model.query_width
@@ -244,11 +229,11 @@ class Timing:
         scale = self.nominal.best_flops_per_s / rates.best_flops_per_s
         gemm_s_N = 2.0 * model.expert_weights * work.unit_s_N * scale
         elements = (3 if model.gated else 2) * model.expert_ffn + _SORTED_PASSES * model.hidden
-        memory_s = rates.memory_seconds(elements * model.bytes_per_element) * (1 + rates.overhead)
+        memory_s = rates.layer_memory_seconds(elements * model.bytes_per_element)
         memory_s_N = work.pairs_N * memory_s
         quantising = self._quantising(*_ffn_widths(model, model.expert_ffn), 1.0)
         forward_N = gemm_s_N + memory_s_N + work.pairs_N * quantising[0]
-        backward_N = gemm_s_N * (self._backward_gemms * rates.backward_factor)
+        backward_N = gemm_s_N * (_BACKWARD_GEMMS * rates.backward_factor)
         backward_N += _BACKWARD_PASSES * memory_s_N + work.pairs_N * quantising[1]
         if recompute == Recompute.COMPUTE:
             backward_N += forward_N

@@ -19,8 +19,6 @@ _GRADIENT_BYTES = 4  # of the main gradient, in fp32
 _LOGIT_BYTES = 4
 # Transformer Engine keeps each quantised weight for a step, along its rows and along its columns.
 _QUANTISED_BYTES = 2
-# Most weights that Megatron-FSDP gathers ahead.
-_GATHERED = 5e8
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,6 @@ def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) 
     return Weights(dense / run.tensor, expert, linear / run.tensor)
 
 
-def trained_weights(model: ModelShape, run: RunShape, method: Method, stage: int) -> Weights:
-    """Count the weights with gradients and optimizer state: all of them, or adapters alone."""
-    if model.lora is None:
-        return stage_weights(model, run, method, stage)
-    layers = _layers_of(model, run, stage)
-    dense = sum(map(model.dense_adapters, layers)) / run.tensor
-    return Weights(dense, sum(layers) * method.experts_held * model.expert_adapters, dense)
-
-
 def memory_bytes(
     model: ModelShape, run: RunShape, method: Method, most_pairs: float
 ) -> dict[str, float]:
@@ -69,17 +58,12 @@ def _stage_bytes(
     weights = stage_weights(model, run, method, stage)
     layers = _layers_of(model, run, stage)
     element = method.restored * model.bytes_per_element
-    methods = [
-        method.for_model(model.for_layer(layer))
-        for layer in _numbers_of(model, run, stage)
-        if model.layer_has_experts[layer]
-    ]
-    restored = sorted(size for each in methods for size in _restored(each, model))
-    most = method.schedule.restored_layers(len(restored))
     with_experts = sum(layers)
-    gradients = method.schedule.gradient_layers(with_experts) * element * model.trained_of_expert
+    directions = 1 if method.form is None else method.form.directions
+    restored = method.schedule.restored_layers(with_experts * directions)
+    gradients = method.schedule.gradient_layers(with_experts) * element * model.expert_weights
     if method.schedule.holds_step:  # sums over all microbatches, for every layer
-        gradients += with_experts * method.restored * model.trained_of_expert * _GRADIENT_BYTES
+        gradients += with_experts * method.restored * model.expert_weights * _GRADIENT_BYTES
     sizes = stage, run.stages, run.chunks, run.microbatches
     held = in_flight(order(*sizes, by_parts=method.schedule.by_parts)) / run.chunks
     working = _layer_activations(model, run, True, most_pairs)
@@ -94,32 +78,20 @@ def _stage_bytes(
     logits = run.tokens * model.vocabulary * _LOGIT_BYTES * 2 if stage == run.stages - 1 else 0.0
     parts = {
         **_state_bytes(model, run, method, stage),
-        "restored_experts": sum(restored[-most:]),
+        "restored_experts": restored * _restored_bytes(method, model),
         "restored_gradients": gradients,
         "activations": kept * held + working,
         "logits": logits,
     }
     if model.precision.is_quantised:
-        parts["quantised_weights"] = _QUANTISED_BYTES * sum(
-            _linear_weights(model, model.layer_has_experts[layer]) / run.tensor
-            + model.layer_has_experts[layer] * method.experts_held * model.expert_weights
-            for layer in _numbers_of(model, run, stage)
-            if model.for_layer(layer).precision.is_quantised
-        )
-    if run.shards_weights:
-        parts["gathered_layers"] = min(weights.linear, _GATHERED) * model.bytes_per_element
-    for each in methods or [method]:
-        for part, size in each.fixed_bytes.items():
-            parts[part] = max(parts.get(part, 0.0), size)
-    return parts
+        parts["quantised_weights"] = _QUANTISED_BYTES * (weights.linear + weights.expert)
+    return {**parts, **method.fixed_bytes}
 
 
-def _restored(method: Method, model: ModelShape) -> list[float]:
-    """Return the bytes of a layer's restored experts in each of their forms."""
+def _restored_bytes(method: Method, model: ModelShape) -> float:
+    """Return the bytes of a layer's restored experts in one form."""
     whole, form = model.expert_weights * model.bytes_per_element, method.form
-    each = whole if form is None else form.expert_bytes
-    each += model.expert_adapters * model.bytes_per_element
-    return [float(method.restored * each)] * (1 if form is None else form.directions)
+    return float(method.restored * (whole if form is None else form.expert_bytes))
 
 
 def _linear_weights(model: ModelShape, has_experts: bool) -> int:
@@ -127,21 +99,15 @@ def _linear_weights(model: ModelShape, has_experts: bool) -> int:
 
 
 def _state_bytes(model: ModelShape, run: RunShape, method: Method, stage: int) -> dict[str, float]:
-    """Return the bytes of weights, gradients and optimizer state.
-
-    Megatron-FSDP would shard stock's experts too. Here they stay whole, as FSEP's do, since no time
-    is counted to gather them.
-    """
-    trained = trained_weights(model, run, method, stage)
-    bases = stage_weights(model, run, method, stage)
+    """Return the bytes of weights, gradients and optimizer state."""
+    weights = stage_weights(model, run, method, stage)
     found = state_bytes(
-        RankWeights(trained.linear, trained.dense - trained.linear, trained.expert),
-        run.dense_sharding,
+        RankWeights(weights.linear, weights.dense - weights.linear, weights.expert),
+        None,
         ranks=run.data_parallel if run.shards_optimizer else 1,
         expert_ranks=method.replicas * run.replicas if run.shards_optimizer else 1,
         bytes_per_weight=model.bytes_per_element,
         bytes_per_gradient=_GRADIENT_BYTES,
-        frozen=0 if model.lora is None else bases.dense + bases.expert,
     )
     return dict(found._asdict())
 
@@ -166,9 +132,6 @@ def _layer_activations(
 
 
 def _layers_of(model: ModelShape, run: RunShape, stage: int) -> Sequence[bool]:
-    return [model.layer_has_experts[layer] for layer in _numbers_of(model, run, stage)]
-
-
-def _numbers_of(model: ModelShape, run: RunShape, stage: int) -> Sequence[int]:
     by_chunk = run.layers_by_chunk(len(model.layer_has_experts))
-    return [layer for chunk in range(run.chunks) for layer in by_chunk[chunk * run.stages + stage]]
+    numbers = (by_chunk[chunk * run.stages + stage] for chunk in range(run.chunks))
+    return [model.layer_has_experts[layer] for of_chunk in numbers for layer in of_chunk]

@@ -30,7 +30,6 @@ from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.buffers import SUM_BYTES, buffers, library_bytes
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
-from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.work import (
     Exchange,
@@ -38,7 +37,6 @@ from megatron_laer.tools.simulator.iteration.work import (
     TokenPassing,
     grouped_totals,
 )
-from megatron_laer.tools.simulator.node_rows import NodeRows
 from megatron_laer.tools.simulator.replay import (
     LayerPolicy,
     Observed,
@@ -94,8 +92,7 @@ class Method:
     of one layer. A rank owns `experts_held` experts' worth of weights in each layer, as do
     `replicas` ranks of an FSEP group. It restores `restored` whole ones, in another `form` than
     gradients' if it is given. `group` are the ranks of a group of stock. `fixed_bytes` are of
-    libraries and buffers, by part, and do not depend on the run. `in_bf16` is the method in layers
-    that are not quantised.
+    libraries and buffers, by part, and do not depend on the run.
     """
 
     name: str
@@ -108,11 +105,6 @@ class Method:
     group: int | None = None
     fixed_bytes: Mapping[str, float] = field(default_factory=dict)
     form: WireForm | None = None
-    in_bf16: Method | None = None
-
-    def for_model(self, model: ModelShape) -> Method:
-        """Return the method in layers of this model."""
-        return self if model.precision.is_quantised else self.in_bf16 or self
 
 
 def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
@@ -129,12 +121,7 @@ def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
             tokens=BY_RANK,
         )
         settings = replace(settings, geometry=geometry, costs=flat)
-    make = makers[name]
-    if not settings.costs.precision.is_quantised:
-        return make(settings, rates)
-    without = replace(settings, costs=settings.costs.in_bf16)
-    rates_without = replace(rates, precision=without.costs.precision)
-    return replace(make(settings, rates), in_bf16=make(without, rates_without))
+    return makers[name](settings, rates)
 
 
 def _stock(settings: MethodSettings, rates: Rates) -> Method:
@@ -268,14 +255,7 @@ class _Grouped:
     def work(self, counts_NE: Int64) -> LayerWork:
         assert self.passing.group is not None
         totals = grouped_totals(counts_NE, self.passing.group, self.node_size)
-        rows = NodeRows.of(counts_NE, self.node_size, totals, self.passing.prices)
-        return LayerWork.of(
-            totals,
-            self.rates,
-            passing=self.passing,
-            node_rows=rows,
-            node_size=self.node_size,
-        )
+        return LayerWork.of(totals, self.rates, passing=self.passing, node_size=self.node_size)
 
 
 @dataclass
@@ -315,9 +295,8 @@ class _Relaid:
                 change = self._restore(traffic, changed_algorithm(guard, decision))
         passing = TokenPassing(prices=costs.tokens, pipelined=self.pipelined)
         node_size = guard.geometry.node_size
-        rows = NodeRows.of(counts_NE, node_size, outcome.totals, costs.tokens)
         sent = restore, reduce, change
-        return LayerWork.of(outcome.totals, self.rates, *sent, solve_s, passing, rows, node_size)
+        return LayerWork.of(outcome.totals, self.rates, *sent, solve_s, passing, node_size)
 
     def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange | None, Exchange | None]:
         """Return restore and reduce; None where experts are at home and none has a replica."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_laer.choices import Recompute
@@ -16,8 +16,6 @@ from megatron_laer.precision import Precision
 from megatron_laer.tools.model_flags import MAX_WIDTH, model_sizes, model_values, whole_number
 
 _MAX_LAYERS = 4096
-# Linear layers by Megatron's names.
-LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 _FREQUENCY_PART = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d{1,4}))?")
 
 
@@ -33,29 +31,14 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Megatron-Bridge's LoRA: two narrow matrices for each adapted linear layer alone are trained.
-
-    `targets` are of `LORA_TARGETS`. Each expert has adapters of its own.
-    """
-
-    rank: int
-    targets: tuple[str, ...] = LORA_TARGETS
-
-    def weights(self, target: str, inputs: int, outputs: int) -> int:
-        return self.rank * (inputs + outputs) if target in self.targets else 0
-
-
-@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a MoE GPT that determine times, FLOPs and memory.
 
     Layers of multi-token prediction are last in `layer_has_experts`; `prediction_heads` counts them
     and the main one. Widths of queries, keys and values are over all heads; a width is 0 for none.
     `bytes_per_element` are of weights, tokens and gradients on the wire. The linear
-    layers of attention, FFN and experts multiply in `precision`, but for `bf16_ends` layers
-    at the start and at the end of the decoder. With `lora` all else is frozen. With
-    `flash_attention` scores stay on the chip.
+    layers of attention, FFN and experts multiply in `precision`. With `flash_attention` scores stay
+    on the chip.
     """
 
     hidden: int
@@ -75,19 +58,7 @@ class ModelShape:
     bytes_per_element: int
     latent: LatentAttention | None = None
     precision: Precision = Precision.PARAMETERS
-    lora: Lora | None = None
-    bf16_ends: tuple[int, int] = (0, 0)
     flash_attention: bool = True
-
-    def for_layer(self, layer: int) -> ModelShape:
-        """Return the model in the precision of this layer, which may be kept in bf16."""
-        (first, last), layers = self.bf16_ends, len(self.layer_has_experts)
-        decoder = layers - (self.prediction_heads - 1)
-        return self.in_bf16 if layer < first or decoder - last <= layer < decoder else self
-
-    @cached_property
-    def in_bf16(self) -> ModelShape:
-        return replace(self, precision=Precision.PARAMETERS)
 
     @property
     def moe_layers(self) -> int:
@@ -96,27 +67,6 @@ class ModelShape:
     @property
     def expert_weights(self) -> int:
         return self._ffn_weights(self.expert_ffn)
-
-    @property
-    def expert_adapters(self) -> int:
-        """Count the adapters' weights of an expert; 0 without LoRA."""
-        return self._ffn_adapters(self.expert_ffn)
-
-    @property
-    def trained_of_expert(self) -> int:
-        """Count the weights of an expert that have gradients."""
-        return self.expert_weights if self.lora is None else self.expert_adapters
-
-    def dense_adapters(self, has_experts: bool) -> int:
-        """Count the adapters' weights of attention, and of the FFN that all tokens use."""
-        if self.lora is None:
-            return 0
-        latent, of = self.latent, self.lora.weights
-        values = self.query_width if latent is None else self.heads * latent.value_head
-        found = of("linear_proj", values, self.hidden)
-        if latent is None:  # else queries, keys and values have layers of other names
-            found += of("linear_qkv", self.hidden, self.query_width + 2 * self.key_value_width)
-        return found + self._ffn_adapters(self.shared_ffn if has_experts else self.dense_ffn)
 
     @property
     def head_weights(self) -> int:
@@ -178,12 +128,6 @@ class ModelShape:
     def _ffn_weights(self, width: int) -> int:
         return (3 if self.gated else 2) * self.hidden * width
 
-    def _ffn_adapters(self, width: int) -> int:
-        if self.lora is None or width == 0:
-            return 0
-        first = self.lora.weights("linear_fc1", self.hidden, (2 if self.gated else 1) * width)
-        return first + self.lora.weights("linear_fc2", width, self.hidden)
-
 
 def read_model(config: str) -> ModelShape:
     """Read the shape from a model configuration."""
@@ -218,17 +162,9 @@ def read_model(config: str) -> ModelShape:
         bytes_per_element=2 if "--bf16" in values or "--fp16" in values else 4,
         latent=_latent(values) if "--multi-latent-attention" in values else None,
         precision=sizes.precision,
-        bf16_ends=_bf16_ends(values),
         # cuDNN before 9.18 fuses no learned sinks (NVIDIA/TransformerEngine issue 2318).
         flash_attention=values.get("--softmax-type") != "learnable",
     )
-
-
-def _bf16_ends(values: Mapping[str, str]) -> tuple[int, int]:
-    if "--first-last-layers-bf16" not in values:
-        return 0, 0
-    first, last = (f"--num-layers-at-{end}-in-bf16" for end in ("start", "end"))
-    return _number(values, first, 1, _MAX_LAYERS), _number(values, last, 1, _MAX_LAYERS)
 
 
 def _number(

@@ -8,26 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
-from megatron_laer.precision import Precision
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING
 from megatron_laer.tools.simulator.iteration.iterate import Iteration, run_iteration
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
-from megatron_laer.tools.simulator.iteration.link_bytes import link_bytes, totals
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import Routing
+from megatron_laer.tools.simulator.iteration.routing import Routing, Step
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import LayerWork
-from megatron_laer.tools.simulator.node_rows import NodeRows, by_cause
 
-# A token's FLOPs in forward and backward, over those of forward. Frozen weights have no gradients.
-_TRAINING_PASSES, _FROZEN_PASSES = 3, 2
+# A token's FLOPs in forward and backward, over those of forward.
+_TRAINING_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -36,10 +32,9 @@ class IterationPrediction:
 
     `by_rates_s` has the time for each set of rates, nominal first. `tokens` are of all ranks, and
     `flops` of a rank, without recompute. `compute_s` and `exposed_s`, by kind, and `waiting_s` for
-    slower ranks add up to `iteration_s`. `bytes_by_kind` are received, by link class and kind.
+    slower ranks add up to `iteration_s`.
     `memory_bytes` are of the rank and stage that need most. `replan_share` is of microbatches that
-    fetched slots after the gate; 0 in mode `exact`. `node_rows` are between nodes per pair, by
-    cause. `group` is stock's.
+    fetched slots after the gate; 0 in mode `exact`. `group` is stock's.
     """
 
     method: str
@@ -50,11 +45,9 @@ class IterationPrediction:
     compute_s: Mapping[str, float]
     exposed_s: Mapping[str, float]
     waiting_s: float
-    bytes_by_kind: Mapping[str, Mapping[str, float]]
     memory_bytes: Mapping[str, float]
     max_over_mean: float
     replan_share: float
-    node_rows: Mapping[str, float]
     group: int | None = None
 
     @property
@@ -87,33 +80,22 @@ class IterationPrediction:
         return self.method if self.group is None else f"{self.method} EP{self.group}"
 
     @property
-    def bytes(self) -> dict[str, float]:
-        return totals(self.bytes_by_kind)
-
-    @property
     def peak_bytes(self) -> float:
         return sum(self.memory_bytes.values())
 
 
-class Place(NamedTuple):
-    """Recorded layer whose routing a layer has, and its precision."""
-
-    recorded: int
-    precision: Precision
-
-
 @dataclass(frozen=True)
 class StepWorks:
-    """Outcomes of one step as work of each microbatch, by method and place.
+    """Outcomes of one step as work of each microbatch, by method and recorded layer.
 
-    `places` are the model's layers; None has no experts.
+    `recorded` are the layers of the trace whose routing the model's have; None has no experts.
     """
 
-    places: Sequence[Place | None]
-    of: Mapping[str, Mapping[Place, Sequence[LayerWork]]]
+    recorded: Sequence[int | None]
+    of: Mapping[str, Mapping[int, Sequence[LayerWork]]]
 
     def at(self, method: str, layer: int, microbatch: int) -> LayerWork | None:
-        place = self.places[layer]
+        place = self.recorded[layer]
         if place is None:
             return None
         works = self.of[method][place]
@@ -123,10 +105,8 @@ class StepWorks:
 @dataclass
 class _Collected:
     iterations: list[list[Iteration]] = field(default_factory=list)  # by step, by rates
-    bytes_by_kind: list[dict[str, dict[str, float]]] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     replans: list[bool] = field(default_factory=list)
-    node_rows: list[NodeRows] = field(default_factory=list)
     most_pairs: int = 0
 
 
@@ -138,55 +118,43 @@ def predict_iterations(
     rate_sets: Sequence[Rates],
     *,
     steps: int = 1,
-    lag: int = 1,
-    peak_flops_per_s: float | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[IterationPrediction]:
     """Replay steps of a trace, and price iterations of all methods with their work."""
-    sizes = run.microbatches, steps, lag
-    replayed = replay_steps(routing, model, methods, *sizes, progress)
-    return price_steps(replayed, model, run, methods, rate_sets, peak_flops_per_s)
+    walked = routing.walk(steps, run.microbatches)
+    replayed = replay_steps(routing, walked, model, methods, run.microbatches, progress)
+    return price_steps(replayed, model, run, methods, rate_sets)
 
 
 def replay_steps(
     routing: Routing,
+    walked: Iterable[Step],
     model: ModelShape,
     methods: Sequence[Method],
     microbatches: int,
-    steps: int,
-    lag: int,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Iterator[StepWorks]:
-    """Yield the work of each method in `steps` steps, spread over the trace.
+    """Yield the work of each method in steps of `routing.walk`.
 
-    `lag` is the age of a forecast in recorded steps. `progress` gets the number of newly planned
-    microbatches.
+    `progress` gets the number of newly planned microbatches.
     """
-    places = _places(model, routing.layers)
-    share = None if model.lora is None else model.expert_adapters / model.expert_weights
+    recorded = _recorded_layers(model, routing.layers)
     planners = {
-        (method.name, place): method.for_model(model.for_layer(layer)).layer_planner()
-        for method in methods
-        for layer, place in enumerate(places)
-        if place is not None
+        layer: {method.name: method.layer_planner() for method in methods}
+        for layer in dict.fromkeys(recorded)
+        if layer is not None
     }
-    for step, forecasts in routing.walk(lag, steps, microbatches):
-        works: dict[str, dict[Place, list[LayerWork]]] = {method.name: {} for method in methods}
-        for layer, records in step.items():
-            of_layer = [
-                (works[name].setdefault(place, []), planner)
-                for (name, place), planner in planners.items()
-                if place.recorded == layer
-            ]
-            for _, planner in of_layer:
+    for step, forecasts in walked:
+        works: dict[str, dict[int, list[LayerWork]]] = {method.name: {} for method in methods}
+        for layer, of_methods in planners.items():
+            for planner in of_methods.values():
                 planner.begin_step(forecasts[layer])
-            for record in records[:microbatches]:
+            for record in step[layer][:microbatches]:
                 counts_NE = routing.counts_NE(record)
-                for found, planner in of_layer:
-                    work = planner.work(counts_NE)
-                    found.append(work if share is None else work.with_adapters(share))
+                for name, planner in of_methods.items():
+                    works[name].setdefault(layer, []).append(planner.work(counts_NE))
                 progress(1)
-        yield StepWorks(places, works)
+        yield StepWorks(recorded, works)
 
 
 def price_steps(
@@ -195,7 +163,6 @@ def price_steps(
     run: RunShape,
     methods: Sequence[Method],
     rate_sets: Sequence[Rates],
-    peak_flops_per_s: float | None = None,
 ) -> list[IterationPrediction]:
     """Predict iterations of all methods; `rate_sets` begins with the nominal ones."""
     collected = {method.name: _Collected() for method in methods}
@@ -204,27 +171,22 @@ def price_steps(
         for method in methods:
             found, work = collected[method.name], partial(works.at, method.name)
             found.iterations.append([run_iteration(method, timing, work) for timing in timings])
-            found.bytes_by_kind.append(link_bytes(method, model, run, work))
             for of in works.of[method.name].values():
                 for each in of[: run.microbatches]:
                     found.ratios.append(each.max_over_mean)
                     found.replans.append(each.change is not None)
-                    if each.node_rows is not None:
-                        found.node_rows.append(each.node_rows)
                     found.most_pairs = max(found.most_pairs, int(each.pairs_N.max()))
-    peak = peak_flops_per_s or rate_sets[0].peak_flops_per_s
+    peak = rate_sets[0].peak_flops_per_s
     return [_prediction(method, collected[method.name], model, run, peak) for method in methods]
 
 
-def _places(model: ModelShape, traced_layers: int) -> list[Place | None]:
-    places: list[Place | None] = []
+def _recorded_layers(model: ModelShape, traced_layers: int) -> list[int | None]:
+    layers: list[int | None] = []
     number = 0
-    for layer, has_experts in enumerate(model.layer_has_experts):
-        recorded = number * traced_layers // model.moe_layers
-        place = Place(recorded, model.for_layer(layer).precision)
-        places.append(place if has_experts else None)
+    for has_experts in model.layer_has_experts:
+        layers.append(number * traced_layers // model.moe_layers if has_experts else None)
         number += has_experts
-    return places
+    return layers
 
 
 def _prediction(
@@ -243,8 +205,7 @@ def _prediction(
         for kind in first[0].spent
     }
     tokens = run.tokens * run.microbatches * run.ranks * run.replicas
-    passes = _TRAINING_PASSES if model.lora is None else _FROZEN_PASSES
-    flops = passes * model.flops_per_token * tokens / run.world
+    flops = _TRAINING_PASSES * model.flops_per_token * tokens / run.world
     return IterationPrediction(
         method=method.name,
         by_rates_s=tuple(by_rates_s.tolist()),
@@ -254,16 +215,8 @@ def _prediction(
         compute_s={kind: spent[kind] for kind in COMPUTE},
         exposed_s={kind: spent[kind] for kind in EXPOSED},
         waiting_s=spent[WAITING],
-        bytes_by_kind={
-            link: {
-                kind: float(np.mean([step[link][kind] for step in found.bytes_by_kind]))
-                for kind in by_kind
-            }
-            for link, by_kind in found.bytes_by_kind[0].items()
-        },
         memory_bytes=memory_bytes(model, run, method, found.most_pairs),
         max_over_mean=float(np.mean(found.ratios)),
         replan_share=float(np.mean(found.replans)),
-        node_rows=by_cause(found.node_rows),
         group=method.group,
     )

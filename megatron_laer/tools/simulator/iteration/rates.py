@@ -15,10 +15,6 @@ from megatron_laer.planner.clusters import CONSTANTS, Cluster
 from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.precision import Precision
 
-# Speed of attention's core over the fastest GEMM's, forward and backward. It reaches 185 and 150
-# TFLOP/s on an A100, and cuDNN's 539 and 516 on an H100, by FlashAttention's papers. GEMMs reach
-# 237 and 685.
-_CORE_FORWARD, _CORE_BACKWARD = 0.78, 0.69
 # Standard deviation of cards' speed: large clusters span 8 to 9 % (Sinha et al., SC 2022).
 _CARDS_DIFFER = 0.015
 # Latency of a ring's step inside a node and between nodes, from NCCL's tuning model (Simple).
@@ -39,16 +35,13 @@ _RATES = ("gemm", "memory_bytes_per_s", "intra.bytes_per_s", "inter.bytes_per_s"
 class Rates:
     """One set of constants of a rank.
 
-    `gap_s` is host time once per iteration. `core_*` is the speed of attention's core over the
-    fastest GEMM's. `overhead` is time beyond FLOPs and bytes, over the bytes' time. Linear
-    layers multiply in `precision`.
+    `gap_s` is host time once per iteration. `overhead` is a layer's time beyond FLOPs and bytes,
+    over the bytes' time. Linear layers multiply in `precision`.
     """
 
     cluster: Cluster
     bytes_per_element: int
     gap_s: float = 0.0
-    core_forward: float = _CORE_FORWARD
-    core_backward: float = _CORE_BACKWARD
     overhead: float = 0.0
     precision: Precision = Precision.PARAMETERS
 
@@ -79,6 +72,10 @@ class Rates:
     def memory_seconds(self, moved_bytes: float) -> float:
         return moved_bytes / self.cluster.memory_rate(self.bytes_per_element)
 
+    def layer_memory_seconds(self, moved_bytes: float) -> float:
+        """Return the time of a layer's operations that move so many bytes."""
+        return self.memory_seconds(moved_bytes) * (1 + self.overhead)
+
     def collective_seconds(self, ranks: int, node_size: int) -> float:
         near = min(ranks, node_size) - 1
         return self.cluster.collective_seconds(near, ranks - near - 1)
@@ -93,18 +90,13 @@ class Rates:
             return 0.0
         intra, inter = self.cluster.intra, self.cluster.inter
         share = size_bytes * (ranks - 1) / ranks
-        near = ring_neighbours(node_size, stride)
+        near = max(node_size // stride, 1)  # of the ring's ranks on one node
         seconds = share / intra.bytes_per_s if near > 1 else 0.0
         latency_s = intra.latency_s + (min(near, ranks) - 1) * _STEP_S
         if ranks > near:
             seconds = max(seconds, share / (near * inter.bytes_per_s))
             latency_s = inter.latency_s + (near - 1) * _STEP_S + (ranks / near - 1) * _FAR_STEP_S
         return seconds + latency_s
-
-
-def ring_neighbours(node_size: int, stride: int) -> int:
-    """Return the number of a ring's ranks on one node, `stride` ranks apart."""
-    return max(node_size // stride, 1)
 
 
 def slowest_pace(ranks: int) -> float:

@@ -16,8 +16,7 @@ class RunShape:
     slices are data parallel. `tokens` are a rank's in a microbatch. More than one of `chunks` per
     stage means the interleaved schedule. The embedding, or head and loss, may count as a layer of
     the pipeline. `tensor` ranks share attention, with sequence parallelism. With
-    `attention_again`, `full` recompute includes attention. `dense_sharding` is Megatron-FSDP's
-    strategy, if it is used.
+    `attention_again`, `full` recompute includes attention.
     """
 
     ranks: int
@@ -34,7 +33,6 @@ class RunShape:
     shards_optimizer: bool = True
     overlaps_data_parallel: bool = True
     attention_again: bool = True
-    dense_sharding: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "microbatches", "stages", "chunks", "replicas", "tensor"):
@@ -50,12 +48,6 @@ class RunShape:
                 f"{self.microbatches} microbatches on {self.stages} stages of {self.chunks} "
                 "chunks: the interleaved schedule takes a multiple of the stages"
             )
-        if self.dense_sharding is not None and (self.stages > 1 or not self.shards_optimizer):
-            raise ValueError(
-                f"--data-parallel-sharding-strategy {self.dense_sharding}: Megatron-FSDP takes no "
-                "pipeline, and shards the optimizer; leave out --pipeline and "
-                "--no-distributed-optimizer, or the strategy"
-            )
         if self.ranks % self.tensor != 0:
             raise ValueError(f"{self.tensor} tensor-parallel ranks do not divide the {self.ranks}")
 
@@ -67,16 +59,6 @@ class RunShape:
     def synchronises(self) -> bool:
         """Return True if Megatron waits for the whole device between a pipeline's operations."""
         return self.stages > 1 and self.chunks == 1
-
-    @property
-    def shards_gradients(self) -> bool:
-        """Return True if dense gradients are reduced after each microbatch."""
-        return self.dense_sharding in ("optim_grads", "optim_grads_params")
-
-    @property
-    def shards_weights(self) -> bool:
-        """Return True if dense weights are gathered in each forward and each backward."""
-        return self.dense_sharding == "optim_grads_params"
 
     @property
     def data_parallel(self) -> int:

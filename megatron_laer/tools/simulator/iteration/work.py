@@ -5,7 +5,7 @@ Legend: N ranks, E experts, C slots per rank, S = N*C slots, X ranks of an exper
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.node_rows import NodeRows
 
 Seconds = npt.NDArray[np.float64]
 
@@ -28,16 +27,13 @@ Seconds = npt.NDArray[np.float64]
 class Exchange:
     """Bytes of one exchange of parameters or gradients.
 
-    `intra_bytes` and `inter_bytes` are the most that any rank sends or receives, `mean_*` those
-    received by a rank on average. With `in_stages` the link classes are used one after the other
-    (`node`), `from_homes` after a hop in front. `quantising_passes` and `directions` are those of
-    `WireForm`.
+    `intra_bytes` and `inter_bytes` are the most that any rank sends or receives. With `in_stages`
+    the link classes are used one after the other (`node`), `from_homes` after a hop in front.
+    `quantising_passes` and `directions` are those of `WireForm`.
     """
 
     intra_bytes: float
     inter_bytes: float
-    mean_intra_bytes: float
-    mean_inter_bytes: float
     in_stages: bool
     collectives: int
     ranks: int
@@ -55,8 +51,6 @@ class Exchange:
         return cls(
             float(np.maximum(traffic.intra_N, traffic.sent_intra_N).max()),
             float(np.maximum(traffic.inter_N, traffic.sent_inter_N).max()),
-            float(traffic.intra_N.mean()),
-            float(traffic.inter_N.mean()),
             in_stages,
             len(form.matrices),
             len(traffic.intra_N),
@@ -64,16 +58,6 @@ class Exchange:
             form.quantising_passes,
             geometry.home_slots > 0,
             form.directions,
-        )
-
-    def times(self, factor: float) -> Exchange:
-        """Return the exchange of `factor` times the bytes."""
-        return replace(
-            self,
-            intra_bytes=factor * self.intra_bytes,
-            inter_bytes=factor * self.inter_bytes,
-            mean_intra_bytes=factor * self.mean_intra_bytes,
-            mean_inter_bytes=factor * self.mean_inter_bytes,
         )
 
     def seconds(self, rates: Rates) -> float:
@@ -126,18 +110,15 @@ class LayerWork:
 
     `unit_s_N` are seconds of each rank's expert GEMMs per FLOP of a token, at the nominal rates.
     `pairs_N` are the (token, expert) pairs that it computes. `intra_N` and `inter_N` are pairs in
-    one token exchange, the larger of sent and received; `mean_*` are received on average. `change`
-    is of slots that differ from the planned layout, and `solve_s` makes a layout after the gate.
-    `used_slots` are the most of a rank that have tokens.
-    `node_rows` are of all ranks.
+    one token exchange, the larger of sent and received. `change` is of slots that differ from the
+    planned layout, and `solve_s` makes a layout after the gate. `used_slots` are the most of a rank
+    that have tokens.
     """
 
     unit_s_N: Seconds
     pairs_N: Int64
     intra_N: Int64
     inter_N: Int64
-    mean_intra: float
-    mean_inter: float
     restore: Exchange | None
     reduce: Exchange | None
     change: Exchange | None
@@ -145,7 +126,6 @@ class LayerWork:
     slots: int
     used_slots: int
     passing: TokenPassing
-    node_rows: NodeRows | None = None
 
     @property
     def group(self) -> int | None:
@@ -162,16 +142,6 @@ class LayerWork:
         moved = self.restore, self.reduce, self.change
         return any(each is not None and each.inter_bytes > 0 for each in moved)
 
-    def with_adapters(self, share: float) -> LayerWork:
-        """Return the work of frozen experts with adapters, which have `share` of their weights."""
-        restore, reduce, change = self.restore, self.reduce, self.change
-        return replace(
-            self,
-            restore=None if restore is None else restore.times(1 + share),
-            change=None if change is None else change.times(1 + share),
-            reduce=reduce.times(share) if reduce is not None and share > 0 else None,
-        )
-
     @property
     def max_over_mean(self) -> float:
         total = int(self.pairs_N.sum())
@@ -187,7 +157,6 @@ class LayerWork:
         change: Exchange | None = None,
         solve_s: float = 0.0,
         passing: TokenPassing | None = None,
-        node_rows: NodeRows | None = None,
         node_size: int = 1,
     ) -> LayerWork:
         num_ranks = len(totals.own_N)
@@ -199,10 +168,8 @@ class LayerWork:
         passing = passing or TokenPassing()
         near_N, far_N = by_rank(totals.near_S) - totals.own_N, by_rank(totals.far_S)
         intra_N = np.maximum(totals.sent_near_N - totals.own_N, near_N)
-        mean_intra = float(near_N.mean())
         if passing.prices.in_stages:  # a row from another node is passed on inside
             intra_N = near_N + far_N
-            mean_intra = float(intra_N.mean())
         pairs_S = totals.near_S + totals.far_S
         unit_s_S = rates.linear_gemm.unit_seconds(pairs_S)
         return cls(
@@ -210,8 +177,6 @@ class LayerWork:
             pairs_N=near_N + far_N + totals.own_N,
             intra_N=intra_N,
             inter_N=np.maximum(totals.sent_far_N, passing.prices.arriving_N(far_N, node_size)),
-            mean_intra=mean_intra,
-            mean_inter=float(far_N.mean()),
             restore=restore,
             reduce=reduce,
             change=change,
@@ -219,7 +184,6 @@ class LayerWork:
             slots=len(totals.near_S) // num_ranks,
             used_slots=int(by_rank((pairs_S > 0).astype(np.int64)).max()),
             passing=passing,
-            node_rows=node_rows,
         )
 
 
