@@ -452,8 +452,8 @@ ROWS = [
     _row("latent-attention", "latent attention, recompute of its up-projections, quantile balancing"
         " with a moving average, Lion, accumulation 2", LATENT_ATTENTION + " --rope-type rope"
         + LATENT_RECOMPUTE + " --moe-router-load-balancing-type quantile_balancing"
-        " --moe-router-quantile-balancing-ema 0.5 --optimizer lion", accumulation=2,
-        bound=LION_BOUND),
+        " --moe-router-quantile-balancing-ema 0.5 --optimizer lion", fsep=RANDOM + HOMES,
+        accumulation=2, bound=LION_BOUND, not_at_home="at home in itself"),
     _row("delta-net", "gated delta net before attention, recompute of its output norm, shared"
         " experts, global aux loss",
         " --spec tests.specs.gated_delta_net block_spec --experimental-attention-variant"

@@ -110,7 +110,7 @@ OWN = {
     ],
     "--expert-model-parallel-size 16 --fsep-node-size 3": ["at most the number of ranks, 2"],
     "--optimizer dist_muon --fsep-planner laer": [
-        "--fsep-sharding rows: Muon needs whole matrices",
+        "--fsep-sharding rows: it needs whole matrices",
         "but --fsep-planner laer with --fsep-sharding experts: it moves every expert",
     ],
     "--optimizer muon --num-experts 7": ["7 experts cannot be at home on 2 ranks"],
@@ -272,7 +272,7 @@ BOTH = f"FSEP takes {DISPATCHER} alltoall --expert-tensor-parallel-size 1, which
 
 SAVED_ROWS = {"fsep_sharding": "rows"}
 GOES_ON = "FSEP takes --fsep-sharding rows: the checkpoint in --load 'there' has it"
-MUON = "FSEP takes --fsep-sharding experts: --optimizer muon with --fsep-sharding rows: Muon needs "
+MUON = "FSEP takes --fsep-sharding experts: --optimizer muon with --fsep-sharding rows: it needs "
 MUON += "whole matrices, and a rank holds rows of them"
 
 

@@ -86,12 +86,7 @@ class SliceSpec:
         slice_ErK.tensor_model_parallel = True  # type: ignore[attr-defined]
         slice_ErK.partition_dim = 0 if self.is_bias else 1  # type: ignore[attr-defined]
         slice_ErK.partition_stride = 1  # type: ignore[attr-defined]
-        slice_ErK.is_slice_of_matrices = not self.is_bias  # type: ignore[attr-defined]
         return slice_ErK
-
-
-def is_slice_of_matrices(parameter: torch.Tensor) -> bool:
-    return bool(getattr(parameter, "is_slice_of_matrices", False))
 
 
 def expert_seed(seed: int, layer: str, matrix: str, expert: int) -> int:
