@@ -21,9 +21,8 @@ from unittest import mock
 import torch
 
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
-from megatron_laer.layer.experts.fp8.payload import BackwardPacker, PayloadForm
+from megatron_laer.layer.experts.fp8.payload import PayloadForm, PayloadPacker
 from megatron_laer.precision import Precision, recipe_of
-from megatron_laer.runtime.weights.layer import Carried, Packer
 from tests.doubles import fp8
 from tests.doubles.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
 
@@ -111,34 +110,17 @@ class EmulatedGemm:
     def __init__(self, config: Any, rows: int, columns: int) -> None:
         recipe = self._recipe = Recipe.of(config)
         name = Precision(recipe_of(config))
-        self._form = self._backward_form = PayloadForm(name, rows, columns)
-        self._for_backward: Packer = self
+        forward = PayloadPacker(PayloadForm(name, rows, columns), recipe.weight_in_fp8)
+        self.packers = forward, forward
         if recipe.backward_weight != recipe.weight:
-            self._backward_form = PayloadForm(name, rows, columns, by_columns=True)
-            self._for_backward = BackwardPacker(
-                self._backward_form, partial(recipe.weight_in_fp8, in_backward=True)
-            )
-
-    @property
-    def for_backward(self) -> Packer:
-        return self._for_backward
-
-    @property
-    def carried(self) -> Carried:
-        return self._form.carried
-
-    def problem(
-        self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
-    ) -> str | None:
-        return None
-
-    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
-        return self._form.pack(*self._recipe.weight_in_fp8(weight_RK))
+            form = PayloadForm(name, rows, columns, by_columns=True)
+            quantise = partial(recipe.weight_in_fp8, in_backward=True)
+            self.packers = forward, PayloadPacker(form, quantise)
 
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        weights = self._weights(weight_CRK, self._form, self._recipe.weight)
+        weights = self._weights(weight_CRK, self.packers[0].form, self._recipe.weight)
         parts = zip(self._parts(input_TK, tokens_C), weights, strict=True)
         outputs = [self._recipe.product(part_nK, weight_RK) for part_nK, weight_RK in parts]
         return unpadded(torch.cat(outputs), tokens_C, self._recipe.multiple)
@@ -146,7 +128,8 @@ class EmulatedGemm:
     def input_grad(
         self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        weights = self._weights(weight_CRK, self._backward_form, self._recipe.backward_weight)
+        block = self._recipe.backward_weight
+        weights = self._weights(weight_CRK, self.packers[1].form, block)
         parts = zip(self._parts(grad_TR, tokens_C), weights, strict=True)
         grads = [self._recipe.input_grad(grad_nR, weight_RK) for grad_nR, weight_RK in parts]
         return unpadded(torch.cat(grads), tokens_C, self._recipe.multiple)

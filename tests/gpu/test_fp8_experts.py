@@ -65,8 +65,7 @@ def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(
 
     gemm = fp8.quantised_gemm(config, ROWS, COLUMNS, device)
     payload_CPK, backward_CPK = (
-        torch.stack([packer.pack(weight.detach()) for weight in weights])
-        for packer in (gemm, gemm.for_backward)
+        torch.stack([packer.pack(weight.detach()) for weight in weights]) for packer in gemm.packers
     )
     placeholder_CRK = torch.zeros(len(TOKENS_C), ROWS, COLUMNS, **options).requires_grad_()
     experts = fixed_experts(payload_CPK, placeholder_CRK.detach(), backward_CPK)

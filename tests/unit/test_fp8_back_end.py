@@ -282,7 +282,7 @@ def test_transformer_engines_calls_give_the_definitions_bits(
         EmulatedGemm(config, ROWS, COLUMNS),
     ):
         payloads = []
-        for packer in (gemm, gemm.for_backward):
+        for packer in gemm.packers:
             payloads.append(torch.stack([packer.pack(weight) for weight in weights]))
             assert payloads[-1].shape[1:] == packer.carried[:2]
             assert payloads[-1].dtype == packer.carried.dtype
@@ -324,8 +324,7 @@ def test_each_product_quantises_tokens_in_its_own_direction(
     input_TK, grad_TR = torch.ones(67, COLUMNS, **options), torch.ones(67, ROWS, **options)
     weights = [torch.ones(ROWS, COLUMNS, **options)] * 3
     payload, in_backward = (
-        torch.stack([packer.pack(weight) for weight in weights])
-        for packer in (gemm, gemm.for_backward)
+        torch.stack([packer.pack(weight) for weight in weights]) for packer in gemm.packers
     )
     asked.clear()
     gemm.forward(input_TK, payload, tokens_C)
@@ -355,7 +354,7 @@ def test_payloads_and_products_have_their_shapes_at_full_size(config: Any, model
     for rows, columns in MODELS[model]:
         gemm = fp8.quantised_gemm(config, rows, columns, GPU)
         payloads = []
-        for packer in (gemm, gemm.for_backward):
+        for packer in gemm.packers:
             packed = [packer.pack(torch.empty(rows, columns, **options)) for _ in range(slots)]
             payloads.append(torch.stack(packed))
             assert payloads[-1].dtype == packer.carried.dtype == torch.uint8
@@ -378,17 +377,17 @@ def test_payloads_and_products_have_their_shapes_at_full_size(config: Any, model
 @pytest.mark.parametrize("config", ["tensorwise", "blockwise"], indirect=True)
 def test_a_parameter_in_fp8_sends_its_own_bytes_and_scales(config: Any) -> None:
     gemm: Any = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
-    payload_PK = gemm.pack(torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16))
+    payload_PK = gemm.packers[0].pack(torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16))
     gemm._forms[0].unpack(payload_PK)[1].mul_(3.0)  # unlike those of a new quantisation
     (parameter,) = gemm._weights(payload_PK[None])
-    assert torch.equal(gemm.pack(parameter), payload_PK)
+    assert torch.equal(gemm.packers[0].pack(parameter), payload_PK)
 
 
 @pytest.mark.parametrize("config", ["mxfp8"], indirect=True)
 def test_a_parameter_in_mxfp8_sends_its_own_bytes_of_each_direction(config: Any) -> None:
     gemm = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
     parameter: Any = mx_fakes.MxQuantiser("e4m3")(torch.randn(ROWS, COLUMNS).bfloat16())
-    for packer, direction in ((gemm, "row"), (gemm.for_backward, "column")):
+    for packer, direction in zip(gemm.packers, ("row", "column"), strict=True):
         values, scales = (
             getattr(parameter, f"_{direction}wise_{part}") for part in ("data", "scale_inv")
         )

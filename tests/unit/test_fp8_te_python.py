@@ -94,7 +94,7 @@ def test_a_replica_computes_as_the_module_of_its_home(
     weights = [getattr(module, f"weight{slot}") for slot in range(len(tokens_C))]
     payloads = [
         torch.stack([packer.pack(weight.detach()) for weight in weights])
-        for packer in (replica, replica.for_backward)
+        for packer in replica.packers
     ]
     packed = Precision(recipe).row
     for payload_CPK in payloads:

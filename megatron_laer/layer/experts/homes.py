@@ -21,7 +21,7 @@ from megatron_laer.layer.experts.restored_compute import RestoredCompute
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.runtime.weights.layer import Homes, Packer
+from megatron_laer.runtime.weights.layer import Homes, Packers
 
 
 class HomeExperts:
@@ -58,7 +58,7 @@ class HomeExperts:
 
     def _as_share(self) -> Homes:
         matrices: list[tuple[torch.nn.Parameter, ...]] = []
-        packers: list[Packer | None] = []
+        packers: list[Packers | None] = []
         for layer, (built, adapter) in enumerate(
             zip(self._built, self._compute.adapters, strict=True)
         ):

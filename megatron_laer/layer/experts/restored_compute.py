@@ -23,7 +23,7 @@ from megatron_laer.layer.experts.built_parts import ADAPTED
 from megatron_laer.layer.experts.gemm import SlotGemm, check_gemm, slot_gemm
 from megatron_laer.layer.experts.slot_linear import slot_bias, slot_linear
 from megatron_laer.rules import WITH_ADAPTERS, problems_by
-from megatron_laer.runtime.weights.layer import Packer
+from megatron_laer.runtime.weights.layer import Packers
 from megatron_laer.runtime.weights.restored import RestoredExperts
 
 
@@ -91,7 +91,7 @@ class RestoredCompute:
             ffn_hidden_size=config.moe_ffn_hidden_size,
             tp_group=tp_group,
         )
-        self.packers: list[Packer] = []
+        self.packers: list[Packers] = []
         self.adapters: list[Adapter | None] = [None] * len(self.linears)
         self._trains_shared = False
         self._gemms: list[SlotGemm] = []
@@ -99,7 +99,7 @@ class RestoredCompute:
             fp8.check_card(config, device)
             for linear in self.linears:
                 product = fp8.quantised_gemm(config, linear.rows, linear.columns, device)
-                self.packers.append(product)
+                self.packers.append(product.packers)
                 self._gemms.append(product)
             return
         sizes = [size for linear in self.linears for size in (linear.rows, linear.columns)]

@@ -42,10 +42,9 @@ class Packer(Protocol):
         """Return the payload of one expert's matrix."""
         ...
 
-    @property
-    def for_backward(self) -> Packer:
-        """Return the quantiser of the payloads that backward multiplies by; perhaps this one."""
-        ...
+
+# Of the payloads that forward multiplies by, and of backward's; perhaps the same one.
+Packers = tuple[Packer, Packer]
 
 
 class Share(ABC):
@@ -188,7 +187,7 @@ class Homes(Share):
     """
 
     homes: tuple[tuple[torch.nn.Parameter, ...], ...]
-    packers: tuple[Packer | None, ...] = ()
+    packers: tuple[Packers | None, ...] = ()
 
     @property
     def matrices(self) -> tuple[tuple[torch.nn.Parameter, ...], ...]:
@@ -210,7 +209,7 @@ class Homes(Share):
 
     @cached_property  # passes through one layer hand on weights of one share
     def for_backward(self) -> Homes:
-        packers = tuple(packer and packer.for_backward for packer in self.packers)
+        packers = tuple(of and (of[1], of[1]) for of in self.packers)
         return self if packers == self.packers else replace(self, packers=packers)
 
     def sources(self, num_experts: int) -> tuple[Sequence[torch.Tensor], ...]:
@@ -242,7 +241,8 @@ class Homes(Share):
 
     @property
     def _packers(self) -> tuple[Packer | None, ...]:
-        return self.packers or (None,) * len(self.homes)
+        packers = self.packers or (None,) * len(self.homes)
+        return tuple(of and of[0] for of in packers)
 
 
 def restored_bytes(share: Share, replica_slots: int) -> int:

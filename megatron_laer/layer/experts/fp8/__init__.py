@@ -15,14 +15,17 @@ import torch
 
 from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.precision import Precision, card_problem, recipe_of
-from megatron_laer.runtime.weights.layer import Packer
+from megatron_laer.runtime.weights.layer import Packers
 
 
-class QuantisedGemm(SlotGemm, Packer, Protocol):
+class QuantisedGemm(SlotGemm, Protocol):
     """Products of one linear layer in fp8: payloads `[C, P, K]` are its slots' matrices.
 
     Slots' tokens and gradients are quantised as stock's expert would those of one expert.
     """
+
+    @property
+    def packers(self) -> Packers: ...
 
 
 def check_card(config: Any, device: torch.device) -> None:

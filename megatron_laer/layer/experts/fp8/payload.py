@@ -70,19 +70,11 @@ class PayloadForm:
 
 
 @dataclass(frozen=True)
-class BackwardPacker:
-    """`Packer` of payloads that backward multiplies by, where those of forward differ.
-
-    Attributes:
-        quantise: returns values, or their bytes, and scales.
-    """
+class PayloadPacker:
+    """`Packer` of payloads of one form; `quantise` returns values, or their bytes, and scales."""
 
     form: PayloadForm
     quantise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-    @property
-    def for_backward(self) -> BackwardPacker:
-        return self
 
     @property
     def carried(self) -> Carried:

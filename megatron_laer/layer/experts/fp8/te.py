@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
-from megatron_laer.layer.experts.fp8.payload import BackwardPacker, PayloadForm
+from megatron_laer.layer.experts.fp8.payload import PayloadForm, PayloadPacker
+from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.layer.experts.gemm import te as grouped
 from megatron_laer.precision import Precision, Quantisation
-from megatron_laer.runtime.weights.layer import Carried, Packer
+from megatron_laer.runtime.weights.layer import Packers
 
 TENSORS = "transformer_engine.pytorch.tensor"
 
@@ -78,7 +79,7 @@ def _part(module: str, name: str) -> Any:
     return getattr(importlib.import_module(f"{TENSORS}.{module}"), name)
 
 
-class Quantised:
+class Quantised(SlotGemm):
     """`QuantisedGemm` of one linear layer by a recipe of Transformer Engine.
 
     Operands are quantised along their rows or along their columns, as each product needs.
@@ -103,22 +104,12 @@ class Quantised:
         self._tensor = _part(self._row.tensor.module, self._row.tensor.name)
 
     @cached_property
-    def for_backward(self) -> Packer:
-        if self._row.directions == 1:
-            return self
-        return BackwardPacker(self._forms[True], partial(self._quantise_weight, by_columns=True))
-
-    @property
-    def carried(self) -> Carried:
-        return self._forms[False].carried
-
-    def problem(
-        self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
-    ) -> str | None:
-        return problem(device, self._row)
-
-    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
-        return self._forms[False].pack(*self._quantise_weight(weight_RK, by_columns=False))
+    def packers(self) -> Packers:
+        forward, backward = (
+            PayloadPacker(form, partial(self._quantise_weight, by_columns=form.by_columns))
+            for form in self._forms
+        )
+        return forward, backward if self._row.directions > 1 else forward
 
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]

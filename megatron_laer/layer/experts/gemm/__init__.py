@@ -31,7 +31,7 @@ class SlotGemm(Protocol):
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
     ) -> str | None:
         """Return why this back end cannot compute there, with a remedy; None if it can."""
-        ...
+        return None
 
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]

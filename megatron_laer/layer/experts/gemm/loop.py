@@ -19,11 +19,6 @@ from megatron_laer.layer.experts.gemm import SlotGemm
 class Loop(SlotGemm):
     """`SlotGemm` that writes every product in place, so that nothing is stacked."""
 
-    def problem(
-        self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
-    ) -> str | None:
-        return None
-
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
