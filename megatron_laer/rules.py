@@ -33,8 +33,6 @@ UNPROVEN = {
     Unproven.DENSE_FP8: "fp8 in all layers but the experts, which compute in the parameters' dtype",
     Unproven.FP8_EXPERTS: "fp8 in all layers, the experts at home and their replicas included",
 }
-# Recipes that a word of `--fsep-allow-unproven` goes with.
-BY_RECIPE = {Unproven.FP8_EXPERTS: " with --fp8-recipe tensorwise, blockwise or mxfp8"}
 
 # Strategies of Megatron-FSDP that shard dense layers.
 STRATEGIES = ("optim", "optim_grads", "optim_grads_params")
@@ -115,7 +113,7 @@ class Rule:
             "" if there is none.
         is_filled_in: whether FSEP makes the accepted value the flag's default, as it does not
             change the model.
-        words: words of `--fsep-allow-unproven` that accept `unproven_values` too.
+        allow: words of `--fsep-allow-unproven` that accept `unproven_values` too, in a text.
         fits: word of `--fsep-allow-unproven` with which the setting is accepted.
         left_out: loss of a run without the setting, if that is speed or precision alone.
     """
@@ -133,7 +131,7 @@ class Rule:
     given: str = ""
     field: str = ""
     is_filled_in: bool = False
-    words: tuple[Unproven, ...] = ()
+    allow: str = ""
     unproven_values: tuple[str, ...] = ()
     fits: Unproven | None = None
     left_out: LeftOut | None = None
@@ -142,6 +140,10 @@ class Rule:
     def argument(self) -> str:
         """Return the attribute that holds the setting's value."""
         return argument_of(self.flag)
+
+    @property
+    def words(self) -> tuple[Unproven, ...]:
+        return tuple(word for word in Unproven if word in self.allow)
 
     @property
     def setting(self) -> str:
@@ -170,10 +172,9 @@ class Rule:
         if as_field and self.field:
             given = f"{self.field}={value!r}"
         if self.asks_for_unproven(settings):
-            words = " or ".join(f"{word}{BY_RECIPE.get(word, '')}" for word in self.words)
             return (
                 f"{given}: {_NOT_RUN}; to run it all the same give "
-                f"--fsep-allow-unproven {words}, or {self.said_way_out}"
+                f"--fsep-allow-unproven {self.allow}, or {self.said_way_out}"
             )
         others = _together(other.said(settings) for other in self.next_to)
         return f"{given}{others}: {self.reason}; {self.said_way_out}"
@@ -400,8 +401,6 @@ def _rules(row: dict[str, Any]) -> Iterator[Rule]:
     for key in ("accepted", "refused", "unproven_values"):
         if key in row:
             row[key] = _values(row[key].split())
-    if "words" in row:
-        row["words"] = tuple(map(Unproven, row["words"].split()))
     next_to = row.pop("next_to", [])
     row["next_to"] = tuple(map(NextTo.parse, [next_to] if isinstance(next_to, str) else next_to))
     row["when"] = _WHEN[row["when"]] if "when" in row else None

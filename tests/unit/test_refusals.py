@@ -23,7 +23,6 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.releases import NEXT, NUMBERS
 from megatron_laer.rules import (
-    BY_RECIPE,
     PROVED,
     REFUSALS,
     RULES,
@@ -391,8 +390,7 @@ def is_text_of(rule: Rule, text: str, given: str) -> bool:
     """Return whether a refusal names a setting, says why, and what would work."""
     reason = rule.reason
     if rule.words and "nobody has run it" in text:
-        words = " or ".join(f"{word}{BY_RECIPE.get(word, '')}" for word in rule.words)
-        reason = f"give --fsep-allow-unproven {words}, or "
+        reason = f"give --fsep-allow-unproven {rule.allow}, or "
     return text.startswith(given) and reason in text
 
 
