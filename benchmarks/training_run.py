@@ -163,7 +163,7 @@ def _stock_skew(counts_ME: torch.Tensor, steps: int) -> list[float]:
 
 def _weight_bytes() -> int:
     coordinator = current_coordinator()
-    return 0 if coordinator is None else coordinator.streams.exchange.count.received_bytes
+    return 0 if coordinator is None else coordinator.streams.exchange.received_bytes
 
 
 def _fsep_skew() -> list[float]:

@@ -151,7 +151,7 @@ class Coordinator:
         check_no_plan_is_left(self.layers)
         self._put_pairs()
         self.recorder.begin_step(step)
-        self._received_before = self.streams.exchange.count.received_bytes
+        self._received_before = self.streams.exchange.received_bytes
         self.layouts.begin_step(step, num_microbatches)
         expected = self.pass_layouts.begin_step(
             step, num_microbatches, len(self.layers), replays=self.scheduler.replays_routing
@@ -175,7 +175,7 @@ class Coordinator:
         self.layouts.end_step()
         self.experts.end_step()
         self._unreported_steps += 1
-        received_bytes = self.streams.exchange.count.received_bytes - self._received_before
+        received_bytes = self.streams.exchange.received_bytes - self._received_before
         self._unreported_bytes += received_bytes
         self.recorder.end_step(self.layouts.status, self.layouts.version, received_bytes)
 

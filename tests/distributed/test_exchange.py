@@ -51,10 +51,10 @@ def every_case(node_size: int) -> list[str]:
             reuse = ReusableWeights(case.index(0), restored)
             exchange.restore(source, case.index(1), case.rows, reuse=reuse)
             case.check_restored(restored, groups.rank, 1)
-            collectives = exchange.count.restore_collectives
+            collectives = exchange.restored.collectives
             reuse = ReusableWeights(case.index(1), restored)
             exchange.restore(source, case.index(1), case.rows, reuse=reuse)
-            assert exchange.count.restore_collectives == collectives, "nothing changed"
+            assert exchange.restored.collectives == collectives, "nothing changed"
             summed = exchange.reduce(case.grads_NCRK[groups.rank], case.index(1))
             expected = case.summed_ERK(1, case.wire or case.grad).to(case.grad)
             for one, total in zip(summed, case.owned_by(groups.rank, expected), strict=True):

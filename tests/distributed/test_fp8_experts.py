@@ -175,7 +175,7 @@ def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
     from megatron_laer.runtime.comm.exchange import Exchange
 
     expected = {"restore": 0, "reduce": 0}
-    counts: list[Any] = []
+    exchanges: list[Any] = []
 
     def watched(name: str, traffic: Any) -> Any:
         steps = getattr(Exchange, f"{name}_steps")
@@ -184,15 +184,15 @@ def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
             one = source[0] if name == "reduce" else options["out"][0]
             found = traffic(index.placed, [tuple(one.shape)], ExchangeAlgorithm.FLAT)
             expected[name] += one.element_size() * int(found.intra_N[self.groups.rank])
-            counts.append(self.count)
+            exchanges.append(self)
             return steps(self, source, index, *args, **options)
 
         return mock.patch.object(Exchange, f"{name}_steps", exchange)
 
     with watched("restore", restore_traffic), watched("reduce", reduce_traffic):
         train_row(flags)
-    count = counts[-1]
-    return count.restore_bytes, expected["restore"], count.reduce_bytes, expected["reduce"]
+    received = exchanges[-1].restored.received_bytes, exchanges[-1].reduced.received_bytes
+    return received[0], expected["restore"], received[1], expected["reduce"]
 
 
 # Bytes of weights for each element. Payloads of 128 x 48 and 48 x 64 elements have a row more for

@@ -30,9 +30,9 @@ def command(data: str, extra: str, steps: int = 3, ranks: int = 2) -> list[str]:
 def exchanges(model: Any) -> tuple[int, int, int]:
 
     coordinator = running()
-    count = coordinator.streams.exchange.count
+    exchange = coordinator.streams.exchange
     memory = coordinator.streams.weights.num_bytes + coordinator.streams.grads.num_bytes
-    return count.restore_collectives, count.reduce_collectives, memory
+    return exchange.restored.collectives, exchange.reduced.collectives, memory
 
 
 def test_a_run_without_replicas_is_stock_bit_for_bit(ranks: RankPools, text_data: str) -> None:
@@ -68,8 +68,9 @@ def exchanged_and_expected(_: object) -> tuple[list[int], list[int], int]:
         # Weights in bfloat16, and the step's sums in float32.
         of_layer = [fetches, fetches, 2 * received[0], 4 * received[1]]
         expected = [sum(pair) for pair in zip(expected, of_layer, strict=True)]
-    count = streams.exchange.count
-    counted = [count.restores, count.reduces, count.restore_bytes, count.reduce_bytes]
+    exchange = streams.exchange
+    counted = [exchange.count.restores, exchange.count.reduces]
+    counted += [exchange.restored.received_bytes, exchange.reduced.received_bytes]
     return counted, expected, streams.weights.in_use
 
 

@@ -94,7 +94,7 @@ def _one_workspace() -> Iterator[None]:
 
     def init(exchange: Any, *args: Any, **kwargs: Any) -> None:
         true_init(exchange, *args, **kwargs)
-        exchange.reduce_workspace = exchange.restore_workspace
+        exchange.reduced.workspace = exchange.restored.workspace
 
     with mock.patch.object(Exchange, "__init__", init):
         yield

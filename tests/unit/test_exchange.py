@@ -62,12 +62,8 @@ class Group:
 
     def received(self) -> list[list[int]]:
         """Return each rank's received bytes: of restores and of reduces, in its node and beyond."""
-        names = [
-            f"{kind}_{where}_bytes"
-            for kind in ("restore", "reduce")
-            for where in ("intra", "inter")
-        ]
-        return [[getattr(exchange.count, name) for name in names] for exchange in self.exchanges]
+        ways = [(exchange.restored, exchange.reduced) for exchange in self.exchanges]
+        return [[part for one in of for part in (one.intra_bytes, one.inter_bytes)] for of in ways]
 
 
 def moved_rows(case: Case, step: int, before: int | None, rank: int) -> list[np.ndarray]:
@@ -161,8 +157,8 @@ def test_buffers_are_allocated_once_and_as_large_as_the_bound() -> None:
             group.restore(step)
             group.reduce(step)
             for exchange in group.exchanges:
-                assert exchange.restore_workspace.num_bytes <= sum(restores.values()), case
-                assert exchange.reduce_workspace.num_bytes <= sum(reduces.values()), case
+                assert exchange.restored.workspace.num_bytes <= sum(restores.values()), case
+                assert exchange.reduced.workspace.num_bytes <= sum(reduces.values()), case
 
 
 def test_a_home_sends_directly_as_many_copies_as_it_has_replicas() -> None:
@@ -179,7 +175,7 @@ def test_a_home_sends_directly_as_many_copies_as_it_has_replicas() -> None:
         ]
     )
     one = case.rows * COLUMNS * 4
-    assert [exchange.restore_workspace.num_bytes for exchange in group.exchanges] == [
+    assert [exchange.restored.workspace.num_bytes for exchange in group.exchanges] == [
         3 * one,
         0,
         0,
@@ -197,13 +193,13 @@ def test_an_exchange_goes_by_the_way_that_is_chosen_for_its_layout() -> None:
     for quantised in (False, True):
         of = Placed(geometry.random_layout((1,)), geometry, quantised)
         index, homes = layout_index(of, CPU), torch.randn(8, 4, COLUMNS)
-        before = [exchange.count.restore_collectives for exchange in chosen]
+        before = [exchange.restored.collectives for exchange in chosen]
         run(
             [
                 exchange.restore_steps([*homes[rank * 2 : rank * 2 + 2]], index, 4)
                 for rank, exchange in enumerate(chosen)
             ]
         )
-        after = [exchange.count.restore_collectives for exchange in chosen]
+        after = [exchange.restored.collectives for exchange in chosen]
         # A node without a replica has fewer.
         assert max(b - a for a, b in zip(before, after, strict=True)) == len(ways[quantised].links)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -54,12 +53,8 @@ class BufferPool:
         self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)
 
 
-class Take(Protocol):
-    """Buffers of one exchange, by name."""
-
-    def __call__(self, name: str, rows: int, dtype: torch.dtype, /) -> torch.Tensor:
-        """Return the first rows of a buffer, [rows, K]."""
-        ...
+# Returns the first rows of a buffer, [rows, K], by its name, their number and dtype.
+Take = Callable[[str, int, torch.dtype], torch.Tensor]
 
 
 class Workspace:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,10 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.hops import Way
 from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
-from megatron_laer.runtime.comm.buffers import Workspace
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 from megatron_laer.runtime.comm.segments import Chain, Held
-from megatron_laer.runtime.comm.stages import ExchangeCount, Stage, stage_of
+from megatron_laer.runtime.comm.stages import Direction, ExchangeCount, Stage, stage_of
 from megatron_laer.runtime.comm.steps import Steps, finish
 
 _WIRE_DTYPES = {
@@ -72,25 +71,26 @@ class Exchange:
         grad_wire_dtype: torch.dtype | None = None,
     ) -> None:
         self.count = ExchangeCount()
-        self.restore_workspace, self.reduce_workspace = Workspace(), Workspace()
         self.groups = groups
         self._choose = choose or (lambda _: ways[0])
         self._grad_wire_dtype = grad_wire_dtype
         links = dict.fromkeys(link for way in ways for link in way.links)
-        restores, reduces = (
-            {int(link): stage_of(groups, name, link) for link in links}
-            for name in ("parameters", "gradients")
-        )
-        workspaces = self.restore_workspace, self.reduce_workspace
-        counts = self.count.add_restore, self.count.add_reduce
-        self._restores = _Direction(restores, workspaces[0], counts[0], "receive", sums=False)
-        self._reduces = _Direction(reduces, workspaces[1], counts[1], "send", sums=True)
+
+        def stages(name: str) -> dict[int, Stage | None]:
+            return {link: stage_of(groups, name, link) for link in links}
+
+        self.restored = Direction(stages("parameters"), sums=False)
+        self.reduced = Direction(stages("gradients"), sums=True)
 
     @property
     def communicators(self) -> tuple[Group, ...]:
         """Return the communicators that exchanges of layouts can use, as on all ranks."""
-        used = (*self._restores.stages.values(), *self._reduces.stages.values())
+        used = (*self.restored.stages.values(), *self.reduced.stages.values())
         return tuple(stage.group for stage in used if stage is not None)
+
+    @property
+    def received_bytes(self) -> int:
+        return self.restored.received_bytes + self.reduced.received_bytes
 
     @torch.no_grad()
     def restore(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -137,7 +137,7 @@ class Exchange:
         slots, dtype = out_CRK.view(-1, out_CRK.shape[2]), out_CRK.dtype
         most_bytes = restore_workspace(chain.way, rows, slots.shape[1], dtype.itemsize)
         ends = _by_rows(source), [slots]
-        yield from _carry(self._restores, chain, *ends, most_bytes, (dtype, dtype))
+        yield from _carry(self.restored, chain, *ends, most_bytes, (dtype, dtype))
         return out_CRK
 
     def reduce_steps(
@@ -173,7 +173,7 @@ class Exchange:
             add_to = sums.unbind() if chain.way.at_home else sums
         most_bytes = reduce_workspace(chain.way, rows, columns, dtype.itemsize, wire.itemsize)
         ends = [grad_CRK.view(-1, columns)], _by_rows(add_to)
-        yield from _carry(self._reduces, chain, *ends, most_bytes, (dtype, wire), adds=adds)
+        yield from _carry(self.reduced, chain, *ends, most_bytes, (dtype, wire), adds=adds)
         if adds:
             return add_to if isinstance(add_to, torch.Tensor) else add_to[0]
         return sums
@@ -202,25 +202,8 @@ class Exchange:
         return geometry.num_experts, bounds[rank + 1] - bounds[rank]
 
 
-class _Direction(NamedTuple):
-    """Restores, or reduces.
-
-    Attributes:
-        stages: by links; None for those with one rank.
-        counts: adds the bytes received inside the machine and from others.
-        between: buffer of holdings between the owners and the slots.
-        sums: whether rows that arrive are summed.
-    """
-
-    stages: Mapping[int, Stage | None]
-    workspace: Workspace
-    counts: Callable[[int, int], None]
-    between: str
-    sums: bool
-
-
 def _carry(
-    direction: _Direction,
+    direction: Direction,
     chain: Chain,
     source: Held,
     target: Held,
@@ -248,7 +231,7 @@ def _carry(
             taken, into = target if move.is_kept else held, target
             if not move.is_last:
                 end = max(end, arrives.end)
-                into = [take(direction.between, end, dtypes[1])]
+                into = [take("send" if sums else "receive", end, dtypes[1])]
             in_place = stage is not None and not sums and arrives.in_place is not None
             if stage is None:
                 arrived = taken[0]
@@ -265,7 +248,7 @@ def _carry(
                 rows_P = move.received_P, move.sent_P
                 dist.all_to_all_single(arrived, sent, *rows_P, group=stage.group)
                 yield stage.group if any(stages[at + 1 :]) else None
-                direction.counts(*stage.bytes_from(move.received_P, arrived))
+                direction.count(stage, move.received_P, slots.shape[1] * dtype.itemsize)
             if sums:
                 table.add(arrives, arrived, into, adds=adds and move.is_last)
             elif not in_place:

@@ -30,16 +30,9 @@ def copy_segments(
     columns = held.shape[1]
     assert held.is_contiguous() and wire.is_contiguous()
     programs = triton.cdiv(segments.most_rows * columns, _BLOCK_COPIED)
+    numbers = segments.at + 3 * part.first, part.base, programs, columns
     _copy_segments[(programs * part.segments,)](
-        held,
-        wire,
-        table,
-        segments.at + 3 * part.first,
-        part.base,
-        programs,
-        columns,
-        PACKS=packs,
-        BLOCK=_BLOCK_COPIED,
+        held, wire, table, *numbers, PACKS=packs, BLOCK=_BLOCK_COPIED
     )
 
 
@@ -56,31 +49,16 @@ def sum_segments(
     columns = held.shape[1]
     assert held.is_contiguous() and wire.is_contiguous()
     programs = triton.cdiv(segments.most_rows * columns, _BLOCK_SUMMED)
+    first_sum = segments.at + 3 * segments.number + part.first_sum
+    numbers = segments.at, first_sum, part.base, programs, columns
     _sum_segments[(programs * part.sums,)](
-        wire,
-        held,
-        table,
-        segments.at,
-        segments.at + 3 * segments.number + part.first_sum,
-        part.base,
-        programs,
-        columns,
-        ADDS=adds,
-        BLOCK=_BLOCK_SUMMED,
+        wire, held, table, *numbers, ADDS=adds, BLOCK=_BLOCK_SUMMED
     )
 
 
 @triton.jit(do_not_specialize=["at", "base", "programs"])
 def _copy_segments(
-    held,
-    wire,
-    table,
-    at,
-    base,
-    programs,
-    columns,
-    PACKS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    held, wire, table, at, base, programs, columns, PACKS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Copy a block of one segment."""
     segment = table + at + 3 * (tl.program_id(0) // programs)
@@ -94,13 +72,13 @@ def _copy_segments(
         tl.store(in_held, tl.load(in_wire, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["at", "sums", "base", "programs"])
+@triton.jit(do_not_specialize=["at", "first_sum", "base", "programs"])
 def _sum_segments(
     wire,
     held,
     table,
     at,
-    sums,
+    first_sum,
     base,
     programs,
     columns,
@@ -108,7 +86,7 @@ def _sum_segments(
     BLOCK: tl.constexpr,
 ):
     """Sum a block of the segments of one sum."""
-    first = table + sums + tl.program_id(0) // programs
+    first = table + first_sum + tl.program_id(0) // programs
     segment = table + at + 3 * tl.load(first)
     element = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
     inside = element < tl.load(segment + 2) * columns

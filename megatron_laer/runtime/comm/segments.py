@@ -217,19 +217,15 @@ def _segments(found: tuple[Any, ...]) -> Segments:
     return Segments._make((*others, [Part._make(part) for part in parts]))
 
 
-class _Run(NamedTuple):
-    """Neighbouring rows to write, and those to read: the first of as many, or each."""
-
-    to: int
-    size: int
-    rows: int | torch.Tensor
+# Neighbouring rows to write: the first, their number, and the first row to read, or each of them.
+_Run = tuple[int, int, int | torch.Tensor]
 
 
 def _runs(from_Z: Int64, to_Z: Int64, size_Z: Int64, device: torch.device) -> list[_Run]:
     order_Z = np.argsort(to_Z)
     from_Z, to_Z, size_Z = from_Z[order_Z], to_Z[order_Z], size_Z[order_Z]
     begins = np.flatnonzero(to_Z[1:] != (to_Z + size_Z)[:-1]) + 1
-    found = []
+    found: list[_Run] = []
     for first, last in pairwise([0, *begins.tolist(), to_Z.size]):
         rows: int | torch.Tensor = int(from_Z[first])
         sizes = size_Z[first:last]
@@ -238,5 +234,5 @@ def _runs(from_Z: Int64, to_Z: Int64, size_Z: Int64, device: torch.device) -> li
             if (shift != rows).any():
                 gathered = np.repeat(shift, sizes) + np.arange(sizes.sum())
                 (rows,) = upload_arrays([gathered], device)
-        found.append(_Run(int(to_Z[first]), int(sizes.sum()), rows))
+        found.append((int(to_Z[first]), int(sizes.sum()), rows))
     return found

@@ -2,51 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-import torch
 import torch.distributed as dist
 
 from megatron_laer.planner.hops import Link
+from megatron_laer.runtime.comm.buffers import Workspace
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 
 
 @dataclass
 class ExchangeCount:
-    """Bytes that this rank received from others; callers count their restores and passes."""
+    """Restores, changes, reduces and backward passes of layers, as callers count them."""
 
     restores: int = 0
     changes: int = 0
     reduces: int = 0
     backwards: int = 0
-    restore_intra_bytes: int = 0
-    restore_inter_bytes: int = 0
-    reduce_intra_bytes: int = 0
-    reduce_inter_bytes: int = 0
-    restore_collectives: int = 0
-    reduce_collectives: int = 0
-
-    @property
-    def restore_bytes(self) -> int:
-        return self.restore_intra_bytes + self.restore_inter_bytes
-
-    @property
-    def reduce_bytes(self) -> int:
-        return self.reduce_intra_bytes + self.reduce_inter_bytes
-
-    @property
-    def received_bytes(self) -> int:
-        return self.restore_bytes + self.reduce_bytes
-
-    def add_restore(self, intra_bytes: int, inter_bytes: int) -> None:
-        self.restore_intra_bytes += intra_bytes
-        self.restore_inter_bytes += inter_bytes
-        self.restore_collectives += 1
-
-    def add_reduce(self, intra_bytes: int, inter_bytes: int) -> None:
-        self.reduce_intra_bytes += intra_bytes
-        self.reduce_inter_bytes += inter_bytes
-        self.reduce_collectives += 1
 
 
 @dataclass(frozen=True)
@@ -57,11 +30,35 @@ class Stage:
     position: int
     same_machine: slice
 
-    def bytes_from(self, rows_P: list[int], received_ZK: torch.Tensor) -> tuple[int, int]:
-        """Return the bytes that arrived from other ranks of the same machine, and from others."""
-        row_bytes = received_ZK.shape[1] * received_ZK.itemsize
-        intra = sum(rows_P[self.same_machine])
-        return (intra - rows_P[self.position]) * row_bytes, (sum(rows_P) - intra) * row_bytes
+
+@dataclass
+class Direction:
+    """All restores of a rank, or all reduces, and their All-to-Alls so far.
+
+    Attributes:
+        stages: by link; None for links of one rank.
+        sums: whether rows that arrive are summed.
+        intra_bytes: received from other ranks of the same machine.
+        inter_bytes: received from other machines.
+    """
+
+    stages: Mapping[int, Stage | None]
+    sums: bool
+    workspace: Workspace = field(default_factory=Workspace)
+    intra_bytes: int = 0
+    inter_bytes: int = 0
+    collectives: int = 0
+
+    @property
+    def received_bytes(self) -> int:
+        return self.intra_bytes + self.inter_bytes
+
+    def count(self, stage: Stage, rows_P: list[int], row_bytes: int) -> None:
+        """Count an All-to-All by the rows from each rank."""
+        intra = sum(rows_P[stage.same_machine])
+        self.intra_bytes += (intra - rows_P[stage.position]) * row_bytes
+        self.inter_bytes += (sum(rows_P) - intra) * row_bytes
+        self.collectives += 1
 
 
 def stage_of(groups: FSEPGroups, exchange: str, link: Link) -> Stage | None:

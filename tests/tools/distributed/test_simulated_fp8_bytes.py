@@ -72,7 +72,7 @@ def counted(flags: list[str]) -> dict[str, Any]:
 
         def exchange(self: Any, source: Any, index: Any, *args: Any, **options: Any) -> Any:
             found[name].append((index.placed.quantised, index.placed.layout.to_list()))
-            found["count"] = self.count
+            found["exchange"] = self
             found["costs"] = session.current_coordinator().guard.costs
             return steps(self, source, index, *args, **options)
 
@@ -82,10 +82,11 @@ def counted(flags: list[str]) -> dict[str, Any]:
     decides = mock.patch.object(Guard, "decide", watched_decide)
     with watched("restore"), watched("reduce"), packs, decides:
         train_row(flags)
-    count = found.pop("count")
+    exchange = found.pop("exchange")
     assert held["now"] == 0  # none outlives its exchange
     found["payloads"] = held["most"]
-    return found | {"restored": count.restore_bytes, "reduced": count.reduce_bytes}
+    received = exchange.restored.received_bytes, exchange.reduced.received_bytes
+    return found | dict(zip(("restored", "reduced"), received, strict=True))
 
 
 KINDS = {"plain": "", "recompute": RECOMPUTE, "held": HELD, "in bf16": IN_BF16}

@@ -74,8 +74,7 @@ def allocated_bytes(
             run(reduces)
     finally:
         dist.destroy_process_group()
-    spaces = exchange.restore_workspace, exchange.reduce_workspace
-    return sum(space.num_bytes for space in spaces)
+    return sum(one.workspace.num_bytes for one in (exchange.restored, exchange.reduced))
 
 
 @pytest.mark.parametrize(("one_queue", "holds"), [(False, False), (True, False), (False, True)])
