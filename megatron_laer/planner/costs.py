@@ -29,6 +29,7 @@ from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import Link, way_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.placed import Placed
@@ -223,12 +224,12 @@ class CostModel:
         """Predict the seconds of one restore that nothing hides; see `restore_bytes`."""
         form = self.weights_form(placed.geometry.sharding)
         traffic = restore_traffic(placed, form.matrices, algorithm, changed_S)
-        return self._exchange_seconds(traffic, placed.geometry, algorithm, form)
+        return self._exchange_seconds(traffic, placed.geometry, form)
 
     def reduce_seconds(self, placed: Placed, algorithm: ExchangeAlgorithm) -> float:
         """Predict the seconds of one reduce that nothing hides; see `reduce_bytes`."""
         traffic = reduce_traffic(placed, self.matrices, algorithm)
-        return self._exchange_seconds(traffic, placed.geometry, algorithm, self.grads_form)
+        return self._exchange_seconds(traffic, placed.geometry, self.grads_form)
 
     def exposed(self, placed: Placed, beside_s: float) -> Exposed:
         """Predict the times of a layout's exchanges that are not hidden.
@@ -357,25 +358,16 @@ class CostModel:
         reduce_s = self.reduce_seconds(placed, algorithm)
         return restores * self.restore_seconds(placed, algorithm) + reduce_s
 
-    def _exchange_seconds(
-        self, traffic: Traffic, geometry: Geometry, algorithm: ExchangeAlgorithm, form: WireForm
-    ) -> float:
+    def _exchange_seconds(self, traffic: Traffic, geometry: Geometry, form: WireForm) -> float:
         if geometry.home_slots and not (traffic.intra_N.any() or traffic.inter_N.any()):
             return 0.0
         rates = self.cluster.exchange_rates(self.bytes_per_element, form.quantising_passes)
-        wire_s = traffic.seconds(algorithm, form.bytes_per_element, *rates)
-        return wire_s + self._exchange_latency_seconds(geometry, algorithm)
+        wire_s = traffic.seconds(form.bytes_per_element, *rates)
+        return wire_s + self._exchange_latency_seconds(geometry, traffic.links)
 
-    def _exchange_latency_seconds(self, geometry: Geometry, algorithm: ExchangeAlgorithm) -> float:
-        num_ranks, node_size = geometry.num_ranks, geometry.node_size
-        if algorithm == ExchangeAlgorithm.NODE:  # two collectives, one after the other
-            latency_s = self.cluster.collective_seconds(node_size - 1, 0)
-            latency_s += self.cluster.collective_seconds(0, num_ranks // node_size - 1)
-            if geometry.home_slots:  # the hop in front, from homes to rows
-                latency_s += self._latency_seconds(num_ranks, node_size)
-        else:
-            latency_s = self._latency_seconds(num_ranks, node_size)
-        return len(self.matrices) * latency_s
+    def _exchange_latency_seconds(self, geometry: Geometry, links: tuple[Link, ...]) -> float:
+        each_s = (self.cluster.collective_seconds(*link.peers(geometry)) for link in links[::-1])
+        return len(self.matrices) * sum(each_s)
 
     def _latency_seconds(self, num_ranks: int, node_size: int) -> float:
         return self.cluster.collective_seconds(node_size - 1, num_ranks - node_size)
@@ -400,7 +392,7 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
         placed = Placed(ExpertLayout.from_slots(*geometry.shape, slots_S), geometry)
         for way in costs.algorithms:
             traffic = restore_traffic(placed, matrices, way, first_S)
-            fetches_s.append(costs._exchange_seconds(traffic, geometry, way, form))
+            fetches_s.append(costs._exchange_seconds(traffic, geometry, form))
     return (min(fetches_s) + costs.solve_seconds(geometry)) * _BELOW_ROUNDING
 
 
@@ -432,8 +424,8 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         0.0 if host is None else host.replicas_s,
         costs.restore_algorithm == ExchangeAlgorithm.NODE,
         costs.by_layout,
-        costs._exchange_latency_seconds(geometry, ExchangeAlgorithm.FLAT),
-        costs._exchange_latency_seconds(geometry, ExchangeAlgorithm.NODE),
+        costs._exchange_latency_seconds(geometry, way_of(geometry, ExchangeAlgorithm.FLAT).links),
+        costs._exchange_latency_seconds(geometry, way_of(geometry, ExchangeAlgorithm.NODE).links),
         costs.solve_seconds(geometry),
         costs.least_change_seconds(geometry),
         costs.hidden_share,

@@ -41,8 +41,11 @@ class Link(IntEnum):
     BETWEEN = 1
     INSIDE = 2
 
-    def size(self, geometry: Geometry) -> int:
-        return (geometry.num_ranks, geometry.num_nodes, geometry.node_size)[self]
+    def peers(self, geometry: Geometry) -> tuple[int, int]:
+        """Return the number of a rank's peers in its node, and in other nodes."""
+        ranks, node_size = geometry.num_ranks, geometry.node_size
+        between = 0, geometry.num_nodes - 1
+        return ((node_size - 1, ranks - node_size), between, (node_size - 1, 0))[self]
 
 
 @dataclass(frozen=True)

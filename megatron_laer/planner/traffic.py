@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import ExchangeAlgorithm
-from megatron_laer.planner.hops import way_of
+from megatron_laer.planner.hops import Link, way_of
 from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.placed import Placed, row_bounds
@@ -31,24 +31,24 @@ class Traffic:
     Ranks of a node with many distinct experts receive more than others send; with few changed
     slots, nearly all ranks send while few receive. Links are full duplex, so the larger of the two
     counts.
+
+    Attributes:
+        links: of the hops, one All-to-All after the other.
     """
 
     intra_N: Int64
     inter_N: Int64
     sent_intra_N: Int64
     sent_inter_N: Int64
+    links: tuple[Link, ...] = (Link.ALL,)
 
     def seconds(
-        self,
-        algorithm: ExchangeAlgorithm,
-        bytes_per_element: float,
-        intra_bytes_per_s: float,
-        inter_bytes_per_s: float,
+        self, bytes_per_element: float, intra_bytes_per_s: float, inter_bytes_per_s: float
     ) -> float:
         """Predict the duration of an exchange from each rank's own link rates, without latency.
 
-        `flat` drives both link classes at once: the slower class of the slowest rank counts. `node`
-        runs one collective after the other, so their times add up.
+        One hop drives both link classes at once: the slower class of the slowest rank counts. Times
+        of several hops add up.
         """
         intra_s_N = np.maximum(self.intra_N, self.sent_intra_N) * (
             bytes_per_element / intra_bytes_per_s
@@ -56,20 +56,18 @@ class Traffic:
         inter_s_N = np.maximum(self.inter_N, self.sent_inter_N) * (
             bytes_per_element / inter_bytes_per_s
         )
-        if algorithm == ExchangeAlgorithm.FLAT:
+        if len(self.links) == 1:
             return float(np.maximum(intra_s_N, inter_s_N).max())
         return float(intra_s_N.max() + inter_s_N.max())
 
     def reversed(self) -> Traffic:
-        return Traffic(self.sent_intra_N, self.sent_inter_N, self.intra_N, self.inter_N)
+        sent = self.sent_intra_N, self.sent_inter_N
+        return Traffic(*sent, self.intra_N, self.inter_N, self.links)
 
     def times(self, factor: int) -> Traffic:
-        return Traffic(
-            intra_N=self.intra_N * factor,
-            inter_N=self.inter_N * factor,
-            sent_intra_N=self.sent_intra_N * factor,
-            sent_inter_N=self.sent_inter_N * factor,
-        )
+        received = self.intra_N * factor, self.inter_N * factor
+        sent = self.sent_intra_N * factor, self.sent_inter_N * factor
+        return Traffic(*received, *sent, self.links)
 
 
 def restore_traffic(
@@ -104,11 +102,12 @@ def restore_traffic(
     before_S = None if before is None else before.layout.slot_expert_S
     block_B = expert_elements_N(matrices, geometry.num_ranks)
     received, sent = np.zeros((2, 2, geometry.num_ranks), dtype=np.int64)
-    for hop in native.hops(way_of(geometry, algorithm).native, slots_S, before_S):
+    way = way_of(geometry, algorithm)
+    for hop in native.hops(way.native, slots_S, before_S):
         source, target = Places(*hop[:2]), Places(*hop[2:])
         received += _elements(target, source, block_B, geometry.node_size)
         sent += _elements(source, target, block_B, geometry.node_size)
-    return Traffic(*received, *sent)
+    return Traffic(received[0], received[1], sent[0], sent[1], way.links)
 
 
 class Places(NamedTuple):

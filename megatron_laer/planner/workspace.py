@@ -58,6 +58,6 @@ def _most_rows(way: Way, rows: int) -> list[tuple[int, int]]:
         if width >= wanting:
             served = width // wanting * experts
         held, wanted = (min(geometry.num_ranks // of * block, rows) for of in (width, wanting))
-        has_wire = link.size(geometry) > 1
+        has_wire = any(link.peers(geometry))
         found.append((has_wire * served * held, has_wire * experts * wanted))
     return found

@@ -167,7 +167,7 @@ def test_an_exchange_takes_what_the_cost_model_says(in_stages, precision):
     reduce = costs.reduce_bytes(*of), costs.grads_form
     expected_s = costs.restore_seconds(*of), costs.reduce_seconds(*of)
     for (traffic, form), seconds in zip((restore, reduce), expected_s, strict=True):
-        exchange = Exchange.of(traffic, algorithm, form, geometry)
+        exchange = Exchange.of(traffic, form, geometry)
         assert exchange.seconds(Rates(H100, 2)) == pytest.approx(seconds)
 
 
@@ -198,7 +198,7 @@ def test_the_host_takes_time_for_replicas_where_the_device_does_not_hide_it():
     layout, costs = geometry.random_layout((1,)), CostModel(H100, 4096, 14336, True, 2)
     way, form = ExchangeAlgorithm.FLAT, costs.weights_form(geometry.sharding)
     traffic = costs.restore_bytes(Placed(layout, geometry), way)
-    restore = Exchange.of(traffic, way, form, geometry)
+    restore = Exchange.of(traffic, form, geometry)
     totals = even_split(layout, 8).totals(np.full((8, 16), 100))
 
     def forward_s(replicas_s, restore):

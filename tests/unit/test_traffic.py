@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import ExchangeAlgorithm
-from megatron_laer.planner.hops import way_of
+from megatron_laer.planner.hops import Link, way_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
@@ -158,10 +158,11 @@ def test_no_rank_receives_or_sends_more_across_nodes_where_rows_are_even(case: C
 
 
 def test_seconds_follow_the_slower_direction_of_the_slowest_rank() -> None:
-    traffic = Traffic(*np.array([[10, 0], [0, 6], [0, 4], [8, 0]]))
+    elements = np.array([[10, 0], [0, 6], [0, 4], [8, 0]])
     # Rank 0: 10 received inside, 8 sent across. Rank 1: 4 sent inside, 6 received across.
-    assert traffic.seconds("node", 2, 10.0, 4.0) == pytest.approx(2 * 10 / 10 + 2 * 8 / 4)
-    assert traffic.seconds("flat", 2, 10.0, 4.0) == pytest.approx(2 * 8 / 4)
+    by_node = Traffic(*elements, (Link.BETWEEN, Link.INSIDE))
+    assert by_node.seconds(2, 10.0, 4.0) == pytest.approx(2 * 10 / 10 + 2 * 8 / 4)
+    assert Traffic(*elements).seconds(2, 10.0, 4.0) == pytest.approx(2 * 8 / 4)
 
 
 def test_wrong_arguments_are_refused_with_what_works() -> None:

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.files import memory
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import WINDOW, SmoothedForecast
@@ -127,12 +126,7 @@ def changed_traffic(guard: Guard, decision: Decision) -> Traffic:
     """Return the traffic of the slots that a layout made after the gate changes."""
     chosen = Placed(decision.layout, guard.geometry)
     changed_S = chosen.changed_S(Placed(decision.planned_layout, guard.geometry))
-    return guard.costs.restore_bytes(chosen, changed_algorithm(guard, decision), changed_S)
-
-
-def changed_algorithm(guard: Guard, decision: Decision) -> ExchangeAlgorithm:
-    """Return the exchange that fetches the slots of `changed_traffic`."""
-    return guard.costs.exchange_of(Placed(decision.layout, guard.geometry))
+    return guard.costs.restore_bytes(chosen, guard.costs.exchange_of(chosen), changed_S)
 
 
 def restored_bytes(placed: Placed, costs: CostModel) -> int:

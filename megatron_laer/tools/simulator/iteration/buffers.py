@@ -8,7 +8,7 @@ from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.clusters import Card
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import Link, Way, way_of
+from megatron_laer.planner.hops import Way, way_of
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 
 # Bytes of an element of gradients that are summed over a step.
@@ -41,10 +41,9 @@ def buffers(
         for of_ways in zip(*by_way, strict=True)
         for name in ("send", "receive")
     )
-    near = {Link.ALL: node_size, Link.INSIDE: node_size, Link.BETWEEN: 1}
-    links = {link for way in ways for link in way.links}
+    peers = [link.peers(geometry) for link in {link for way in ways for link in way.links}]
     # Besides tokens'; NCCL takes memory at first use.
-    exchanges = [(link.size(geometry), near[link]) for link in links] * 2
+    exchanges = [(1 + near + far, 1 + near) for near, far in peers] * 2
     tokens = [(num_ranks, node_size)]
     if 1 < node_size < num_ranks and costs.tokens.exchange == TokenExchange.NODE:
         tokens += [(node_size, node_size), (geometry.num_nodes, 1)]

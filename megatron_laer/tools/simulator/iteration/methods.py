@@ -40,7 +40,6 @@ from megatron_laer.tools.simulator.iteration.work import (
 from megatron_laer.tools.simulator.replay import (
     LayerPolicy,
     Observed,
-    changed_algorithm,
     changed_traffic,
     decide,
 )
@@ -292,7 +291,7 @@ class _Relaid:
             restore, reduce = self._exchanges(decision.layout)
             if guard.mode != PlanMode.EXACT:
                 traffic = changed_traffic(guard, decision)
-                change = self._restore(traffic, changed_algorithm(guard, decision))
+                change = self._restore(traffic)
         passing = TokenPassing(prices=costs.tokens, pipelined=self.pipelined)
         node_size = guard.geometry.node_size
         sent = restore, reduce, change
@@ -307,23 +306,23 @@ class _Relaid:
         restore = costs.restore_bytes(placed, algorithm)
         reduce = costs.reduce_bytes(placed, algorithm)
         if self.holds_step:
-            reduce = _summed(reduce, algorithm, SUM_BYTES // costs.bytes_per_element)
-        back = Exchange.of(reduce, algorithm, costs.grads_form, placed.geometry)
-        return self._restore(restore, algorithm), back
+            reduce = _summed(reduce, SUM_BYTES // costs.bytes_per_element)
+        back = Exchange.of(reduce, costs.grads_form, placed.geometry)
+        return self._restore(restore), back
 
-    def _restore(self, traffic: Traffic, algorithm: ExchangeAlgorithm) -> Exchange:
+    def _restore(self, traffic: Traffic) -> Exchange:
         geometry = self.guard.geometry
         form = self.guard.costs.weights_form(geometry.sharding)
-        return Exchange.of(traffic, algorithm, form, geometry)
+        return Exchange.of(traffic, form, geometry)
 
 
-def _summed(reduce: Traffic, algorithm: ExchangeAlgorithm, factor: int) -> Traffic:
+def _summed(reduce: Traffic, factor: int) -> Traffic:
     """Return the bytes of gradients in the dtype of sums over a step.
 
-    `node` sends between nodes in the weights' dtype. A relay's hop does so inside nodes too, where
-    its few bytes count like the others.
+    After the first hop rows have the weights' dtype, all between nodes. A relay's last hop does so
+    inside nodes too, where its few bytes count like the others.
     """
     whole = reduce.times(factor)
-    if algorithm == ExchangeAlgorithm.FLAT:
+    if len(reduce.links) == 1:
         return whole
     return replace(whole, inter_N=reduce.inter_N, sent_inter_N=reduce.sent_inter_N)

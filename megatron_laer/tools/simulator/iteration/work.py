@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import Link
 from megatron_laer.planner.quotas import SplitTotals
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import Traffic
@@ -27,36 +27,28 @@ Seconds = npt.NDArray[np.float64]
 class Exchange:
     """Bytes of one exchange of parameters or gradients.
 
-    `intra_bytes` and `inter_bytes` are the most that any rank sends or receives. With `in_stages`
-    the link classes are used one after the other (`node`), `from_homes` after a hop in front.
-    `quantising_passes` and `directions` are those of `WireForm`.
+    `intra_bytes` and `inter_bytes` are the most that any rank sends or receives. `links` are those
+    of its hops, one after the other. `quantising_passes` and `directions` are those of `WireForm`.
     """
 
     intra_bytes: float
     inter_bytes: float
-    in_stages: bool
+    links: tuple[Link, ...]
     collectives: int
-    ranks: int
-    node_size: int
+    geometry: Geometry
     quantising_passes: float = 0.0
-    from_homes: bool = False
     directions: int = 1
 
     @classmethod
-    def of(
-        cls, traffic: Traffic, algorithm: ExchangeAlgorithm, form: WireForm, geometry: Geometry
-    ) -> Exchange:
+    def of(cls, traffic: Traffic, form: WireForm, geometry: Geometry) -> Exchange:
         """Make an exchange from bytes per rank of `CostModel.restore_bytes` or `reduce_bytes`."""
-        in_stages = algorithm == ExchangeAlgorithm.NODE
         return cls(
             float(np.maximum(traffic.intra_N, traffic.sent_intra_N).max()),
             float(np.maximum(traffic.inter_N, traffic.sent_inter_N).max()),
-            in_stages,
+            traffic.links,
             len(form.matrices),
-            len(traffic.intra_N),
-            geometry.node_size,
+            geometry,
             form.quantising_passes,
-            geometry.home_slots > 0,
             form.directions,
         )
 
@@ -66,15 +58,11 @@ class Exchange:
             rates.bytes_per_element, self.quantising_passes
         )
         intra_s, inter_s = self.intra_bytes / intra_rate, self.inter_bytes / inter_rate
-        if self.in_stages:
-            latency_s = rates.collective_seconds(self.node_size, self.node_size)
-            latency_s += rates.collective_seconds(self.ranks // self.node_size, 1)
-            if self.from_homes:
-                latency_s += rates.collective_seconds(self.ranks, self.node_size)
-            wire_s = intra_s + inter_s
-        else:
-            latency_s = rates.collective_seconds(self.ranks, self.node_size)
-            wire_s = max(intra_s, inter_s)
+        latency_s = 0.0
+        for link in reversed(self.links):
+            near, far = link.peers(self.geometry)
+            latency_s += rates.collective_seconds(1 + near + far, 1 + near)
+        wire_s = max(intra_s, inter_s) if len(self.links) == 1 else intra_s + inter_s
         return wire_s + self.collectives * latency_s
 
 
