@@ -317,6 +317,7 @@ TRAINING_FAULTS = {
         replaced(CudaStream, "submit", _reduce_at_once),
         "on the stream of gradients reads what mm on the compute stream writes",
         "combined 1F1B with delayed weight gradients, virtual pipeline 2 x 2",
+        at_night=True,
     ),
     "hooks of home experts do not wait for the sums over replicas": Fault(
         replaced(main_grads, "order_hooks", _nothing),

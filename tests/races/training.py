@@ -83,21 +83,13 @@ DAILY = {
         f" --fsep-plan-mode announced {REPLAY}", more=frozenset({ANNOUNCED})
     ),
     "full recompute": Training(_RANDOM + _FULL),
-    "experts held over a step": Training(_RANDOM + " --fsep-restore step"),
     "tokens through nodes of 2": Training(
         _RANDOM + " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-token-exchange node", 4
     ),
     "virtual pipeline 2 x 2": Training(_RANDOM + _VIRTUAL, 4),
     "both overlaps, slices replicated": Training(_RANDOM + _OVERLAPS, 4),
     "experts at home, fused accumulation, both overlaps": Training(_HOME + _OVERLAPS, fuses=True),
-    "experts at home by relay, recompute of the MoE layer": Training(
-        _HOME + _MOE + " --fsep-node-size 1 --fsep-set restore_algorithm=node"
-    ),
     "LoRA on experts, both overlaps": Training(_HOME + _OVERLAPS, adapt=lora_on_experts),
-    "LoRA on experts by relay, held over a step": Training(
-        f"{_HOME} --fsep-restore step --fsep-node-size 1 --fsep-set restore_algorithm=node",
-        adapt=lora_on_experts,
-    ),
     "experts at home held over a step, both overlaps": Training(
         _HOME + _OVERLAPS + " --fsep-restore step"
     ),
@@ -121,9 +113,6 @@ DAILY = {
     "one queue, experts at home by relay, full recompute": Training(
         f"{_HOME}{_FULL}{_OVERLAPS} --fsep-node-size 1 --fsep-set restore_algorithm=node",
         one_queue=True,
-    ),
-    "combined 1F1B, shared experts": Training(
-        f"{_RANDOM}{_COMBINED} --moe-shared-expert-intermediate-size 32"
     ),
     "combined 1F1B with delayed weight gradients, experts at home, both overlaps": Training(
         f"{_HOME}{_COMBINED}{_DELAYED}{_OVERLAPS}"
@@ -155,6 +144,17 @@ DAILY = {
 }
 # Their parts are in others, and in faults.
 AT_NIGHT = {
+    "experts held over a step": Training(_RANDOM + " --fsep-restore step"),
+    "experts at home by relay, recompute of the MoE layer": Training(
+        _HOME + _MOE + " --fsep-node-size 1 --fsep-set restore_algorithm=node"
+    ),
+    "LoRA on experts by relay, held over a step": Training(
+        f"{_HOME} --fsep-restore step --fsep-node-size 1 --fsep-set restore_algorithm=node",
+        adapt=lora_on_experts,
+    ),
+    "combined 1F1B, shared experts": Training(
+        f"{_RANDOM}{_COMBINED} --moe-shared-expert-intermediate-size 32"
+    ),
     "both overlaps": Training(_RANDOM + _OVERLAPS),
     "experts at home in mxfp8, both overlaps": Training(
         _HOME + _MXFP8 + _OVERLAPS, capability=B200
