@@ -122,7 +122,7 @@ class Checker:
         """Note that operation `number` of a stream is a collective."""
 
     def held_up(self) -> list[str]:
-        """Return what one hardware queue would hold up; nothing with a queue for each stream."""
+        """Return launches that wait too early for a single hardware queue; none with many."""
         return []
 
     @contextlib.contextmanager

@@ -35,7 +35,7 @@ class Watched:
         compiled_in_steps: kernels with a variant that no launch before the first step compiled.
         entered: functions of this package that ran, by file and name.
         captured: operations that a CUDA graph would record, with their places.
-        held_up: what one hardware queue would hold up, if the card has one.
+        held_up: launches that wait too early, if the card has one hardware queue.
         losses: of each step, if the run trains a model.
         orders: launches on communicators, in their order.
         error: the error that ended the run, or "".

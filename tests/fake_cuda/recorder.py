@@ -76,7 +76,7 @@ class Recorder(Checker):
             self._launches[place].exchanges = True
 
     def held_up(self) -> list[str]:
-        """Return what waits for an exchange of ours too early, each once."""
+        """Return launches that wait for an exchange of ours too early, each once."""
         needs: list[int] = []  # of each launch, all that end before it, as bits
         for launch in self._launches:
             bits = 0
