@@ -25,8 +25,6 @@ WRITES: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
     "_rows_of_expert": lambda _: ("pair_P", "token_P", "row_TE"),
     "_rows_of_token": lambda _: ("by_token_P",),
     "_sum_rows": lambda _: ("sums_TH",),
-    "_recount": lambda _: ("here_TB",),
-    "_choose": lambda _: ("taken_P", "place_P"),
 }
 """Arguments that a kernel writes, by its name and its arguments; it reads all others."""
 
