@@ -80,16 +80,6 @@ def test_the_papers_cluster_has_the_papers_numbers() -> None:
     assert (cluster.nodes, cluster.ranks_per_node) == (4, 8)
 
 
-def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text(GOOD)
-    cluster = load_cluster(path)
-    # YAML 1.1 reads a number without a point or without the exponent's sign as text.
-    assert cluster.gemm == GemmCurve(((1, 2e12), (4096, 2.37e14)))
-    assert cluster.intra == Link(3e11, 0.0)
-    assert cluster.solve == SolveTime(1e-5, 1e-7, 1e-9)
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -134,18 +124,11 @@ def test_cluster_files_are_checked(tmp_path: Path, old: str, new: str, message: 
         load_cluster(path)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_cluster_has_contention_with_a_range_and_its_basis(name: str) -> None:
-    cluster = load_cluster(name)
-    spreads = dict(cluster.spreads)
-    for constant in ("contention.gemm", "contention.exchange"):
-        value, spread = cluster.constant(constant), spreads[constant]
-        assert value is not None and 1.0 <= spread.low < value < spread.high
-        assert "measured" in spread.source or "Contention of GEMMs" in cluster.assumed
-
-
 def test_what_a_file_leaves_out_changes_nothing_and_what_calibrate_adds_is_read() -> None:
     cluster = parse_cluster(GOOD)
+    # YAML 1.1 reads a number without a point or without the exponent's sign as text.
+    assert cluster.gemm == GemmCurve(((1, 2e12), (4096, 2.37e14)))
+    assert (cluster.intra, cluster.solve) == (Link(3e11, 0.0), SolveTime(1e-5, 1e-7, 1e-9))
     assert (cluster.backward_gemm_factor, cluster.contention) == (1.0, Contention())
     assert cluster.host is None
     assert not (cluster.back_ends or cluster.spreads or cluster.figures or cluster.measured)
@@ -170,6 +153,12 @@ def test_shipped_clusters_load_and_are_written_and_read_again(name: str) -> None
     assert parse_cluster(cluster_text(cluster)) == cluster
     assert cluster_of(as_json(cluster), "cluster") == cluster
     assert max(map(len, cluster_text(cluster).splitlines())) < 200
+    # Contention has a range, and its basis is named.
+    spreads = dict(cluster.spreads)
+    for constant in ("contention.gemm", "contention.exchange"):
+        value, spread = cluster.constant(constant), spreads[constant]
+        assert value is not None and 1.0 <= spread.low < value < spread.high
+        assert "measured" in spread.source or "Contention of GEMMs" in cluster.assumed
 
 
 @settings(max_examples=100)

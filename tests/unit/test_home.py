@@ -22,7 +22,6 @@ from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.planner.typical import typical_layout
 from megatron_laer.precision import Precision
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.oracles import costs as priced
@@ -111,15 +110,6 @@ def test_replicas_of_small_cases_are_nearly_always_the_best(num_ranks: int, home
         ratios.append(loads_N.max() / least_of_all(counts_NE, geometry))
     assert np.mean(np.array(ratios) == 1.0) >= 0.7
     assert max(ratios) <= 1.25
-
-
-def test_two_replicas_where_one_slot_is_too_few() -> None:
-    counts_NE = np.array([[50, 50, 50, 50, 0, 0, 0, 0]] * 2)
-    one, two = (Geometry(2, 8, capacity, 2, Sharding.EXPERTS) for capacity in (5, 6))
-    assert not replicate(counts_NE, one).is_ideal
-    made = replicate(counts_NE, two)
-    assert made.is_ideal
-    assert set(made.layout.experts_of(1)[4:]) < {0, 1, 2, 3}
 
 
 COUNTS_NE = np.array([[300, 100, 100, 100]] * 4)
@@ -316,11 +306,3 @@ def test_native_prices_of_replicas_equal_the_plain_reference(
     decision = guard.decide(counts_of("zipf", geometry, seed), before)
     if decision.replanned:
         assert decision.cost_s == costs.change_seconds(before, Placed(decision.layout, geometry))
-
-
-def test_the_faster_way_is_chosen_for_a_typical_layout() -> None:
-    geometry = Geometry(8, 64, 9, 8, Sharding.EXPERTS)
-    chosen = make_costs().with_exchange(Auto.AUTO, geometry)
-    assert chosen.restore_algorithm in ExchangeAlgorithm
-    geometry.check_layout(typical_layout(geometry))
-    assert typical_layout(geometry) != geometry.static_layout

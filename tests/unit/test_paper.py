@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,6 @@ from scripts.paper import figure8, figure9, figure10, figure12, published
 from scripts.paper.experiments import FSEP, LAER, STATIC, STOCK, Case, Run
 from scripts.paper.measured import Measured, Profile, read_log, read_profile
 from scripts.paper.runner import Found
-from scripts.paper.tables import Result, Table
 from tests import shared_data
 from tests.bad_inputs.published import tables
 from tests.costs import COSTS
@@ -181,21 +179,6 @@ def test_figure_12_has_a_variant_for_each_ablation_of_the_paper() -> None:
     assert ours["laer"]["paper speed"] == pytest.approx(1.355, abs=1e-3)
     assert {row["paper"] for row in table.rows} - {None} == {*read_ablation(shared_data.FOLDER)}
     assert len(ours) == len(table.rows)
-
-
-def test_a_result_is_written_as_text_and_as_json(tmp_path: Path) -> None:
-    rows = [{"model": "a", "s": 1.5}, {"model": "b", "s": None}]
-    result = Result(8, "End to end", "toy", [Table("Seconds", rows)], ["One is missing."])
-    path = result.write(tmp_path)
-    text = (tmp_path / "result.txt").read_text()
-    assert "Figure 8. End to end (toy)" in text and "* One is missing." in text
-    assert [line.split() for line in text.splitlines()[3:6]] == [
-        ["model", "s"],
-        ["a", "1.5000"],
-        ["b", "-"],
-    ]
-    written = json.loads(path.read_text())
-    assert written["tables"][0]["rows"] == rows and written["machine"]["cores"]
 
 
 def test_rows_are_read_by_column_whatever_their_order(tmp_path: Path) -> None:

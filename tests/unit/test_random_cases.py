@@ -25,47 +25,12 @@ IN_FP8, GRAPHED = ([*table][1:] for table in (FP8, GRAPHS))
 CASES = [draw(seed) for seed in range(1000)]
 
 
-def values(case: Case) -> dict[str, list[str]]:
-    """Return the values of FSEP's flags, none of which may occur twice."""
-    found: dict[str, list[str]] = {}
-    words = (case.row.flags + case.row.fsep).split()
-    for word in words:
-        if word.startswith("--") or "=" in word:
-            name, _, value = word.partition("=")
-            assert name not in found or name == "--fsep-set", f"{case.seed}: {word} is given twice"
-            found[name] = [value] if value else []
-        else:
-            found[[*found][-1]].append(word)
-    return found
-
-
 def test_a_seed_gives_the_same_case_again() -> None:
     assert [draw(case.seed) for case in CASES] == CASES
     assert len({str(case.row) for case in CASES}) == len(CASES)
     draft = Draft(1)
     found = [draft.pick(range(1000)) for _ in range(4)]
     assert found == [134, 847, 763, 255], "no seed gives what it gave"
-
-
-def test_sizes_divide() -> None:
-    for case in CASES:
-        row, given = case.row, values(case)
-        pipeline = int(given.get("--pipeline-model-parallel-size", ["1"])[0])
-        assert row.ranks % case.model_parallel == 0
-        for size in (row.expert_parallel, *row.stock_parallel):
-            assert row.ranks // pipeline % size == 0
-        assert all(row.experts % size == 0 for size in row.stock_parallel)
-        assert row.accumulation % pipeline == 0
-        assert int(given["--moe-router-topk"][0]) < row.experts
-        if "--fsep-node-size" in given:
-            assert row.expert_parallel % int(given["--fsep-node-size"][0]) == 0
-        if row.capacity is not None:
-            assert row.experts <= row.capacity * row.expert_parallel
-            assert row.capacity <= row.experts
-            at_home = case.has("experts at home")
-            assert not at_home or row.capacity * row.expert_parallel > row.experts
-        if case.has("HybridEP"):
-            assert row.capacity is not None and row.capacity * row.expert_parallel % 4 == 0
 
 
 NEEDS = {

@@ -45,6 +45,8 @@ def test_auto_takes_rank_where_nothing_is_to_be_gained(
     geometry: Geometry, top_k: int, tokens: int
 ) -> None:
     assert choose_token_exchange(QWEN, geometry, top_k, tokens) == RANK
+    alike = make_costs(intra=Link(1e10, 1e-6), inter=Link(1e10, 1e-6), hidden=4096)
+    assert choose_token_exchange(alike, Geometry(32, 128, 4, 8), 8, 8192) == RANK
     assert choose_token_exchange(QWEN, Geometry(32, 128, 4, 8), 8, 8192) == NODE
     with pytest.raises(ValueError, match=r"8 tokens with 9 of 8 experts each: give at least one"):
         choose_token_exchange(QWEN, Geometry(4, 8, 2, 2), 9, 8)
@@ -57,14 +59,6 @@ def test_empty_slots_are_no_place_for_tokens() -> None:
     quota_NS[:, expert_S == EMPTY] = 0
     found = expected_tokens(quota_NS, tokens_N, expert_S, place_S, 2)
     np.testing.assert_allclose(found, [[4, 0], [1, 7]])
-
-
-def test_auto_takes_rank_where_links_inside_nodes_are_no_faster() -> None:
-    costs = make_costs(intra=Link(1e10, 1e-6), inter=Link(1e10, 1e-6), hidden=4096)
-    geometry = Geometry(32, 128, 4, 8)
-    seconds = token_seconds(costs, geometry, 8, 8192)
-    assert seconds[RANK] < seconds[NODE]
-    assert choose_token_exchange(costs, geometry, 8, 8192) == RANK
 
 
 def test_seconds_are_those_of_the_rows_by_arithmetic() -> None:
