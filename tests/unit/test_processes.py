@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +59,9 @@ if __name__ == "__main__":
 """
 
 
-@contextmanager
-def parent_with_manager(
-    folder: Path, method: str
-) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """Return a process that got SIGTERM while it started a manager, and its children."""
-    script = folder / "parent.py"
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_no_signal_but_a_kill_ends_a_helper(tmp_path: Path, method: str) -> None:
+    script = tmp_path / "parent.py"
     script.write_text(PARENT)
     with subprocess.Popen(
         [sys.executable, str(script), method],
@@ -75,81 +70,35 @@ def parent_with_manager(
         stdout=subprocess.PIPE,
         text=True,
     ) as parent:
-        try:
-            assert parent.stdin is not None and parent.stdout is not None
-            assert parent.stdout.readline() == "starting\n"
-            parent.send_signal(signal.SIGTERM)
-            parent.stdin.write("start\n")
-            parent.stdin.flush()
-            manager, tracker = map(int, parent.stdout.readline().split())
-            yield parent, [manager, tracker]
-        finally:
-            parent.kill()
-
-
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_no_signal_but_a_kill_ends_a_helper(tmp_path: Path, method: str) -> None:
-    with parent_with_manager(tmp_path, method) as (parent, helpers):
+        assert parent.stdin is not None and parent.stdout is not None
+        assert parent.stdout.readline() == "starting\n"
+        parent.send_signal(signal.SIGTERM)
+        parent.stdin.write("start\n")
+        parent.stdin.flush()
+        helpers = [*map(int, parent.stdout.readline().split())]
+        assert len(helpers) == 2
         for helper in helpers:
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
                 os.kill(helper, number)
         returned, _ = parent.communicate("a\nb\n", timeout=600.0)
-        assert (returned, parent.returncode) == ("a\nb\n", 0)
+    assert (returned, parent.returncode) == ("a\nb\n", 0)
     assert outlive(helpers) == [], "they were told to end"
 
-
-FOR_EVER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(36000)"
-# Ends a second after its parent.
-A_WHILE = """
-import os, time
-parent = os.getppid()
-while os.getppid() == parent:
-    time.sleep(0.1)
-time.sleep(1.0)
-"""
 
 # A test that leaves a process in its own session which holds our output, and that keeps pytest's
 # process from ending.
 STUBBORN = """
 import atexit, subprocess, sys, time
 
+FOR_EVER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(36000)"
+
 def test_that_leaves_a_mess():
-    child = subprocess.Popen([sys.executable, "-c", {code!r}], start_new_session=True)
+    child = subprocess.Popen([sys.executable, "-c", FOR_EVER], start_new_session=True)
     open("pid", "w").write(str(child.pid))
     if {hangs}:
         atexit.register(time.sleep, 36000)
-    time.sleep({lasts_s})
     assert {passes}
 """
-
-
-def supervise(
-    folder: Path,
-    *arguments: str,
-    grace_s: float = 600.0,
-    ending_s: float = 1.0,
-    hangs: bool = False,
-    passes: bool = False,
-    lasts_s: float = 0.0,
-    left: str = FOR_EVER,
-) -> tuple[int, str, int]:
-    (folder / "test_mess.py").write_text(
-        STUBBORN.format(code=left, hangs=hangs, passes=passes, lasts_s=lasts_s)
-    )
-    code = (
-        "import sys; from tests.supervise import main; "
-        f"sys.exit(main(sys.argv[1:], grace_s={grace_s}, ending_s={ending_s}))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": python_path()},
-        stdout=subprocess.PIPE,  # read until all writers close it
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=1200,
-    )
-    return result.returncode, result.stdout, int((folder / "pid").read_text())
 
 
 @pytest.mark.parametrize(
@@ -158,31 +107,27 @@ def supervise(
 def test_the_status_is_pytests_and_nothing_is_left(
     tmp_path: Path, hangs: bool, passes: bool
 ) -> None:
+    (tmp_path / "test_mess.py").write_text(STUBBORN.format(hangs=hangs, passes=passes))
     # Processes that end need no grace, and on a busy machine would overrun a short one.
-    grace_s = 1.0 if hangs else 600.0
+    code = (
+        "import sys; from tests.supervise import main; "
+        f"sys.exit(main(sys.argv[1:], grace_s={1.0 if hangs else 600.0}, ending_s=1.0))"
+    )
     # With -s, processes of the test inherit our output, as ranks do before they write to logs.
-    returned, output, pid = supervise(tmp_path, "-s", grace_s=grace_s, hangs=hangs, passes=passes)
-    assert returned == int(not passes), output
-    assert ("1 passed" if passes else "1 failed") in output
-    assert "left behind, and killed" in output
-    assert ("did not end" in output) is hangs
-    assert not psutil.pid_exists(pid)
-
-
-def test_a_process_that_is_just_ending_is_not_reported(tmp_path: Path) -> None:
-    _, output, pid = supervise(tmp_path, ending_s=600.0, left=A_WHILE)
-    assert "1 failed" in output and "left behind" not in output
-    assert not psutil.pid_exists(pid)
-
-
-def test_the_status_is_that_of_all_workers(tmp_path: Path) -> None:
-    (tmp_path / "test_tidy.py").write_text("def test_that_ends_long_before(): pass")
-    workers = ["--numprocesses", "2", "--dist", "loadfile"]
-    # The other worker ends at once, which must not start a grace of one second.
-    returned, output, pid = supervise(tmp_path, *workers, grace_s=1.0, lasts_s=4.0)
-    assert returned == 1, output
-    assert "1 failed, 1 passed" in output
-    assert not psutil.pid_exists(pid)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "-q", "-s", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": python_path()},
+        stdout=subprocess.PIPE,  # read until all writers close it
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
+    )
+    assert result.returncode == int(not passes), result.stdout
+    assert ("1 passed" if passes else "1 failed") in result.stdout
+    assert "left behind, and killed" in result.stdout
+    assert ("did not end" in result.stdout) is hangs
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
 ROOT = Path(__file__).resolve().parents[2]
