@@ -62,7 +62,3 @@ def geometries(
     capacity = draw(st.integers(least, min(num_experts, least + spare)))
     node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
     return Geometry(num_ranks, num_experts, capacity, node_size)
-
-
-def static(geometry: Geometry) -> ExpertLayout:
-    return ExpertLayout.static(*geometry.shape)

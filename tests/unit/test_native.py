@@ -20,7 +20,7 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from tests.oracles.exact import hosted_by_node, proportional_experts
-from tests.unit.planner_cases import KINDS, any_counts, counts_of, geometries, static
+from tests.unit.planner_cases import KINDS, any_counts, counts_of, geometries
 
 
 def test_other_threads_run_while_it_solves() -> None:
@@ -160,12 +160,12 @@ def test_no_rank_carries_more_than_its_share_or_an_expert_twice(
 ) -> None:
     assert always_balances(geometry)
     counts_NE, node_size = counts_of(kind, geometry, seed), geometry.node_size
-    layout = construct_layout(counts_NE, static(geometry), node_size)
+    layout = construct_layout(counts_NE, geometry.static_layout, node_size)
     geometry.check_layout(layout)
     assert largest_load(counts_NE, layout, node_size) == least_load(counts_NE)
     for rank in range(geometry.num_ranks):
         assert len(set(layout.experts_of(rank))) == geometry.capacity
-    assert construct_layout(counts_NE, static(geometry), node_size) == layout
+    assert construct_layout(counts_NE, geometry.static_layout, node_size) == layout
     assert construct_layout(counts_NE, layout, node_size) is layout
 
 
@@ -178,7 +178,7 @@ def test_no_token_leaves_its_node_where_a_node_can_balance_itself(
     geometry = Geometry(num_nodes * node_size, num_experts, capacity, node_size)
     # Every rank has the same number of tokens, without a convenient divisor.
     counts_NE = counts_of("zipf", geometry, seed)
-    layout = construct_layout(counts_NE, static(geometry), node_size)
+    layout = construct_layout(counts_NE, geometry.static_layout, node_size)
     assert off_node_share(counts_NE, layout, node_size) == 0
     assert largest_load(counts_NE, layout, node_size) == least_load(counts_NE)
 
