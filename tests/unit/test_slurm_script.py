@@ -46,15 +46,6 @@ def value_of(flag, command):
     return command[len(command) - command[::-1].index(flag)]
 
 
-def test_the_slurm_script_starts_a_launcher_per_node_and_meets_on_the_first(fake_slurm):
-    command = slurm_command("--lr", "3e-4", **fake_slurm)
-    srun = command[command.index("srun") : command.index("bash")]
-    assert srun[:5] == ["srun", "--nodes", "3", "--ntasks", "3"]
-    assert value_of("--master-addr", command) == "n7"
-    assert value_of("--master-port", command) == str(20000 + 123456 * 8 % 12000)
-    assert value_of("--nnodes", command) == "3"
-    assert value_of("--nproc-per-node", command) == "8"
-    assert command[-3:] == [_SCRIPT, "--lr", "3e-4"]
 
 
 # Their value is optional, so a following word is the command to run.
