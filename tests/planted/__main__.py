@@ -2,7 +2,7 @@
 
     python -m tests.planted [--only TEXT] [--json FILE]
 
-Ends with 1 if a fault is not found, or if the test that finds it fails without it.
+Ends with 1 if a fault is not found or does not fit the code, or if its test fails without it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def outcome_of(fault: Fault, tree: Path) -> str:
     """Plant a fault, run its tests, and remove it; then the test that failed must pass."""
     path = tree / "megatron_laer" / fault.file
     content = path.read_text()
-    path.write_text(planted(fault, content))
+    try:
+        changed = planted(fault, content)
+    except (ValueError, SyntaxError) as error:
+        return f"does not fit: {error}"
+    path.write_text(changed)
     status = status_of(fault.tests, tree, "--cache-clear")
     path.write_text(content)
     if status != _FOUND:
