@@ -1,9 +1,4 @@
-"""Megatron's own unit tests of its MoE layers, on gloo ranks, with each one's verdict.
-
-    python -m tests.own_tests MODE CHECKOUT OUT.json [FILE...]
-
-runs them on 4 ranks from a checkout of Megatron-LM, and writes the verdict of every test.
-"""
+"""Megatron's own unit tests of its MoE layers, on gloo ranks, with each one's verdict."""
 
 from __future__ import annotations
 
@@ -14,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,16 +94,3 @@ def _worst(by_rank: list[dict[str, list[str]]]) -> dict[str, Verdict]:
         reasons = dict.fromkeys(why for outcome, why in outcomes if outcome == worst and why)
         verdicts[test.removeprefix("tests/unit_tests/")] = Verdict(worst, tuple(reasons))
     return verdicts
-
-
-def main(arguments: list[str]) -> None:
-    mode, checkout, out, *files = arguments
-    assert mode in ("without", "standard", "fsep"), mode
-    verdicts = run(mode, Path(checkout), files or FILES, timeout_s=7200.0)
-    rows = {test: [found.outcome, *found.reasons] for test, found in verdicts.items()}
-    Path(out).write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    print(mode, len(verdicts), Counter(found.outcome for found in verdicts.values()))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,7 +1,7 @@
 """Rules of plain English that a machine can check, with a count of today's exceptions.
 
 `python -m tests.style` lists the exceptions, and `--write` lowers the counts of `style_limits.csv`
-to those of today; a count never grows. `--write --new` also takes in rooms that are not listed.
+to those of today; a count never grows.
 """
 
 from __future__ import annotations
@@ -129,15 +129,13 @@ def excess(found: Exceptions, allowed: dict[tuple[str, str], int]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true", help="lower the counts to today's")
-    parser.add_argument("--new", action="store_true", help="list rooms that are not listed")
     options = parser.parse_args()
     found = exceptions()
     if not options.write:
         print("\n".join(line for items in found.values() for line in items))
         return
-    allowed = limits() if LIMITS.exists() else {}
-    most = {key: len(items) if options.new else 0 for key, items in found.items()} | allowed
-    counts = {key: min(len(items), most[key]) for key, items in found.items()}
+    allowed = limits()
+    counts = {key: min(len(items), allowed.get(key, 0)) for key, items in found.items()}
     with LIMITS.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["rule", "room", "allowed"])
