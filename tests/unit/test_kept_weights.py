@@ -6,9 +6,7 @@ from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
 
-from megatron_laer.runtime.weights.kept_weights import KeptWeights
-
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams, KeptWeights
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.states import WeightState
 from tests.unit.test_restored_experts import compute, ones, restored_experts
