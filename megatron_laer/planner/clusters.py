@@ -75,9 +75,9 @@ class SolveTime:
         return SolveTime(self.base_s * factor, self.slot_s * factor, self.count_s * factor)
 
 
-# Launches that take the host as long as forward of a layer, and as a slot more in it (`simulate`
-# counts operations).
-_LAYER_LAUNCHES, _SLOT_LAUNCHES = 390, 24.25
+# Launches that take the host as long as forward of a MoE layer without attention, and as a slot in
+# it (`simulate` counts operations).
+_LAYER_LAUNCHES, _SLOT_LAUNCHES = 207, 24.25
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
     gain_s = stock_s - balanced_s
     assert gain_s > 10 * free.solve_seconds(geometry) > 0
     # The host is about as late as the device in forward, or never; a slot more takes it some time.
-    bound_s = stock_s * free.forward_share / 400
+    bound_s = stock_s * free.forward_share / 200
     for launch_s, part, pays in ((bound_s, 0.3, True), (bound_s, 2.0, False), (0.0, 2.0, True)):
         host = HostTime(launch_s, SolveTime(0.0, 0.0, 0.0), part * gain_s)
         costs = replace(free, cluster=replace(free.cluster, host=host))
@@ -172,15 +172,9 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
             assert (guard.decide(counts_NE, planned).layout != stock) == pays
         for beside_s in (0.0, balanced_s, 9.0):
             device_s = beside_s * costs.forward_share
-            # Later than the device in each pass, with and without the replicas.
-            forward_s, backward_s = (
-                [
-                    max(times * host.forward_seconds(slots) + more_s - pass_s, 0.0)
-                    for slots, more_s in ((2, host.replicas_s * (times == 1)), (1, 0.0))
-                ]
-                for times, pass_s in ((1, device_s), (2, beside_s - device_s))
-            )
-            expected_s = forward_s[0] - forward_s[1] + backward_s[0] - backward_s[1]
+            # Later than the device, with and without the replicas.
+            with_s = max(host.forward_seconds(2) + host.replicas_s - device_s, 0.0)
+            expected_s = with_s - max(host.forward_seconds(1) - device_s, 0.0)
             found_s = costs.exposed(Placed(balanced, geometry), beside_s).host_s
             assert found_s == pytest.approx(expected_s)
             assert costs.exposed(Placed(stock, geometry), beside_s).host_s == 0.0

@@ -311,19 +311,16 @@ int most_replicas(const Shape& shape, const int16_t* slots_S) {
   return most;
 }
 
-// The host starts anew at each gate, and is hidden as far as the device takes longer. Backward takes
-// it twice as long as forward. All layouts of rows have as many slots.
+// The host starts anew at each gate, and is hidden as far as the device takes longer. All layouts of
+// rows have as many slots.
 double replica_host_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                             double beside_s) {
   const int most = most_replicas(shape, slots_S);
   if (most == 0) return 0.0;
-  const double slots_s = shape.home > 0 ? most * costs.host_slot_s : 0.0;
-  const double device_s = beside_s * costs.forward_share;
-  const auto added_s = [](double host_s, double more_s, double hidden_s) {
-    return std::min(std::max(host_s + more_s - hidden_s, 0.0), more_s);
-  };
-  return added_s(costs.host_forward_s, slots_s + costs.replicas_host_s, device_s) +
-         added_s(2 * costs.host_forward_s, 2 * slots_s, beside_s - device_s);
+  const double more_s =
+      costs.replicas_host_s + (shape.home > 0 ? most * costs.host_slot_s : 0.0);
+  const double over_s = costs.host_forward_s + more_s - beside_s * costs.forward_share;
+  return std::min(std::max(over_s, 0.0), more_s);
 }
 
 }  // namespace laer

@@ -44,7 +44,7 @@ struct CostModel {
   double intra_bytes_per_s, inter_bytes_per_s;
   double latency_s;                    // of one pass of the token exchange
   double host_s;                       // of any microbatch, a constant of the shape
-  // Of a whole layer's forward without replicas, of each slot more in it, and of any replicas.
+  // Of forward without replicas, of each slot more in it, and of any replicas.
   double host_forward_s, host_slot_s, replicas_host_s;
   bool by_node;                        // how changed slots are fetched
   bool by_layout;                      // whether each layout of home experts takes the faster way
@@ -96,7 +96,7 @@ double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchang
 // Slots after the home slots with an expert, the most of a rank.
 int most_replicas(const Shape& shape, const int16_t* slots_S);
 
-// Seconds that the host's work for fetched experts adds to both passes of such a layer.
+// Seconds that the host's work for fetched experts adds to the forward of such a layer.
 double replica_host_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                             double beside_s);
 

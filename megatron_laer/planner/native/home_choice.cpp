@@ -26,7 +26,7 @@ namespace {
 constexpr int64_t kNearlyPart = 32;
 
 // Levels above the ideal, as parts of what stock's placement is above it.
-constexpr int64_t kLevelParts[] = {8, 32};
+constexpr int64_t kLevelParts[] = {2, 8, 32};
 
 // Slots of a rank that are filled after the gate, where balance needs none.
 constexpr int kMostAfterGate = 2;
