@@ -13,6 +13,7 @@ import shlex
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,6 +56,17 @@ def open_input(path: Path) -> BinaryIO:
         file.close()
         raise OSError(error.errno, error.strerror, str(path)) from error
     return file
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the path to an OSError without one, such as a read's."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:

@@ -14,12 +14,12 @@ import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_laer.files import run_mark
-from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
+from megatron_laer.files.checks import MAX_TEXT_BYTES, naming, open_input, quoted
 from megatron_laer.files.records import Format, Frame, Records
 from megatron_laer.files.writing import (
     Replacement,
@@ -140,7 +140,7 @@ class RecordingFile:
             end = place.end
             if place.step < step:
                 last, stays, self._next = place.step, end, place.number + 1
-        with _naming(self.path):
+        with naming(self.path):
             incomplete = self._file.seek(0, os.SEEK_END) - end
             if incomplete:
                 self._file.truncate(end)
@@ -203,14 +203,3 @@ def run_of(path: Path) -> str | None:
 def _first_line(content: bytes) -> str:
     line = content[:_QUOTED_BYTES].split(b"\n", 1)[0]
     return quoted(line.decode(errors="backslashreplace"), _QUOTED_BYTES)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Add the path to an OSError without one, such as a write's."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise

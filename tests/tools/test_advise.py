@@ -104,7 +104,10 @@ def test_no_case_of_a_sweep_is_faster_and_times_are_those_of_simulate(advised, s
     assert found["verdict"].startswith(f"Use FSEP ({best['label']}): it is ")
     printed = found["printed"]
     assert " ".join(printed.split("\n\n")[0].split()) == found["verdict"]
-    assert printed.split("\n\n")[1] == f"flags: {best['flags']}"
+    numbers, pasted = printed.split("\n\n")[1:3]
+    expected = f", {best['share']:.1%} of perfectly balanced speed, max/mean "
+    assert expected in " ".join(numbers.split())
+    assert pasted == f"flags: {best['flags']}"
 
 
 @pytest.mark.parametrize("cluster", ["a100-4x8-ib800", "h100-8"])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_laer.choices import Sharding
-from megatron_laer.files.checks import open_input, quoted
+from megatron_laer.files.checks import naming, open_input, quoted
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.files.records import MAX_RANKS, Field, Format, Records
 from megatron_laer.planner.geometry import Geometry
@@ -79,7 +79,7 @@ class LayoutRecorder:
 
 def read_layouts(path: Path) -> Iterator[tuple[int, list[ExpertLayout]]]:
     """Yield a recording's steps with all layers' layouts; skip an incomplete last record."""
-    with open_input(path) as file:
+    with open_input(path) as file, naming(path):
         records = Records.of(file, path, LAYOUTS)
         try:
             geometry, homes = _geometry(records.fields), _homes(records.fields)

@@ -33,6 +33,7 @@ from megatron_laer.tools.simulator.advisor.search import search
 from megatron_laer.tools.simulator.advisor.settings import Dispatch, group_flags, group_sizes
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.routing import Routing
+from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import NATURAL
 
@@ -148,7 +149,7 @@ def _runs(
     trace = None
     tokens, microbatches = model.sequence, simulate_input.WORKLOAD_MICROBATCHES
     if args.workload is None:
-        trace = routing_input.read(args, model.num_experts)
+        trace = read_trace(args.trace, num_experts=model.num_experts)
         tokens = Routing(trace, trace.num_ranks, model.topk).tokens(model.topk)
         microbatches = int(trace.microbatch_R.max()) + 1
     shape = run_flags.run_shape(settings, args.gpus, model, tokens, microbatches)

@@ -29,8 +29,8 @@ from megatron_laer.tools.cli.outputs import bar, check_outputs
 from megatron_laer.tools.cli.prediction_settings import (
     DEFAULT_CLUSTER,
     prediction_settings,
-    recording_of,
 )
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.recorded import check_same_run
 from megatron_laer.tools.report.run_files import metrics_beside
 from megatron_laer.tools.simulator import plan_output
@@ -42,6 +42,7 @@ from megatron_laer.tools.simulator.comparison import (
     simulate,
 )
 from megatron_laer.tools.simulator.replay import check_memory
+from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import TITLES, WorkloadShape, workload_trace
 
@@ -111,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     metrics = None if args.trace is None else metrics_beside(args.trace)
     _check(args, metrics)
-    recording = recording_of(metrics)
+    recording = None if metrics is None else read_metrics(metrics)
     flags = vars(args) | {"top_k": args.topk, "imbalance_tolerance": args.tolerance}
     settings = prediction_settings(flags, recording, metrics)
     costs, sizes = settings.costs, settings.sizes
@@ -201,7 +202,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Trace]:
     if args.workload is None:
-        return str(args.trace), routing_input.read(args, num_experts, pairs=args.homes is not None)
+        return str(args.trace), read_trace(
+            args.trace, num_experts=num_experts, pairs=args.homes is not None
+        )
     assert num_experts is not None
     topk, tokens, steps = (
         default if (given := getattr(args, flag.removeprefix("--"))) is None else given

@@ -26,8 +26,7 @@ from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.precision import Precision
 from megatron_laer.tools.cli.argument_types import MOST_RANKS, between, named, number
 from megatron_laer.tools.model_flags import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
-from megatron_laer.tools.report.metrics_recording import MetricsRecording, read_metrics
-from megatron_laer.tools.report.run_files import naming
+from megatron_laer.tools.report.metrics_recording import MetricsRecording
 from megatron_laer.tools.simulator.run_settings import RunSettings
 
 DEFAULT_CLUSTER = "a100-4x8-ib800"
@@ -37,13 +36,6 @@ ROWS_IN_FP8 = (
     "--sharding rows: the model computes in fp8, and rows of experts are kept and moved without; "
     "give --sharding experts"
 )
-
-
-def recording_of(path: Path | None) -> MetricsRecording | None:
-    if path is None:
-        return None
-    with naming(path):
-        return read_metrics(path)
 
 
 def prediction_settings(

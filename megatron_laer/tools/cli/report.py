@@ -18,10 +18,11 @@ from megatron_laer.tools.cli.argument_types import (
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar
-from megatron_laer.tools.cli.prediction_settings import prediction_settings, recording_of
+from megatron_laer.tools.cli.prediction_settings import prediction_settings
 from megatron_laer.tools.report.assessment import assess
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.recorded import recorded_run
-from megatron_laer.tools.report.run_files import find_run, naming, refuse_as_source
+from megatron_laer.tools.report.run_files import find_run, refuse_as_source
 from megatron_laer.tools.report.what_if import WhatIf, what_if
 from megatron_laer.tools.traces import read_trace
 
@@ -67,18 +68,15 @@ def run(args: argparse.Namespace) -> int:
     refuse_overwriting(args.out, files.all_files(), "--out")
     refuse_as_source(args.out, args.run, "--out")
 
-    recording = recording_of(files.metrics)
-    assert recording is not None
+    recording = read_metrics(files.metrics)
     settings = prediction_settings(vars(args) | {"config": None}, recording, files.metrics)
     trace = None
     if files.trace is not None:
-        with naming(files.trace):
-            trace = read_trace(files.trace)
+        trace = read_trace(files.trace)
     shown = recorded_run(files, recording, trace, settings.sharding)
     shape, rows = shown.shape, list[WhatIf]()
-    with naming(files.metrics):
-        sizes = shape.num_ranks, shape.num_experts, shape.capacity, shape.node_size
-        geometry = Geometry(*sizes, settings.sharding)
+    sizes = shape.num_ranks, shape.num_experts, shape.capacity, shape.node_size
+    geometry = Geometry(*sizes, settings.sharding)
     if trace is not None:
         cluster = [] if args.cluster is None else ["--cluster", args.cluster]
         progress = bar("what if", leave=False)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 
 from megatron_laer.tools.cli.argument_types import option, path
-from megatron_laer.tools.report.run_files import naming
-from megatron_laer.tools.traces import read_trace
-from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import TITLES
 
 
@@ -45,8 +42,3 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> No
         if value is not None:
             value = " ".join(map(str, value)) if isinstance(value, list) else value
             raise ValueError(f"{flag} {value}: no effect here; {way_out}, or leave {flag} out")
-
-
-def read(args: argparse.Namespace, num_experts: int | None, *, pairs: bool = False) -> Trace:
-    with naming(args.trace):
-        return read_trace(args.trace, num_experts=num_experts, pairs=pairs)

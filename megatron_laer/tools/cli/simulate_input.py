@@ -23,11 +23,13 @@ from megatron_laer.tools.cli.argument_types import (
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar, check_outputs
-from megatron_laer.tools.cli.prediction_settings import DEFAULT_CLUSTER, cluster_by, recording_of
+from megatron_laer.tools.cli.prediction_settings import DEFAULT_CLUSTER, cluster_by
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.run_files import metrics_beside
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.paper import PAPERS_MICROBATCHES
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import PAPER, PAPER_FIRST, WorkloadShape, workload_counts
@@ -108,7 +110,7 @@ def cluster_of(args: argparse.Namespace) -> Cluster:
     beside = None
     if args.cluster is None and args.trace is not None:
         beside = metrics_beside(args.trace)
-    return cluster_by(args.cluster, recording_of(beside))
+    return cluster_by(args.cluster, None if beside is None else read_metrics(beside))
 
 
 def rates_of(model: ModelShape, cluster: Cluster) -> tuple[Rates, ...]:
@@ -169,7 +171,7 @@ def _check_overlap(args: argparse.Namespace) -> None:
 def routing_of(args: argparse.Namespace, model: ModelShape) -> Callable[[int, int | None], Trace]:
     """Return a function that returns the trace for a number of ranks and a workload's tokens."""
     if args.workload is None:
-        trace = routing_input.read(args, model.num_experts)
+        trace = read_trace(args.trace, num_experts=model.num_experts)
         return lambda ranks, tokens: trace
     return lambda ranks, tokens: workload(model, args.workload, ranks, tokens)
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
 from megatron_laer.files import memory
-from megatron_laer.files.checks import open_input, quoted
+from megatron_laer.files.checks import naming, open_input, quoted
 from megatron_laer.files.records import Records, json_object
 from megatron_laer.planner.cluster_files import cluster_of
 from megatron_laer.planner.clusters import Cluster
@@ -55,7 +55,7 @@ def read_metrics(path: Path) -> MetricsRecording:
     runs: list[tuple[int, Mapping[str, str]]] = []
     clusters: list[Cluster] = []
     steps: list[dict[str, Any]] = []
-    with open_input(path) as file:
+    with open_input(path) as file, naming(path):
         records = Records.of(file, path, METRICS)
         try:
             sizes = {name: records.fields[name] for name in METRICS.sizes}

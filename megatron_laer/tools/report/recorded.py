@@ -13,14 +13,14 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding
-from megatron_laer.files.checks import lines, open_input
+from megatron_laer.files.checks import lines, naming, open_input
 from megatron_laer.planner.layout import ExpertLayout, stock_owner_E
 from megatron_laer.runtime.planning.layout_recording import read_layouts
 from megatron_laer.telemetry.log import LOSS, read_run
 from megatron_laer.telemetry.metrics_file import Shape
 from megatron_laer.tools.report.metrics_recording import MetricsRecording
 from megatron_laer.tools.report.run_data import RunData, expert_tokens_TLE, shape_settings
-from megatron_laer.tools.report.run_files import RunFiles, naming
+from megatron_laer.tools.report.run_files import RunFiles
 from megatron_laer.tools.traces.records import Trace
 
 
@@ -99,8 +99,7 @@ def _said(of: tuple[int, int, tuple[str, ...]]) -> str:
 def _layouts(files: RunFiles, shape: Shape) -> list[tuple[int, list[ExpertLayout]]]:
     if files.layouts is None:
         return []
-    with naming(files.layouts):
-        found = list(read_layouts(files.layouts))
+    found = list(read_layouts(files.layouts))
     for _, layouts in found:
         sizes = (layouts[0].num_ranks, layouts[0].capacity, layouts[0].num_experts, len(layouts))
         expected = (shape.num_ranks, shape.capacity, shape.num_experts, len(shape.layers))
@@ -115,7 +114,7 @@ def _layouts(files: RunFiles, shape: Shape) -> list[tuple[int, list[ExpertLayout
 def _loss(logs: tuple[Path, ...]) -> list[tuple[int, float]]:
     """Return the losses of the first log that has any."""
     for path in logs:
-        with naming(path), open_input(path) as file:
+        with open_input(path) as file, naming(path):
             run = read_run(path.name, (line.decode(errors="replace") for line in lines(file, path)))
         steps = [run.steps[number] for number in sorted(run.steps)]
         found = [(step.number, step.values[LOSS]) for step in steps if LOSS in step.values]

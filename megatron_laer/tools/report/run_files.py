@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,17 +95,6 @@ def _check_one_run(paths: Iterable[Path]) -> None:
     if len({*of.values()}) > 1:
         said = ", ".join(f"{quoted(path)} is of run {run}" for path, run in of.items())
         raise ValueError(f"{said}; they are of different runs, so move one away")
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn an OSError without a file name into a ValueError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise ValueError(f"{quoted(path)} cannot be read: {error}") from error
 
 
 def _recordings(folder: Path) -> dict[int, dict[str, Path]]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Bool
 from megatron_laer.files import memory
-from megatron_laer.files.checks import open_input
+from megatron_laer.files.checks import naming, open_input
 from megatron_laer.files.records import Records, is_cut_off
 from megatron_laer.telemetry.trace_file import TRACE
 from megatron_laer.tools.traces.records import PairRecords, Trace
@@ -50,7 +50,7 @@ def read_recording(path: Path, *, pairs: bool = False) -> Trace:
     counts: dict[tuple[int, int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
     triangles: dict[tuple[int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
     sets: dict[tuple[int, int], Bool] = {}
-    with open_input(path) as file:
+    with open_input(path) as file, naming(path):
         records = Records.of(file, path, TRACE)
         num_ranks, num_experts = (records.fields[name] for name in ("num_ranks", "num_experts"))
         kinds = None if pairs else ["counts"]

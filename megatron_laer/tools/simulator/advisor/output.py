@@ -27,11 +27,12 @@ EP: ranks of a group; C: slots per rank; overlap: Megatron's combined 1F1B."""
 
 
 def text(title: str, run: Run, results: Results, turn: Turn | None, common: Sequence[str]) -> str:
-    """Return the verdict, the flags to paste and the constant to measure, then all the rest."""
+    """Return the verdict with its numbers, flags and the constant to measure, then all the rest."""
     found, most_gib = _listed(results), run.most_bytes / _GIB
     parts = [_filled(verdict_of(results, most_gib))]
     if found:
         chosen = found[0] if takes_fsep(results) else results.stocks[0]
+        parts.append(_filled(_numbers(chosen, results, most_gib)))
         parts.append(f"flags: {shlex.join(flags(run, chosen.candidate, common))}")
     if turn is not None:
         parts.append(_filled(_deciding(turn)))
@@ -43,6 +44,15 @@ def text(title: str, run: Run, results: Results, turn: Turn | None, common: Sequ
         parts += [_table(results), LEGEND]
         parts.append("\n".join(["flags of each row:", *_flag_lines(run, found, common)]))
     return "\n\n".join([*parts, *filter(None, [_filled(not_given(run.rates[0].cluster))])])
+
+
+def _numbers(chosen: Found, results: Results, most_gib: float) -> str:
+    of = chosen.prediction
+    return (
+        f"{of.iteration_s:.4g} s per iteration ({of.low_s:.4g} to {of.high_s:.4g}), "
+        f"{results.balanced.seconds / chosen.seconds:.1%} of perfectly balanced speed, max/mean "
+        f"{of.max_over_mean:.3f}, {of.peak_bytes / _GIB:.1f} of {most_gib:.3g} GiB"
+    )
 
 
 def flags(run: Run, candidate: Candidate, common: Sequence[str]) -> list[str]:
