@@ -44,7 +44,6 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
     import torch
     import torch.distributed as dist
 
-    from megatron_laer import session
     from tests import one_layer
     from tests.doubles.fp8_experts import fp8_replaced
     from tests.doubles.fp8_parameters import Fp8Parameter
@@ -54,8 +53,7 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
     settings = {"sharding": "experts", "allow_unproven": ["fp8-experts"], "planner": "random"}
     one_layer.MODELS["fp8"] = of_fp8
     with fp8_replaced(), one_layer.one_layer("gloo", "fp8", **settings) as wrapped:
-        layer, coordinator = wrapped.module, session.current_coordinator()
-        assert coordinator is not None
+        layer, coordinator = wrapped.module, running()
         rank, home = dist.get_rank(), coordinator.geometry.home_slots
         assert (home, coordinator.geometry.replica_slots) == (2, 2)
         assert all(isinstance(p, Fp8Parameter) == fp8_param for p in layer.state.share.parameters)

@@ -25,6 +25,7 @@ from tests.parity.compare import distance
 from tests.parity.flags import command_line
 from tests.parity.row import FP32_BOUND
 from tests.parity.rows import DIST_OPT, FULL_RECOMPUTE
+from tests.probes import running
 from tests.stock_alone import RANKS, Case
 
 RANDOM = " --expert-parallel-mode fsep --fsep-sharding experts --fsep-planner random"
@@ -148,15 +149,13 @@ def loaded(flags: list[str], grouped: bool) -> Tensors:
 
 def held_after_a_step(flags: list[str]) -> bool:
     """Return True if replicas that are held over a step are gone at its end."""
-    from megatron_laer import session
     from megatron_laer.runtime.weights.states import WeightState
 
     def end(_: list[torch.nn.Module]) -> bool:
-        coordinator = session.current_coordinator()
-        assert coordinator is not None
-        held = [*coordinator.experts._of_step.values()]
+        experts_of_run = running().experts
+        held = [*experts_of_run._of_step.values()]
         assert any(experts.state.weights is WeightState.RESTORED for experts in held)
-        coordinator.experts.end_step()
+        experts_of_run.end_step()
         return all(experts.state.weights is WeightState.SHARDED for experts in held)
 
     found: bool = train(flags, end).probes[0]
