@@ -46,8 +46,6 @@ def value_of(flag, command):
     return command[len(command) - command[::-1].index(flag)]
 
 
-
-
 # Their value is optional, so a following word is the command to run.
 _OPTIONAL_VALUES = {
     *("--accel-bind", "--exclusive", "--get-user-env", "--kill-on-bad-exit", "--label"),
