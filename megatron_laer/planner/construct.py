@@ -33,7 +33,7 @@ def construct_layout(
     """
     num_ranks, capacity, num_experts = current.shape
     geometry = Geometry(num_ranks, num_experts, capacity, node_size, sharding)
-    counts_NE = checked_counts(counts_NE, geometry)
+    counts_NE = geometry.checked_counts(counts_NE)
     slots_S = native.construct(counts_NE, current.slot_expert_S, node_size, geometry.home_slots)
     return from_native(slots_S, current)
 
@@ -41,12 +41,6 @@ def construct_layout(
 def always_balances(geometry: Geometry) -> bool:
     """Return whether perfect balance exists for all counts: E <= N*(C-1) + 1."""
     return geometry.num_experts <= geometry.num_ranks * (geometry.capacity - 1) + 1
-
-
-def checked_counts(counts_NE: Int64, geometry: Geometry) -> Int64:
-    """Return counts in the format of the native code, which refuses negative ones."""
-    geometry.check_counts(counts_NE.shape)
-    return np.ascontiguousarray(counts_NE, dtype=np.int64)
 
 
 def from_native(

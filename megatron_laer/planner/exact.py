@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.construct import checked_counts
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout, check_rank
 from megatron_laer.planner.native_core import native
@@ -71,7 +70,7 @@ class ExactSplit:
 
     def solve(self, counts_NE: Int64) -> ExactQuotas:
         """Solve the quotas of a microbatch with these counts, int64 [N, E]."""
-        counts_NE = checked_counts(counts_NE, self.geometry)
+        counts_NE = self.geometry.checked_counts(counts_NE)
         node_size = self.geometry.node_size
         loads_S = native.slot_loads(counts_NE, self.layout.slot_expert_S, node_size)
         return ExactQuotas(self.layout, node_size, counts_NE, loads_S)

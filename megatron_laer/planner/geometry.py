@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding
 from megatron_laer.planner.layout import (
     EMPTY,
@@ -108,6 +109,11 @@ class Geometry:
                 f"counts_NE has shape {shape}, expected [ranks, experts] = "
                 f"{(self.num_ranks, self.num_experts)}"
             )
+
+    def checked_counts(self, counts_NE: Int64) -> Int64:
+        """Return counts in the format of the native code, which refuses negative ones."""
+        self.check_counts(counts_NE.shape)
+        return np.ascontiguousarray(counts_NE, dtype=np.int64)
 
 
 def resolve_geometry(

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.construct import checked_counts, from_native
+from megatron_laer.planner.construct import from_native
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
@@ -44,7 +44,7 @@ class GreedyStrategy:
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
         """Return the next layout; experts that it shares with `current` stay in place."""
-        counts_NE = checked_counts(counts_NE, self.geometry)
+        counts_NE = self.geometry.checked_counts(counts_NE)
         self.geometry.check_layout(current)
         slots_S = native.greedy(
             counts_NE,

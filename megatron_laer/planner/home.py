@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding
-from megatron_laer.planner.construct import checked_counts
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
@@ -43,7 +42,7 @@ def replicate(counts_NE: Int64, geometry: Geometry, level: int = 0) -> Replicati
     """
     if geometry.sharding != Sharding.EXPERTS:
         raise ValueError("replicas of home experts need --fsep-sharding experts")
-    counts_NE = checked_counts(counts_NE, geometry)
+    counts_NE = geometry.checked_counts(counts_NE)
     slots_S, loads_S, is_ideal = native.replicate(
         counts_NE, geometry.capacity, geometry.node_size, level
     )
