@@ -64,18 +64,6 @@ class Session:
             tokens_through_nodes=self.config.token_exchange != TokenExchange.RANK,
         )
 
-    def destroy_groups(self) -> None:
-        groups, self._groups = self._groups, None
-        if groups is not None:
-            groups.destroy()
-
-    def forget_model(self) -> None:
-        """Close the coordinator; the next MoE layer starts a new one."""
-        coordinator, self.coordinator = self.coordinator, None
-        self._is_training = False
-        if coordinator is not None:
-            coordinator.close()
-
     def coordinator_for(
         self, transformer_config: Any, seed: int | None, tokens: int | None
     ) -> Coordinator:
@@ -136,8 +124,14 @@ class Session:
             self.coordinator.end_step()
 
     def close(self) -> None:
-        self.forget_model()
-        self.destroy_groups()
+        """Close the coordinator, and destroy the groups; a later model starts anew."""
+        coordinator, self.coordinator = self.coordinator, None
+        groups, self._groups = self._groups, None
+        self._is_training = False
+        if coordinator is not None:
+            coordinator.close()
+        if groups is not None:
+            groups.destroy()
 
 
 _NO_GROUPS = (

@@ -10,8 +10,10 @@ import torch
 
 from megatron_laer import device, session
 from megatron_laer.config import FSEPConfig
+from megatron_laer.files.checks import problem_of, refuse_unusable_folder
 from megatron_laer.layer.experts.gemm import gemm_in_force
 from megatron_laer.megatron_version import check_version
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.strategies import check_planner
 from megatron_laer.plugin.checkpoint_writer import NVRX_PATCHES, WRITER_PATCHES, nvrx_patches
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
@@ -24,7 +26,7 @@ from megatron_laer.plugin.sharded_models import SHARDING_PATCHES
 from megatron_laer.plugin.steps import STEP_PATCHES
 from megatron_laer.rules import UNPROVEN
 from megatron_laer.session import Session
-from megatron_laer.support import config_files, torch_version
+from megatron_laer.support import torch_version
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     if not device.cpu_installed() and (problem := torch_version.problem_on_cuda(torch.__version__)):
         raise ValueError(f"FSEP cannot run with {problem}")
     check_planner(wanted.config.planner)
-    config_files.check(wanted.config)
+    _check_files(wanted.config)
     # Look up all attributes before replacing one, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()
@@ -91,6 +93,19 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
 
     if parallel_state.model_parallel_is_initialized():
         create_groups(wanted)
+
+
+def _check_files(config: FSEPConfig) -> None:
+    """Refuse files and folders that the run could not use; create none, and open no recording."""
+    if config.cluster is not None:
+        try:
+            load_cluster(config.cluster)
+        except (OSError, ValueError) as error:
+            raise ValueError(problem_of("--fsep-set cluster=", config.cluster, error)) from error
+    # They may be one folder, since their files' names differ.
+    for folder in (config.record_layouts, config.record_trace, config.record_metrics):
+        if folder is not None:
+            refuse_unusable_folder(folder, "--fsep-record")
 
 
 def disable() -> None:
