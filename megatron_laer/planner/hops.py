@@ -48,7 +48,7 @@ class Link(IntEnum):
         return ((node_size - 1, ranks - node_size), between, (node_size - 1, 0))[self]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # `way_of` makes each once
 class Way:
     """Chain of holdings of a geometry, from the owners to the slots.
 
