@@ -13,32 +13,16 @@ from megatron_laer.support import RefusedError
 from tests.unit.validated_arguments import fsep_arguments
 
 
-def test_other_optimizers_of_the_registry_are_refused() -> None:
-    from megatron.core import optimizer
-
-    settings = SimpleNamespace(optimizer="soap", use_layer_wise_distributed_optimizer=False)
-    enable()
-    try:
-        with pytest.raises(ValueError, match="--optimizer soap: the optimizer needs whole"):
-            optimizer._create_emerging_optimizer(settings, [], "soap", [], None)
-    finally:
-        disable()
-
-
 @pytest.mark.parametrize(
     ("name", "sharding", "shared", "said"),
     [
+        ("soap", "auto", False, "--optimizer soap: the optimizer needs whole"),
         ("muon", "rows", False, "^--optimizer muon with --fsep-sharding rows: .*give --fsep-shar"),
         ("lion", "rows", False, "^--optimizer lion with --fsep-sharding rows: .*give --fsep-shar"),
-        (
-            "muon",
-            "experts",
-            True,
-            "^--optimizer muon with --use-distributed-optimizer without --bf16: .*give",
-        ),
+        ("muon", "experts", True, "^--optimizer muon with --use-distributed-optimizer without --b"),
     ],
 )
-def test_a_loop_of_ones_own_is_refused_what_they_cannot_do(
+def test_a_loop_of_ones_own_is_refused_what_its_optimizer_cannot_do(
     name: str, sharding: str, shared: bool, said: str
 ) -> None:
     from megatron.core import optimizer

@@ -126,61 +126,55 @@ def test_counts_are_read_from_rows_that_end_in_the_same_tags() -> None:
             native.agreed_counts(wrong, tags)
 
 
-def carried(*ranks: int) -> list[native.Carried]:
-    return [native.Carried(1.0, 1.0, np.ones(number, dtype=np.int64)) for number in ranks]
-
-
-def test_the_core_refuses_sizes_that_do_not_fit() -> None:
-    loads_S, short_S = np.full(12, 2), np.full(11, 2)
-    columns_NC = np.ones((4, 3), dtype=np.int64)
-    for call in (native.rank_row, native.rank_columns):
-        with pytest.raises(ValueError, match="wrong size of loads"):
-            call(COUNTS_NE, SLOTS_S, short_S, 2, 0)
-        with pytest.raises(ValueError, match="rank must be"):
-            call(COUNTS_NE, SLOTS_S, loads_S, 2, 4)
-    with pytest.raises(ValueError, match="wrong size of loads"):
-        native.totals(COUNTS_NE, SLOTS_S, short_S, 2)
-    with pytest.raises(ValueError, match="wrong size of the row"):
-        native.rank_quotas(SLOTS_S, short_S, columns_NC, 6)
-    with pytest.raises(ValueError, match="wrong size of the columns"):
-        native.rank_quotas(SLOTS_S, loads_S, columns_NC[:3], 6)
-    with pytest.raises(ValueError, match="a slot holds no expert"):
-        native.rank_quotas(SLOTS_S, loads_S, columns_NC, 5)
-    points = np.array([1]), np.ones(1), np.ones(2), np.ones(1), np.ones(1)
-    numbers = 1.0, 0.3, 4.0, *[1.0] * 2, False, *[1.0] * 2, *[0.0] * 5, False, False, *[0.0] * 5, 0
-    with pytest.raises(ValueError, match="wrong size of the GEMM curve"):
-        native.CostModel(*points, *numbers, *carried(4, 4), 1)
-    with pytest.raises(ValueError, match="the GEMM curve is empty"):
-        native.CostModel(*[np.ones(0)] * 5, *numbers, *carried(4, 4), 1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="weights and gradients must be of as many ranks"):
-        native.CostModel(points[0], *[np.ones(1)] * 4, *numbers, *carried(4, 2), 1)
-    of_two = make_costs().for_native(Geometry(2, 6, 3, 2))
-    with pytest.raises(ValueError, match="another number of ranks"):
-        native.greedy(COUNTS_NE, SLOTS_S, 2, 0, of_two)
-    of_no_rank = native.CostModel(points[0], *[np.ones(1)] * 4, *numbers, *carried(0, 0), 1)
-    with pytest.raises(ValueError, match="ranks must divide the slots"):
-        native.exposed(of_no_rank, SLOTS_S, 6, 2, 0, 0.0)
-
-
+LOADS_S, SHORT_S = np.full(12, 2), np.full(11, 2)
+COLUMNS_NC = np.ones((4, 3), dtype=np.int64)
 SUMS = np.ones(12, dtype=np.int64), np.ones(12, dtype=np.int64), *[np.ones(4, dtype=np.int64)] * 3
+OF_TWO = make_costs().for_native(Geometry(2, 6, 3, 2))
 
 
 @pytest.mark.parametrize(
     ("call", "arguments", "message"),
     [
-        (native.layer_seconds, (SUMS[0], SUMS[1][:8], *SUMS[2:], 2), "wrong size of the slots"),
-        (native.layer_seconds, (*SUMS[:4], SUMS[4][:2], 2), "wrong size of the ranks"),
-        (native.layer_seconds, (SUMS[0][:11], *SUMS[1:], 2), "ranks must divide the slots"),
-        (native.least_layer_seconds, (COUNTS_NE[0], 3, 2), r"counts must be \[N, E\]"),
-        (native.least_layer_seconds, (COUNTS_NE, 0, 2), "ranks have slots"),
-        (native.least_layer_seconds, (COUNTS_NE, 3, 3), "a node's ranks all ranks"),
-        (native.least_layer_seconds, (np.ones((8, 6)), 3, 2), "wrong size of counts"),
-        (native.change_seconds, (SLOTS_S[:8], SLOTS_S, 6, 2, 0), "wrong size of the slots"),
-        (native.change_seconds, (SLOTS_S, SLOTS_S, 5, 2, 0), "a slot holds no expert"),
-        (native.exposed, (SLOTS_S[:11], 6, 2, 0, 0.0), "ranks must divide the slots"),
-        (native.exposed, (SLOTS_S, 5, 2, 0, 0.0), "a slot holds no expert"),
+        (native.rank_row, (COUNTS_NE, SLOTS_S, SHORT_S, 2, 0), "wrong size of loads"),
+        (native.rank_row, (COUNTS_NE, SLOTS_S, LOADS_S, 2, 4), "rank must be"),
+        (native.rank_columns, (COUNTS_NE, SLOTS_S, SHORT_S, 2, 0), "wrong size of loads"),
+        (native.rank_columns, (COUNTS_NE, SLOTS_S, LOADS_S, 2, 4), "rank must be"),
+        (native.totals, (COUNTS_NE, SLOTS_S, SHORT_S, 2), "wrong size of loads"),
+        (native.rank_quotas, (SLOTS_S, SHORT_S, COLUMNS_NC, 6), "wrong size of the row"),
+        (native.rank_quotas, (SLOTS_S, LOADS_S, COLUMNS_NC[:3], 6), "wrong size of the columns"),
+        (native.rank_quotas, (SLOTS_S, LOADS_S, COLUMNS_NC, 5), "a slot holds no expert"),
+        (native.greedy, (COUNTS_NE, SLOTS_S, 2, 0, OF_TWO), "another number of ranks"),
+        (native.layer_seconds, (COSTS, SUMS[0], SUMS[1][:8], *SUMS[2:], 2), "size of the slots"),
+        (native.layer_seconds, (COSTS, *SUMS[:4], SUMS[4][:2], 2), "wrong size of the ranks"),
+        (native.layer_seconds, (COSTS, SUMS[0][:11], *SUMS[1:], 2), "ranks must divide the slots"),
+        (native.least_layer_seconds, (COSTS, COUNTS_NE[0], 3, 2), r"counts must be \[N, E\]"),
+        (native.least_layer_seconds, (COSTS, COUNTS_NE, 0, 2), "ranks have slots"),
+        (native.least_layer_seconds, (COSTS, COUNTS_NE, 3, 3), "a node's ranks all ranks"),
+        (native.least_layer_seconds, (COSTS, np.ones((8, 6)), 3, 2), "wrong size of counts"),
+        (native.change_seconds, (COSTS, SLOTS_S[:8], SLOTS_S, 6, 2, 0), "size of the slots"),
+        (native.change_seconds, (COSTS, SLOTS_S, SLOTS_S, 5, 2, 0), "a slot holds no expert"),
+        (native.exposed, (COSTS, SLOTS_S[:11], 6, 2, 0, 0.0), "ranks must divide the slots"),
+        (native.exposed, (COSTS, SLOTS_S, 5, 2, 0, 0.0), "a slot holds no expert"),
     ],
 )
-def test_the_core_prices_nothing_of_other_sizes(call: Any, arguments: Any, message: str) -> None:
+def test_the_core_refuses_sizes_that_do_not_fit(call: Any, arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        call(COSTS, *arguments)
+        call(*arguments)
+
+
+def test_the_core_refuses_costs_of_other_sizes() -> None:
+    def carried(ranks: int) -> native.Carried:
+        return native.Carried(1.0, 1.0, np.ones(ranks, dtype=np.int64))
+
+    of_one = np.array([1]), *[np.ones(1)] * 4
+    numbers = 1.0, 0.3, 4.0, *[1.0] * 2, False, *[1.0] * 2, *[0.0] * 5, False, False, *[0.0] * 5, 0
+    for points, weights, grads, message in (
+        ((*of_one[:2], np.ones(2), *of_one[3:]), 4, 4, "wrong size of the GEMM curve"),
+        ([np.ones(0)] * 5, 4, 4, "the GEMM curve is empty"),
+        (of_one, 4, 2, "weights and gradients must be of as many ranks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.CostModel(*points, *numbers, carried(weights), carried(grads), 1)
+    of_no_rank = native.CostModel(*of_one, *numbers, carried(0), carried(0), 1)
+    with pytest.raises(ValueError, match="ranks must divide the slots"):
+        native.exposed(of_no_rank, SLOTS_S, 6, 2, 0, 0.0)
