@@ -1,8 +1,7 @@
-"""Shared rank pools and data, kinds of tests, and a count of cases at the end."""
+"""Shared rank pools and data, kinds of tests, and their order."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,30 +49,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | Non
     return durations.ByUnits(config, log) if config.getoption("dist") == "loadfile" else None
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Put `@pytest.mark.counts(fuzz_cases=300)` into the test's report (hook of pytest)."""
-    for mark in item.iter_markers("counts"):
-        item.user_properties += [("counts", mark.kwargs)]
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the numbers of passed and other cases, by kind (hook of pytest)."""
+    """Keep the seconds of each file (hook of pytest)."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     timed = [report for report in reports if hasattr(report, "duration")]
     durations.measure(terminalreporter.config, timed)
-    found = {}
-    for outcome in ("passed", "failed", "error"):  # the worst one of a test's phases counts
-        for report in terminalreporter.stats.get(outcome, []):
-            cases = dict(getattr(report, "user_properties", ())).get("counts")
-            if cases is not None:
-                found[report.nodeid] = outcome == "passed", cases
-    # Print a zero too: where Slurm is not installed its tests are skipped.
-    counted = {True: Counter(slurm_jobs=0), False: Counter[str]()}
-    for passed, cases in found.values():
-        counted[passed].update(cases)
-    for kind in sorted({*counted[True], *counted[False]}):
-        passed, failed = counted[True][kind], counted[False][kind]
-        terminalreporter.write_line(f"{kind.replace('_', ' ')}: {passed} passed, {failed} failed")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_laer.tools import cli
 from tests.bad_inputs.forks import Ended, Job, run_all
 
 _LONGEST = 2500
@@ -25,13 +24,6 @@ class Case:
     environment: dict[str, str] = field(default_factory=dict)
     status: int = 2
     nightly: bool = False
-
-    @property
-    def command(self) -> str:
-        first = self.words[0] if self.words else ""
-        if first.endswith((".py", ".sbatch")):
-            return " ".join(first.split("/")[:-1]) or first
-        return first if first in cli._COMMANDS else "command line"
 
     @property
     def key(self) -> tuple[object, ...]:

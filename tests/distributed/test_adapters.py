@@ -152,7 +152,6 @@ CASES = {
 }
 
 
-@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_adapters_that_replicas_cannot_follow_are_refused_on_every_rank(
     ranks: RankPools, text_data: str, case: Case
@@ -166,7 +165,6 @@ def test_adapters_that_replicas_cannot_follow_are_refused_on_every_rank(
     assert [part for part in case.said if part not in message] == [], message
 
 
-@pytest.mark.counts(fault_runs=1)
 def test_adapters_of_experts_with_other_homes_are_refused(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:

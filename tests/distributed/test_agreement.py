@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import pytest
 
 from megatron_laer.cpu.ranks import Raised, RankPool, RankPools
 from megatron_laer.cpu.training import rank_of_environment, train
@@ -46,7 +45,6 @@ def refusals(
     return str(message)
 
 
-@pytest.mark.counts(fault_runs=1)
 def test_a_rank_with_another_solve_time_is_named_on_every_rank_of_the_world(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
@@ -62,7 +60,6 @@ def test_a_rank_with_another_solve_time_is_named_on_every_rank_of_the_world(
     assert f"{base_s * 10!r} on rank 3" in message and f"{base_s!r} on rank 2" in message
 
 
-@pytest.mark.counts(fault_runs=2)
 def test_a_rank_with_another_numpy_or_other_flags_is_named(
     ranks: RankPools, text_data: str
 ) -> None:
@@ -103,7 +100,6 @@ def train_with_other_decision(flags: list[str], rank: int, step: int) -> None:
         train(flags)
 
 
-@pytest.mark.counts(fault_runs=1)
 def test_a_rank_that_decides_otherwise_is_named_at_the_next_exchange(
     ranks: RankPools, text_data: str
 ) -> None:

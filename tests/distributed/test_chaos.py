@@ -21,7 +21,6 @@ from tests.checkpoints import NEEDS_NVRX
 RUNS, SEED = 40, 40
 
 
-@pytest.mark.counts(fault_runs=3, resumed_runs=2)
 @pytest.mark.parametrize("strategy", ["mcore", pytest.param("nvrx", marks=NEEDS_NVRX)])
 def test_a_job_that_is_killed_and_stopped_ends_bitwise_as_one_that_was_not(
     text_data: str, tmp_path: Path, strategy: str
@@ -62,7 +61,6 @@ def undisturbed(
 
 
 @pytest.mark.nightly
-@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("plan", plans(RUNS, SEED), ids=map(str, range(RUNS)))
 def test_random_faults_change_no_digit_and_leave_nothing_behind(
     undisturbed: Callable[[Variant], Path], text_data: str, tmp_path: Path, plan: Plan

@@ -220,7 +220,6 @@ def test_optimizer_buffers_are_read_by_their_own_kind_of_run_alone(
 PLANNED = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait"
 
 
-@pytest.mark.counts(resumed_runs=1)
 @pytest.mark.parametrize(
     "flags",
     [
@@ -303,7 +302,6 @@ def train_and_listen(flags: list[str]) -> tuple[list[str], Any]:
     return [line for line in lines if "anew" in line or "restored" in line], record.probes[0]
 
 
-@pytest.mark.counts(fault_runs=5, resumed_runs=7)
 def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:

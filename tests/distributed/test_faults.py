@@ -53,7 +53,6 @@ def command(text_data: str) -> Callable[..., list[str]]:
     return two_ranks(text_data)
 
 
-@pytest.mark.counts(fault_runs=1, resumed_runs=1)
 def test_a_signal_in_a_step_saves_and_exits_as_stock_does(
     ranks: RankPools, command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -78,7 +77,6 @@ def saved_steps(folder: Path) -> int | None:
     return int(path.read_text()) if path.exists() else None
 
 
-@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize(
     ("size", "rank", "extra", "ahead", "parts"),
     [
@@ -134,7 +132,6 @@ def sound_checkpoints(
     return folder
 
 
-@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_is_met_as_stock_meets_it(
     ranks: RankPools,
@@ -162,7 +159,6 @@ def how_it_ended(result: Any, folder: Path) -> str:
     return f"{len(result.losses)} steps"
 
 
-@pytest.mark.counts(fault_runs=1, resumed_runs=1)
 def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -185,7 +181,6 @@ def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.counts(fault_runs=2)
 @pytest.mark.parametrize(("value", "passing"), [(NAN, False), (INF, True)])
 def test_a_bad_loss_ends_the_run_as_stock_does(
     ranks: RankPools, command: Callable[..., list[str]], tmp_path: Path, value: float, passing: bool
@@ -201,7 +196,6 @@ def test_a_bad_loss_ends_the_run_as_stock_does(
     assert all(end == ends["stock"] for end in ends.values())
 
 
-@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("extra", [" --fsep-restore step", HOMES], ids=["step", "experts at home"])
 def test_a_step_that_megatron_repeats_changes_no_bit(
     ranks: RankPools, command: Callable[..., list[str]], extra: str
@@ -213,7 +207,6 @@ def test_a_step_that_megatron_repeats_changes_no_bit(
     assert again[0][0].losses == plain[0][0].losses
 
 
-@pytest.mark.counts(fault_runs=2)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_extreme_routing_trains_as_stock_does(
     ranks: RankPools, command: Callable[..., list[str]], routing: str
@@ -226,7 +219,6 @@ def test_extreme_routing_trains_as_stock_does(
         assert distance(fsep, stock).within(FP32_BOUND), mode
 
 
-@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize(
     ("mode", "is_even"),
     [
@@ -252,7 +244,6 @@ def test_a_burst_to_one_expert_gives_no_rank_more_than_its_share(
 
 
 @pytest.mark.nightly  # test_memory.py holds each day that buffers do not grow
-@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("sharding", ["", HOMES], ids=["rows", "experts at home"])
 def test_bursts_leave_no_memory_behind_in_500_steps(
     ranks: RankPools, command: Callable[..., list[str]], sharding: str

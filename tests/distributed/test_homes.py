@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
@@ -116,7 +114,6 @@ def sharding_in_force(_: object) -> str | None:
     return None if coordinator is None else coordinator.geometry.sharding.value
 
 
-@pytest.mark.counts(resumed_runs=1)
 def test_auto_takes_the_checkpoints_sharding(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:

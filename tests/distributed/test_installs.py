@@ -265,7 +265,6 @@ def test_doctor_knows_what_an_installed_package_needs(
     assert "pip install 'psutil>=" in result.stdout
 
 
-@pytest.mark.counts(refused_ways_in=6)
 def test_a_checkout_without_a_core_of_its_sources_says_what_to_install(
     make: Maker, wheel: Path, tmp_path: Path, trace: Path
 ) -> None:

@@ -196,7 +196,6 @@ def build_delayed(settings: dict[str, Any], overlaps: bool) -> None:
             own.build_model()
 
 
-@pytest.mark.counts(fault_runs=1)
 def test_reduces_before_delayed_gradients_are_refused_as_by_flags(ranks: RankPools) -> None:
     for result in ranks(2).run_raw(build_delayed, HOMES, True):
         assert isinstance(result, Raised) and result.type_name == "ValueError"

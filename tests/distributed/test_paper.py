@@ -42,7 +42,6 @@ def ours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slurm
-@pytest.mark.counts(slurm_jobs=1)
 def test_a_job_of_the_breakdown_is_waited_for(
     slurm_cluster: Cluster, text_data: str, tmp_path: Path
 ) -> None:
@@ -68,7 +67,6 @@ def test_a_job_of_the_breakdown_is_waited_for(
 
 
 @pytest.mark.slurm
-@pytest.mark.counts(slurm_jobs=1)
 def test_the_planner_is_timed_on_a_node_of_slurm(slurm_cluster: Cluster, tmp_path: Path) -> None:
     words = ["scripts/paper/figure11.py", "--slurm", "--work-dir", str(tmp_path)]
     environment = slurm_cluster.environment(PYTHONPATH=processes.python_path())

@@ -108,7 +108,6 @@ def train_with_planner(command: list[str], fault: Fault) -> tuple[Record, int]:
     return record, given_up
 
 
-@pytest.mark.counts(fault_runs=1)
 def test_a_randomly_slow_planner_never_stops_training(ranks: RankPools, text_data: str) -> None:
     steps = 100
     command = command_line(text_data, FSEP + " --lr 1e-4 --min-lr 1e-4", steps=steps)
@@ -121,7 +120,6 @@ def test_a_randomly_slow_planner_never_stops_training(ranks: RankPools, text_dat
     assert 0 < versions[-1] < steps - 1 and late > 0
 
 
-@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize(("fault", "late"), [(_hangs, "keep"), (_hangs, "wait"), (_dies, "keep")])
 def test_a_planner_that_stops_leaves_its_last_layouts_in_force(
     ranks: RankPools, text_data: str, fault: Fault, late: str
@@ -138,7 +136,6 @@ def test_a_planner_that_stops_leaves_its_last_layouts_in_force(
         assert identical(stopped, kept)
 
 
-@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("fault", [_raises, _has_a_wrong_shape, _is_not_at_home])
 def test_a_broken_planner_keeps_the_last_good_layout(
     ranks: RankPools, text_data: str, fault: Fault

@@ -28,7 +28,6 @@ CASES = [
 ]
 
 
-@pytest.mark.counts(random_cases=1)
 @pytest.mark.parametrize("case", CASES)
 def test_a_random_case_equals_stock(case: Case, ranks: RankPools, text_data: str) -> None:
     judgement = judge(case, ranks, text_data)
@@ -70,7 +69,6 @@ IN_BLOCKS = changed(
 )
 
 
-@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize(
     "case",
     [

@@ -86,7 +86,6 @@ def value_of(flag: str, words: list[str]) -> str:
 
 
 @pytest.mark.quick
-@pytest.mark.counts(slurm_jobs=1)
 def test_every_node_starts_its_ranks_in_the_order_of_slurm_and_meets_on_the_first(
     slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
@@ -112,7 +111,6 @@ def test_every_node_starts_its_ranks_in_the_order_of_slurm_and_meets_on_the_firs
 
 
 @pytest.mark.quick
-@pytest.mark.counts(slurm_jobs=1)
 def test_an_interactive_allocation_has_as_many_ranks_as_it_asked_gpus_for(
     slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
@@ -127,7 +125,6 @@ def test_an_interactive_allocation_has_as_many_ranks_as_it_asked_gpus_for(
     assert {value_of("--nproc-per-node", words) for words in words_by_node.values()} == {"2"}
 
 
-@pytest.mark.counts(slurm_jobs=1)
 def test_a_requeued_job_keeps_its_log_and_says_whose_checkpoint_it_goes_on_from(
     slurm_cluster: Cluster, submit: Submit, tmp_path: Path
 ) -> None:
@@ -145,7 +142,6 @@ def test_a_requeued_job_keeps_its_log_and_says_whose_checkpoint_it_goes_on_from(
     assert f"{tmp_path}/run holds step 4 of this job, as it was before restart 1" in job.log
 
 
-@pytest.mark.counts(slurm_jobs=1)
 def test_without_a_checkpoint_a_job_is_not_requeued(
     slurm_cluster: Cluster, settings: Callable[..., dict[str, str]]
 ) -> None:
@@ -161,7 +157,6 @@ def test_without_a_checkpoint_a_job_is_not_requeued(
     assert job.end() == "CANCELLED"
 
 
-@pytest.mark.counts(slurm_jobs=1)
 def test_a_job_is_requeued_while_steps_remain_and_no_more_often_than_allowed(
     submit: Submit, tmp_path: Path
 ) -> None:
@@ -184,7 +179,6 @@ def test_a_job_is_requeued_while_steps_remain_and_no_more_often_than_allowed(
     assert len(minutes) == 3 and all(50 <= each < 60 for each in minutes)
 
 
-@pytest.mark.counts(slurm_jobs=1)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -200,7 +194,6 @@ def test_a_job_that_would_be_requeued_for_ever_fails(
     assert said in job.log
 
 
-@pytest.mark.counts(slurm_jobs=1)
 def test_a_run_that_fails_on_one_node_ends_on_both_and_is_started_again_as_often_as_allowed(
     submit: Submit, tmp_path: Path
 ) -> None:
@@ -219,7 +212,6 @@ def test_a_run_that_fails_on_one_node_ends_on_both_and_is_started_again_as_often
     assert len(ports) == 4 and len(set(ports)) == 2
 
 
-@pytest.mark.counts(slurm_jobs=1)
 def test_a_job_that_is_told_to_end_is_not_started_again(
     slurm_cluster: Cluster, submit: Submit
 ) -> None:
@@ -231,7 +223,6 @@ def test_a_job_that_is_told_to_end_is_not_started_again(
     assert "it is started again" not in job.log
 
 
-@pytest.mark.counts(slurm_jobs=1)
 def test_usr1_to_the_batch_shell_reaches_what_handles_it_and_nothing_else_ends(
     submit: Submit,
 ) -> None:
@@ -250,7 +241,6 @@ def test_usr1_to_the_batch_shell_reaches_what_handles_it_and_nothing_else_ends(
     assert job.log.count("saved") == 2
 
 
-@pytest.mark.counts(slurm_jobs=3)
 def test_a_checkpoint_in_use_is_refused_and_another_jobs_is_named(
     submit: Submit, tmp_path: Path
 ) -> None:
@@ -277,7 +267,6 @@ def test_a_checkpoint_in_use_is_refused_and_another_jobs_is_named(
 # The last task of an array has the number of the whole array.
 
 
-@pytest.mark.counts(slurm_jobs=2)
 def test_a_task_of_an_array_requeues_itself_alone(
     slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:

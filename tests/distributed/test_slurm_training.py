@@ -125,7 +125,6 @@ def assert_same(job: Job, undisturbed: Job, resumed_at: int, first: int = 1) -> 
             assert step.values[name] == other[name], (number, name)
 
 
-@pytest.mark.counts(slurm_jobs=2, resumed_runs=1)
 @pytest.mark.parametrize(
     "sharding",
     ["", pytest.param(HOMES, marks=pytest.mark.nightly)],
@@ -151,7 +150,6 @@ def test_usr1_saves_and_the_requeued_job_goes_on_from_the_step_it_came_in(
 
 
 @pytest.mark.nightly
-@pytest.mark.counts(slurm_jobs=2, resumed_runs=1)
 def test_term_saves_where_megatron_is_told_so_and_the_next_job_goes_on(
     training: Training, undisturbed: Job
 ) -> None:
@@ -166,7 +164,6 @@ def test_term_saves_where_megatron_is_told_so_and_the_next_job_goes_on(
 
 
 @pytest.mark.nightly
-@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
 @pytest.mark.parametrize("silently", [True, False], ids=["Slurm sees it", "ranks see it"])
 def test_a_job_that_loses_a_node_goes_on_when_it_is_back(
     training: Training, undisturbed: Job, silently: bool
@@ -186,7 +183,6 @@ def test_a_job_that_loses_a_node_goes_on_when_it_is_back(
 
 
 @pytest.mark.nightly
-@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
 @pytest.mark.parametrize(
     ("time_limit", "signalled", "margin"),
     # Slurm sends its signal up to a minute early.
@@ -211,7 +207,6 @@ def test_a_job_saves_before_its_time_limit_and_goes_on_in_another(
 
 
 @pytest.mark.nightly
-@pytest.mark.counts(slurm_jobs=2, resumed_runs=1)
 def test_a_preempted_job_saves_and_goes_on_after_the_urgent_one(
     training: Training, undisturbed: Job
 ) -> None:

@@ -83,11 +83,9 @@ WAIT = " --fsep-late-plan wait"
 def seeds_of_delays() -> Iterator[Any]:
     """Yield 5 seeds of some cases each day, one in the quick set too, and at night 200 of all."""
     for case in DAILY:
-        few = pytest.mark.counts(seeds_of_delays=5)
-        yield pytest.param(case, 5, marks=[few, pytest.mark.quick] if case == QUICK else few)
-    many = [pytest.mark.counts(seeds_of_delays=200), pytest.mark.nightly]
+        yield pytest.param(case, 5, marks=pytest.mark.quick if case == QUICK else ())
     for case in CASES:
-        yield pytest.param(case, 200, marks=many)
+        yield pytest.param(case, 200, marks=pytest.mark.nightly)
 
 
 def reordered_seeds(disturbed: list[Trace], steady: list[Trace]) -> int:

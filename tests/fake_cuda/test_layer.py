@@ -131,7 +131,6 @@ def test_every_kernel_was_launched_and_every_function_that_names_a_card_was_ente
     assert named - _entered == _ELSEWHERE
 
 
-@pytest.mark.counts(card_faults=1)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found_with_its_place(name: str, ranks: RankPools) -> None:
     for watched in ranks(1).run(watch_fault, name):

@@ -41,7 +41,6 @@ def test_layers_train_without_a_race(scene: Scene, one_queue: bool, ranks: RankP
     check_clean(ranks(2).run(layers.watch, scene, None, one_queue), 500)
 
 
-@pytest.mark.counts(race_faults=1)
 @pytest.mark.parametrize("name", LAYER_FAULTS)
 def test_a_fault_in_the_layers_is_found(name: str, ranks: RankPools) -> None:
     fault = LAYER_FAULTS[name]
@@ -49,7 +48,6 @@ def test_a_fault_in_the_layers_is_found(name: str, ranks: RankPools) -> None:
         assert any(fault.found in text for text in watched.report()), watched
 
 
-@pytest.mark.counts(race_scenarios=1)
 @pytest.mark.parametrize("scenario", by_day(training.DAILY, training.AT_NIGHT))
 def test_megatrons_loop_trains_without_a_race(
     scenario: str, ranks: RankPools, text_data: str
@@ -86,7 +84,6 @@ def test_a_card_without_the_recipe_is_refused_on_every_rank(
         assert "give --fp8-recipe tensorwise or blockwise" in result.message
 
 
-@pytest.mark.counts(race_faults=1)
 @pytest.mark.parametrize(
     "name",
     by_day(training.FAULTS, [name for name, fault in training.FAULTS.items() if fault.at_night]),

@@ -241,7 +241,6 @@ VALUES = st.recursive(
 )
 
 
-@pytest.mark.counts(fuzz_cases=CASES)
 @settings(max_examples=CASES)
 @given(st.sampled_from(GOOD.splitlines(keepends=True)), VALUES)
 @example("nodes: 1\n", "&x [*x]")

@@ -143,7 +143,6 @@ def test_a_state_that_is_cut_off_or_goes_on_is_refused() -> None:
 CASES = 1000
 
 
-@pytest.mark.counts(fuzz_cases=CASES)
 def test_only_value_errors_come_out_of_a_damaged_header(tmp_path: Path) -> None:
     path, draw, accepted = tmp_path / "group-0.bin", random.Random(1), 0
     path.write_bytes(make_state().to_bytes())

@@ -408,7 +408,6 @@ def _killed_while_it_moves(path: Path, left: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_run_killed_while_it_moves_steps_aside_leaves_the_old_recording_or_the_new(
     tmp_path: Path, phase: int
@@ -448,7 +447,6 @@ def outcome(path: Path, expected: list[tuple[str, int, str]]) -> str:
     return "unchanged" if found == expected else "prefix"
 
 
-@pytest.mark.counts(fuzz_cases=len(records.CHANGES) * CHANGES_OF_A_KIND)
 def test_a_changed_file_is_refused_or_read_up_to_the_change(path: Path) -> None:
     record(path, range(4), seed=1)
     content, expected = path.read_bytes(), read(path)
