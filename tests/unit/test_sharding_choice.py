@@ -126,9 +126,9 @@ def test_slots_serve_hot_experts_that_share_a_home(
     assert (seconds[0] < 0.7 * seconds[1]) == (capacity > 17)
 
 
-@pytest.mark.parametrize(("tokens", "gains"), [(8192, True), (16, False)])
+@pytest.mark.parametrize(("tokens", "gains"), [(16384, True), (16, False)])
 def test_training_expects_a_gain_where_ranks_would_wait(tokens: int, gains: bool) -> None:
-    """Qwen3-30B-A3B on one node: with few tokens, the gate takes longer than the wait."""
+    """Qwen3-30B-A3B on one node: with few tokens, gate and host take longer than the wait."""
     costs = CostModel(load_cluster("h100-8"), 2048, 768, gated=True, bytes_per_element=2)
     choice, _ = choose_geometry(FSEPConfig(), (8, 128, 8), 1, 8, priced_as(costs, 8 * tokens))
     found = expected_gain(FSEPConfig(), choice.geometry, choice.costs)
