@@ -9,6 +9,8 @@ run in turn, again and again, in one start:
 
 The first output is each one's share of forced balance. `--tokens` compares the two exchanges of
 tokens instead. `docs/performance.md` has the expected results.
+
+Over 400 lines: one run, of whose measurements each table is a view.
 """
 
 from __future__ import annotations

@@ -75,8 +75,7 @@ class SolveTime:
         return SolveTime(self.base_s * factor, self.slot_s * factor, self.count_s * factor)
 
 
-# Launches that take the host as long as forward of a MoE layer without attention, and as a slot in
-# it (`simulate` counts operations).
+# Launches that take the host as long as a MoE layer's forward without attention, and a slot of it.
 _LAYER_LAUNCHES, _SLOT_LAUNCHES = 207, 24.25
 
 
@@ -102,7 +101,6 @@ class HostTime:
 
     @property
     def slot_s(self) -> float:
-        """Return the time of a further slot in forward."""
         return _SLOT_LAUNCHES * self.launch_s
 
     def forward_seconds(self, slots: int) -> float:
