@@ -20,7 +20,7 @@ import pytest
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.tools import cli
 from megatron_laer.tools.report.metrics_recording import read_metrics
-from tests.recorded_runs import LAYERS, record_run
+from tests.recorded_runs import LAYERS, RUN, record_run
 from tests.tools.report_pages import data_of, figure_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -181,7 +181,7 @@ def test_a_layer_is_chosen_for_the_figure_and_its_table(run, tmp_path):
 
 def test_hostile_names_stay_text(tmp_path):
     hostile = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
-    record_run(tmp_path / "run", layers=(hostile, "layer 2"))
+    record_run(tmp_path / "run", layers=(hostile, "layer 2"), run=RUN | {"planner": hostile})
     page = tmp_path / "page.html"
     assert cli.main(["report", str(tmp_path / "run"), "--out", str(page)]) == 0
     dom, console = opened(page, tmp_path, fragment="#tables")

@@ -10,7 +10,6 @@ import pytest
 
 from megatron_laer.telemetry.trace_file import TRACE, TraceWriter
 from megatron_laer.tools.traces import read_trace
-from megatron_laer.tools.traces.records import Trace
 from tests.traces import assert_holds, some_counts, write_recording
 
 
@@ -39,16 +38,6 @@ def test_numbers_of_ranks_without_common_measure_are_refused(tmp_path, num_ranks
     trace = recorded(tmp_path, some_counts(4, ranks=6))
     with pytest.raises(ValueError, match=rf"for {num_ranks} ranks; use one of \[1, 2, 3, 6\] or a"):
         trace.with_ranks(num_ranks)
-
-
-def test_a_trace_checks_itself():
-    keys = [np.zeros(1, dtype=np.int64)] * 3
-    with pytest.raises(ValueError, match="holds no records"):
-        Trace(("a",), *[key[:0] for key in keys], np.zeros((0, 1, 1), np.int32))
-    with pytest.raises(ValueError, match="layer 0 has no name"):
-        Trace((), *keys, np.zeros((1, 1, 1), np.int32))
-    with pytest.raises(ValueError, match="must not be negative"):
-        Trace(("a",), *keys, np.full((1, 1, 1), -1, np.int32))
 
 
 def test_a_folder_stands_for_its_only_recording(tmp_path):

@@ -35,7 +35,6 @@ class Assessment:
     exchanges_s: float
     stock_s: float
     lost_ms_L: Float64
-    stock_lost_ms_L: Float64
 
     @property
     def kept(self) -> float:
@@ -68,7 +67,7 @@ def assess(run: RunData) -> Assessment:
     ratio_TL = np.maximum(run.imbalance_TL, 1.0)
     lost_ms_TL = run.layer_ms_TL * (1 - 1 / ratio_TL)
     stock_lost_ms_TL = run.layer_ms_TL * (np.maximum(run.stock_TL, 1.0) - 1) / ratio_TL
-    lost_ms_L, stock_lost_ms_L = np.nansum(lost_ms_TL, axis=0), np.nansum(stock_lost_ms_TL, axis=0)
+    lost_ms_L = np.nansum(lost_ms_TL, axis=0)
     imbalance_s = float(lost_ms_L.sum()) * 1e-3
     total_s = float(np.nansum(run.of_steps["step_ms"])) * 1e-3
     waits = ("restore_wait_ms", "reduce_wait_ms", "decide_ms")
@@ -78,9 +77,8 @@ def assess(run: RunData) -> Assessment:
         total_s - imbalance_s - exchanges_s,
         imbalance_s,
         exchanges_s,
-        float(stock_lost_ms_L.sum()) * 1e-3,
+        float(np.nansum(stock_lost_ms_TL)) * 1e-3,
         lost_ms_L,
-        stock_lost_ms_L,
     )
 
 

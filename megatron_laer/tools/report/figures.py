@@ -16,7 +16,6 @@ import numpy as np
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.tools.report import plots
-from megatron_laer.tools.report.assessment import Assessment
 from megatron_laer.tools.report.bins import (
     MAX_BINS,
     Bins,
@@ -45,11 +44,11 @@ from megatron_laer.tools.report.run_data import Float64, RunData
 KINDS = ("dense layers", "dispatch", "experts", "combine", "restore waits", "gradient waits")
 
 
-def sections(run: RunData, assessment: Assessment) -> Iterator[Section]:
+def sections(run: RunData) -> Iterator[Section]:
     """Yield the sections for which there is data."""
     edges = bin_edges(len(run.steps_T), MAX_BINS)
     yield _balance(run, edges)
-    yield _time(run, edges, assessment)
+    yield _time(run, edges)
     yield _ranks(run, edges)
     if run.experts_TLE is not None:
         yield _experts(run)
@@ -89,22 +88,10 @@ def _balance(run: RunData, edges: Sequence[int]) -> Section:
     return Section("balance", "Balance by layer and step", figures)
 
 
-def _time(run: RunData, edges: Sequence[int], assessment: Assessment) -> Section:
+def _time(run: RunData, edges: Sequence[int]) -> Section:
     figures = [_times(run, edges)]
     if run.loss:
         figures.append(_loss(run))
-    figures.append(
-        plots.bars_by_name(
-            "Lost to imbalance by layer, all steps",
-            "Computed from the measured time from a dispatch to the end of its combine, and "
-            "max/mean.",
-            run.shape.layers,
-            {"stock's placement": assessment.stock_lost_ms_L, "FSEP": assessment.lost_ms_L},
-            x="time lost in all steps, ms",
-            y="MoE layer",
-            colours=(RED, GREEN),
-        )
-    )
     return Section("time", "Where time went", figures)
 
 

@@ -42,7 +42,7 @@ _WORTH_A_TRY = 0.02
 def page(run: RunData, rows: Sequence[WhatIf], predicted_for: str = "") -> str:
     """Render the page; `predicted_for` describes the settings of the predictions in `rows`."""
     assessment = assess(run)
-    shown = list(sections(run, assessment))
+    shown = list(sections(run))
     data = {
         "format": "megatron_laer-report",
         "version": 3,

@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.tools.report.run_data import Float64
-
 BLUE, GREEN, RED, GREY = "#3b82c4", "#2a9d74", "#d55e00", "#8c96a0"
 # Colours of a step's kinds of time, distinguishable with impaired colour vision too.
 KIND_COLOURS = (GREY, BLUE, GREEN, "#7fb8de", RED, "#e69f00")
@@ -202,39 +200,6 @@ def stack_height(parts: Mapping[str, Sequence[float | None]]) -> float:
     """Return the height for stacked bars; columns of a warm-up may exceed it."""
     sums = np.nansum(np.array(list(parts.values()), dtype=np.float64), axis=0)
     return float(min(sums.max() * 1.02, 1.6 * np.quantile(sums, 0.95))) or 1.0
-
-
-def bars_by_name(
-    title: str,
-    text: str,
-    names: Sequence[str],
-    series: Mapping[str, Float64],
-    *,
-    x: str,
-    y: str,
-    colours: Sequence[str],
-) -> Chart:
-    traces = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": key,
-            "y": labels(names),
-            "x": rounded(values),
-            "text": [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values],
-            "textposition": "outside",
-            "cliponaxis": False,
-            "marker": {"color": colour, "line": {"color": colour, "width": 2}},
-        }
-        for (key, values), colour in zip(series.items(), colours, strict=True)
-    ]
-    most = max((float(np.max(values)) for values in series.values()), default=0.0)
-    axis = Axis((), {"title": {"text": x}, "range": [0, 1.15 * most or 1]})
-    layout = {
-        "height": 130 + 36 * len(names),
-        "yaxis": {"title": {"text": y}, "autorange": "reversed", "type": "category"},
-    }
-    return _chart(title, text, traces, axis, layout)
 
 
 def steps_axis(

@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.files import memory
-from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.telemetry.trace_file import MAX_COUNT
 
 Int32 = npt.NDArray[np.int32]
@@ -82,31 +81,8 @@ class Trace:
     sets: Mapping[tuple[int, int], Bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        num_records = len(self.counts_RNE)
-        if num_records == 0:
-            raise ValueError("the trace holds no records; record at least two steps")
-        if self.counts_RNE.ndim != 3 or 0 in self.counts_RNE.shape:
-            raise ValueError(f"counts have shape {self.counts_RNE.shape}, expected [R, N, E]")
-        if self.num_experts > MAX_EXPERTS:
-            raise ValueError(f"at most {MAX_EXPERTS} experts are possible, got {self.num_experts}")
-        keys = (self.step_R, self.layer_R, self.microbatch_R)
-        if any(key.shape != (num_records,) for key in keys):
-            raise ValueError(f"got {num_records} counts and keys of {[key.shape for key in keys]}")
-        if min(int(key.min()) for key in keys) < 0:
-            raise ValueError("steps, layers and microbatches must not be negative")
-        if int(self.layer_R.max()) >= len(self.layers):
-            raise ValueError(f"layer {int(self.layer_R.max())} has no name in {self.layers}")
-        if int(self.counts_RNE.min()) < 0:
-            raise ValueError(f"token counts must not be negative, got {self.counts_RNE.min()}")
-        order_R = np.lexsort(keys[::-1])
-        key_R3 = np.stack(keys, axis=1)[order_R]
-        twice = np.flatnonzero((key_R3[1:] == key_R3[:-1]).all(axis=1))
-        if twice.size > 0:
-            step, layer, microbatch = key_R3[twice[0]].tolist()
-            raise ValueError(
-                f"step {step}, layer {self.layers[layer]}, microbatch {microbatch} is there twice"
-            )
-        if not np.array_equal(order_R, np.arange(num_records)):
+        order_R = np.lexsort((self.microbatch_R, self.layer_R, self.step_R))
+        if not np.array_equal(order_R, np.arange(len(order_R))):
             for name in ("step_R", "layer_R", "microbatch_R", "counts_RNE"):
                 object.__setattr__(self, name, getattr(self, name)[order_R])
 

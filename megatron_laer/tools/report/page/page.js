@@ -62,9 +62,8 @@ function linesOf({ data, layout }) {
     const { x, y, z } = data.find((trace) => trace.visible);
     lines = [[title("yaxis"), ...x], ...z.map((row, r) => [y[r], ...row])];
   } else {
-    const [names, values] = first.orientation === "h" ? ["y", "x"] : ["x", "y"];
-    lines = [[title(`${names}axis`), ...data.map(({ name }) => name)],
-      ...first[names].map((name, n) => [name, ...data.map((trace) => trace[values][n])])];
+    lines = [[title("xaxis"), ...data.map(({ name }) => name)],
+      ...first.x.map((step, n) => [step, ...data.map(({ y }) => y[n])])];
   }
   return lines.map((line) => line.map(plain));
 }
