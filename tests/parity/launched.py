@@ -9,6 +9,7 @@ spent. Bounds are those of the CPU; a row beyond its own fails. Rank 0 prints.
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any
 
 from benchmarks.gpu.ranks import Ranks, run_ranks_part
@@ -27,32 +28,17 @@ def compare(ranks: Ranks) -> Part:
     part = Part()
     found: list[tuple[Row, Distance, Distance]] = []
     chosen = [row for row in ROWS if row.ranks == ranks.size and row.reference_ranks is None]
-    stock: dict[tuple[str, Adapt | None], Record] = {}
+    more = ["--distributed-backend", "nccl"]
+    more += ["--train-iters", str(_DRY_STEPS)] if ranks.dry else []
 
-    def run(
-        command: list[str],
-        adapt: Adapt | None,
-        kept: dict[tuple[str, Adapt | None], Record] | None = None,
-    ) -> Record | None:
-        key = " ".join(command), adapt
-        if kept is not None and key in kept:
-            return kept[key]
-        if not ranks.may_run():
-            return None
-        more = ["--distributed-backend", "nccl"]
-        more += ["--train-iters", str(_DRY_STEPS)] if ranks.dry else []
-        record = train_row([*command, *more], adapt=adapt)
-        if kept is not None:
-            kept[key] = record
-        return record
+    @cache
+    def run(command: tuple[str, ...], adapt: Adapt | None) -> Record | None:
+        """Train, once where rows share a stock run, if there is time."""
+        return train_row([*command, *more], adapt=adapt) if ranks.may_run() else None
 
     for row in chosen[:1] if ranks.dry else chosen:
-        records = (
-            run(row.reference(ranks.data)[1], row.adapt, stock),
-            run(row.other_stock(ranks.data)[1], row.adapt, stock),
-            run(row.fsep_run(ranks.data)[1], row.adapt),
-        )
-        reference, other, fsep = records
+        runs = row.reference(ranks.data), row.other_stock(ranks.data), row.fsep_run(ranks.data)
+        reference, other, fsep = (run(tuple(command), row.adapt) for _, command in runs)
         if reference is None or other is None or fsep is None:
             part.left_out.append(f"row {row.name}: the time was spent")
         elif ranks.rank == 0:

@@ -19,7 +19,7 @@ from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda import findings
 from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, FSDP_REDUCE, HYBRID_EP, Place
-from tests.fake_cuda.device import B200, H100, Observed, Watched, observed
+from tests.fake_cuda.device import B200, H100, Watched, observed
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
 from tests.fake_cuda.observing import side_stream_of_leaves
 from tests.launch_order import Launch, recorded
@@ -234,9 +234,12 @@ def watch(data: str, scenario: str, fault: str | None) -> Watched:
         recorded(launches),
         # Unlike on the CPU, streams launch in the order of the program.
         mock.patch.object(build, "make_comm_stream", make_comm_stream),
-        megatron_observed(
+        _fresh_streams(),
+        observed(
             settings.kernels, one_queue=settings.one_queue, capability=settings.capability
         ) as device,
+        side_stream_of_leaves(),
+        mock.patch.object(training, "fresh_megatron", _synchronised),
         broken,
         _steady_steps(),
         _fused_accumulation(),
@@ -255,18 +258,6 @@ def watch_on(capability: tuple[int, int], data: str, scenario: str) -> Watched:
     other = SCENARIOS[scenario]._replace(capability=capability)
     with mock.patch.dict(SCENARIOS, {scenario: other}):
         return watch(data, scenario, None)
-
-
-@contextlib.contextmanager
-def megatron_observed(*args: Any, **kwargs: Any) -> Iterator[Observed]:
-    """Run Megatron's loop in the block on the labelled device, with arguments of `observed`."""
-    with (
-        _fresh_streams(),
-        observed(*args, **kwargs) as device,
-        side_stream_of_leaves(),
-        mock.patch.object(training, "fresh_megatron", _synchronised),
-    ):
-        yield device
 
 
 def save_on_cpu(data: str, scenario: str) -> None:
