@@ -51,14 +51,11 @@ class EventOverlap:
         pass
 
 
-class Config:
-    """Replacement of DeepEP's tuning configuration."""
-
-    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        return 0
-
-    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        return 0
+# Of DeepEP's buffers, in bytes: this one needs none.
+_CONFIG = types.SimpleNamespace(
+    get_nvl_buffer_size_hint=lambda hidden_bytes, num_ranks: 0,
+    get_rdma_buffer_size_hint=lambda hidden_bytes, num_ranks: 0,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +116,10 @@ class Buffer:
         Buffer.num_sms = new_num_sms
 
     @staticmethod
-    def get_dispatch_config(num_ranks: int) -> Config:
-        return Config()
+    def get_dispatch_config(num_ranks: int) -> types.SimpleNamespace:
+        return _CONFIG
 
-    @staticmethod
-    def get_combine_config(num_ranks: int) -> Config:
-        return Config()
+    get_combine_config = get_dispatch_config
 
     def get_dispatch_layout(
         self, topk_idx: torch.Tensor, num_experts: int, **_: Any

@@ -127,7 +127,7 @@ def _adds_a_product(grad_Rn: torch.Tensor, input_nK: torch.Tensor, out_RK: torch
     torch.addmm(out_RK.zero_(), grad_Rn, input_nK, out_dtype=out_RK.dtype, out=out_RK)
 
 
-def _sums_beside(*args: Any, **kwargs: Any) -> torch.Tensor:
+def _sums_elsewhere(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Launch a kernel on a stream that waits for nothing."""
     with torch.cuda.stream(torch.cuda.Stream()):
         return _sum_copies(*args, **kwargs)
@@ -170,7 +170,7 @@ FAULTS = {
         _gathers_too(lambda counts_E: torch.zeros(len(counts_E))), f"{Kind.COLLECTIVE} {_HERE}"
     ),
     "a kernel on the wrong stream": Fault(
-        replaced(row_map, "sum_copies", _sums_beside), "dispatch/kernels.py:sum_rows", KERNELS
+        replaced(row_map, "sum_copies", _sums_elsewhere), "dispatch/kernels.py:sum_rows", KERNELS
     ),
     "an operation newer than the oldest torch": Fault(
         replaced(loop, "_write_product", _adds_a_product), f"{Kind.REFUSED} {_HERE}_adds_a_product"

@@ -129,13 +129,13 @@ def _finish_at_once(grads: Any) -> Any:
         return _finish_reduce(grads)
 
 
-def _add_beside(exchange: Any, *args: Any, add_to: Any, **kwargs: Any) -> Steps:
+def _add_elsewhere(exchange: Any, *args: Any, add_to: Any, **kwargs: Any) -> Steps:
     """Add to main gradients on a stream of its own, once there are sums, without a wait for it."""
     summed = yield from _reduce(exchange, *args, **kwargs)
-    beside = streams.Stream()
-    streams.behind(beside, streams.current_stream())
-    summed.record_stream(beside)  # type: ignore[arg-type]
-    with torch.cuda.stream(beside):  # type: ignore[arg-type]
+    elsewhere = streams.Stream()
+    streams.behind(elsewhere, streams.current_stream())
+    summed.record_stream(elsewhere)  # type: ignore[arg-type]
+    with torch.cuda.stream(elsewhere):  # type: ignore[arg-type]
         add_to.add_(summed)
     result: torch.Tensor = add_to
     return result
@@ -179,7 +179,7 @@ def _sizes_without_waiting(exchange: Any, sizes_Z: torch.Tensor) -> Any:
         return _start_sizes(exchange, sizes_Z)
 
 
-def _copy_beside_the_exchange(download: Any, tensor: torch.Tensor) -> Any:
+def _copy_at_once(download: Any, tensor: torch.Tensor) -> Any:
     """Copy to the host without waiting for the source."""
     with mock.patch.object(streams.Stream, "wait_stream", _nothing):
         return _start_download(download, tensor)
@@ -246,34 +246,34 @@ LAYER_FAULTS = {
     "whole gradients are put back when they are sent": Fault(
         replaced(SlotGrads, "start_reduce", _reduce_and_put_back)
     ),
-    "nobody waits until main gradients are added to": Fault(
+    "nothing waits until main gradients are added to": Fault(
         replaced(SlotGrads, "finish_reduce", _finish_at_once),
         "what add_ on the stream of gradients",
     ),
-    "main gradients are added to beside the stream of gradients": Fault(
-        replaced(Exchange, "reduce_steps", _add_beside), "what add_ on"
+    "main gradients are added to next to the stream of gradients": Fault(
+        replaced(Exchange, "reduce_steps", _add_elsewhere), "what add_ on"
     ),
     "reduces do not wait for the gradients that they send": Fault(
         replaced(CudaStream, "submit", _reduce_at_once),
         "on the stream of gradients reads what mm on the compute stream writes",
     ),
-    "nobody waits for an upload on a stream of its own": Fault(
+    "nothing waits for an upload on a stream of its own": Fault(
         replaced(copies, "upload", _uploaded_on_new_stream),
         "what _to_copy on stream",
     ),
-    "nobody waits for the copy of counts": Fault(
+    "nothing waits for the copy of counts": Fault(
         replaced(Download, "_read", _read_without_waiting),
         "reads what copy_ on the stream of counts writes",
     ),
     "counts are copied while they are gathered": Fault(
-        replaced(Download, "start", _copy_beside_the_exchange),
+        replaced(Download, "start", _copy_at_once),
         "copy_ on the stream of counts reads what _allgather_base_",
     ),
     "gathered counts are freed before they are copied": Fault(
         replaced(Download, "start", _let_go_of_the_source),
         "is free while copy_ on the stream of counts may still read it",
     ),
-    "nobody waits for a token exchange": Fault(
+    "nothing waits for a token exchange": Fault(
         replaced(AsyncWork, "order", _nothing), "alltoall_base_ on NCCL's"
     ),
     "a layout changes on the stream of gradients": Fault(
@@ -292,21 +292,21 @@ LAYER_FAULTS = {
 _IN_ONE_QUEUE = "one queue, experts at home by relay, full recompute"
 
 TRAINING_FAULTS = {
-    "nobody waits for weights that replicas gather": Fault(
+    "nothing waits for weights that replicas gather": Fault(
         replaced(steps, "_await_weights", _nothing),
         *("allgather_into_tensor_coalesced_", "both overlaps, slices replicated"),
     ),
-    "nobody waits for home experts that Megatron-FSDP gathers": Fault(
+    "nothing waits for home experts that Megatron-FSDP gathers": Fault(
         replaced(steps, "await_weights", _nothing),
         "allgather_into_tensor_coalesced_",
         "Megatron-FSDP of gradients, home experts replicated",
         at_night=True,
     ),
-    "nobody waits for gradients that replicas sum": Fault(
+    "nothing waits for gradients that replicas sum": Fault(
         replaced(distributed_c10d._CoalescingManager, "wait", _works_without_order),
         *("reduce_scatter_tensor_coalesced_", "both overlaps"),
     ),
-    "nobody waits for activations of the stage before": Fault(
+    "nothing waits for activations of the stage before": Fault(
         _activations_at_once, "recv_", "virtual pipeline 2 x 2"
     ),
     "a re-run writes the buffer of an upload that may still run": Fault(
@@ -328,7 +328,7 @@ TRAINING_FAULTS = {
         *(_without_completion, "mm on stream"),
         "experts' weight gradients during the dispatch's backward",
     ),
-    "nobody waits for the copy of token sizes": Fault(
+    "nothing waits for the copy of token sizes": Fault(
         replaced(TokenSizesExchange, "start", _sizes_without_waiting),
         *("reads what copy_ on the stream of counts writes", "tokens through nodes of 2"),
     ),
