@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_laer.choices import WireDtype
 from megatron_laer.config import FSEPConfig
@@ -245,8 +244,7 @@ def _carry(
                     table.pack(leaves, taken, sent)
                 arrived = arrives.view(into) if in_place else take("receive", arrives.rows, dtype)
                 yield stage.group
-                rows_P = move.received_P, move.sent_P
-                dist.all_to_all_single(arrived, sent, *rows_P, group=stage.group)
+                stage.all_to_all(arrived, sent, move.received_P, move.sent_P)
                 yield stage.group if any(stages[at + 1 :]) else None
                 direction.count(stage, move.received_P, slots.shape[1] * dtype.itemsize)
             if sums:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 
 from megatron_laer.planner.hops import Link
@@ -29,6 +30,16 @@ class Stage:
     group: dist.ProcessGroup
     position: int
     same_machine: slice
+
+    def all_to_all(
+        self,
+        received_ZK: torch.Tensor,
+        sent_ZK: torch.Tensor,
+        received_P: list[int],
+        sent_P: list[int],
+    ) -> None:
+        """Exchange rows, as many with each rank of the communicator."""
+        dist.all_to_all_single(received_ZK, sent_ZK, received_P, sent_P, group=self.group)
 
 
 @dataclass
