@@ -37,7 +37,8 @@ def every_case(node_size: int) -> list[str]:
     """Restore, update and reduce; return the ways."""
     import torch
 
-    from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights
+    from megatron_laer.runtime.comm.exchange import Exchange
+    from megatron_laer.runtime.comm.steps import finish
     from tests.exchange_cases import Case
 
     ways = []
@@ -46,16 +47,22 @@ def every_case(node_size: int) -> list[str]:
             case = Case.draw(seed, (groups.size, node_size))
             exchange = Exchange(groups, [case.way], grad_wire_dtype=case.wire)
             source = case.owned_by(groups.rank, case.whole_ERK)
-            restored = exchange.restore(source, case.index(0), case.rows)
+            restored = finish(exchange.restore_steps(source, case.index(0), case.rows))
             case.check_restored(restored, groups.rank, 0)
-            reuse = ReusableWeights(case.index(0), restored)
-            exchange.restore(source, case.index(1), case.rows, reuse=reuse)
+            finish(
+                exchange.restore_steps(
+                    source, case.index(1), case.rows, before=case.index(0), out=restored
+                )
+            )
             case.check_restored(restored, groups.rank, 1)
             collectives = exchange.restored.collectives
-            reuse = ReusableWeights(case.index(1), restored)
-            exchange.restore(source, case.index(1), case.rows, reuse=reuse)
+            finish(
+                exchange.restore_steps(
+                    source, case.index(1), case.rows, before=case.index(1), out=restored
+                )
+            )
             assert exchange.restored.collectives == collectives, "nothing changed"
-            summed = exchange.reduce(case.grads_NCRK[groups.rank], case.index(1))
+            summed = finish(exchange.reduce_steps(case.grads_NCRK[groups.rank], case.index(1)))
             expected = case.summed_ERK(1, case.wire or case.grad).to(case.grad)
             for one, total in zip(summed, case.owned_by(groups.rank, expected), strict=True):
                 assert torch.equal(one, total), case
@@ -73,6 +80,7 @@ def both_at_once(node_size: int) -> None:
     import torch
 
     from megatron_laer.runtime.comm.exchange import Exchange
+    from megatron_laer.runtime.comm.steps import finish
     from tests.exchange_cases import Case
 
     with gloo_groups(node_size) as groups:
@@ -84,13 +92,13 @@ def both_at_once(node_size: int) -> None:
             def restore(case: Any = case, given: Any = (exchange, source, index, restored)) -> None:
                 exchange, source, index, to = given
                 for _ in range(20):
-                    to.append(exchange.restore(source, index, case.rows))
+                    to.append(finish(exchange.restore_steps(source, index, case.rows)))
 
             thread = threading.Thread(target=restore)
             if groups.rank % 2:
                 thread.start()
             grad_CRK = case.grads_NCRK[groups.rank]
-            reduced = [exchange.reduce(grad_CRK, case.index(0)) for _ in range(20)]
+            reduced = [finish(exchange.reduce_steps(grad_CRK, case.index(0))) for _ in range(20)]
             if groups.rank % 2 == 0:
                 thread.start()
             thread.join(600.0)

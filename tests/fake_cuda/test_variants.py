@@ -17,8 +17,9 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm import process_groups
-from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights
+from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+from megatron_laer.runtime.comm.steps import finish
 from tests.fake_cuda.device import observed
 from tests.fake_cuda.kernels import only_counted
 from tests.fake_cuda.labels import card
@@ -64,10 +65,10 @@ def _exchange(exchange: Exchange, index: LayoutIndex, before: LayoutIndex | None
     else:
         shape = EXPERTS, ROWS // RANKS, COLUMNS
         source, sums = torch.empty(shape, dtype=dtype, device=card()), torch.zeros(shape).cuda()
-    whole_CRK = exchange.restore(source, index, ROWS)
+    whole_CRK = finish(exchange.restore_steps(source, index, ROWS))
     if before is not None:
-        exchange.restore(source, index, ROWS, reuse=ReusableWeights(before, whole_CRK))
-    exchange.reduce(torch.zeros_like(whole_CRK), index, add_to=sums)
+        finish(exchange.restore_steps(source, index, ROWS, before=before, out=whole_CRK))
+    finish(exchange.reduce_steps(torch.zeros_like(whole_CRK), index, add_to=sums))
 
 
 @pytest.mark.parametrize("algorithm", ExchangeAlgorithm)

@@ -15,7 +15,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.planner.traffic import restore_traffic
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
-from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights
+from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
 from tests.exchange_cases import COLUMNS, CPU, Case
 from tests.loopback import groups_of, run
@@ -35,15 +35,19 @@ class Group:
             Exchange(group, [case.way], grad_wire_dtype=case.wire) for group in groups
         ]
 
-    def restore(self, step: int, reuse: list[ReusableWeights] | None = None) -> list[torch.Tensor]:
+    def restore(
+        self, step: int, before: int | None = None, out: list[torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
         case, index = self.case, self.case.index(step)
+        had = None if before is None else case.index(before)
         return run(
             [
                 exchange.restore_steps(
                     case.owned_by(rank, case.whole_ERK),
                     index,
                     case.rows,
-                    reuse=None if reuse is None else reuse[rank],
+                    before=had,
+                    out=None if out is None else out[rank],
                 )
                 for rank, exchange in enumerate(self.exchanges)
             ]
@@ -122,8 +126,7 @@ def test_restores_updates_and_reduces_are_exact_and_move_the_bytes_of_their_hops
         restored = group.restore(0)
         for rank in group.ranks:
             compared += case.check_restored(restored[rank], rank, 0)
-        reuse = [ReusableWeights(case.index(0), matrix) for matrix in restored]
-        for rank, changed in enumerate(group.restore(1, reuse)):
+        for rank, changed in enumerate(group.restore(1, 0, restored)):
             assert changed is restored[rank]
             case.check_restored(changed, rank, 1)
         given = case.grads_NCRK.clone()

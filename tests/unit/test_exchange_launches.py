@@ -20,6 +20,7 @@ from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.runtime.comm import segments
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.comm.steps import finish
 from tests.loopback import groups_of
 from tests.placed import placed
 
@@ -92,9 +93,9 @@ def test_exchanges_launch_two_kernels_and_one_more_if_they_go_through_nodes(
     slice_ErK = torch.zeros(HOT.num_experts, bounds[RANK + 1] - bounds[RANK], COLUMNS)
     grad_CRK = torch.zeros(HOT.capacity, num_rows, COLUMNS, dtype=torch.bfloat16)
     with launches:
-        exchange.reduce(grad_CRK, index, add_to=slice_ErK)
+        finish(exchange.reduce_steps(grad_CRK, index, add_to=slice_ErK))
     assert launches.counted == reduce
     launches.counted.clear()
     with launches:
-        exchange.restore(slice_ErK, index, num_rows)
+        finish(exchange.restore_steps(slice_ErK, index, num_rows))
     assert launches.counted == restore

@@ -19,8 +19,9 @@ from megatron_laer.planner.hops import Way, way_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm import segments
-from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights
+from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+from megatron_laer.runtime.comm.steps import finish
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
@@ -60,13 +61,13 @@ def test_a_part_of_an_exchange_is_found_once_for_its_rows_direction_and_layout_b
     indexes = [index_of(0, 3, 2, 1) for _ in range(2)]
     for rows, after in itertools.product((ROWS, 2 * ROWS), indexes * 2):
         slice_ErK = torch.randn(EXPERTS, rows, COLUMNS)
-        matrix_CRK = exchange.restore(slice_ErK, before, rows)
+        matrix_CRK = finish(exchange.restore_steps(slice_ErK, before, rows))
         # Another index of the same layout before will do.
-        reuse = ReusableWeights(index_of(0, 1, 2, 3), matrix_CRK)
-        exchange.restore(slice_ErK, after, rows, reuse=reuse)
+        had = index_of(0, 1, 2, 3)
+        finish(exchange.restore_steps(slice_ErK, after, rows, before=had, out=matrix_CRK))
         assert torch.equal(matrix_CRK, slice_ErK[[0, 3, 2, 1]])
-        assert torch.equal(exchange.restore(slice_ErK, after, rows), matrix_CRK)
-        assert torch.equal(exchange.reduce(matrix_CRK, after), slice_ErK)
+        assert torch.equal(finish(exchange.restore_steps(slice_ErK, after, rows)), matrix_CRK)
+        assert torch.equal(finish(exchange.reduce_steps(matrix_CRK, after)), slice_ErK)
     of_index = [(False, False), (True, False), (False, True)]
     expected = {(rows, *kind): 2 for rows in (ROWS, 2 * ROWS) for kind in of_index}
     for rows in (ROWS, 2 * ROWS):

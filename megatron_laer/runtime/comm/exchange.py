@@ -10,8 +10,6 @@ r rows of one rank's slice, K columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -24,21 +22,13 @@ from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 from megatron_laer.runtime.comm.segments import Chain, Held
 from megatron_laer.runtime.comm.stages import Direction, ExchangeCount, Stage, stage_of
-from megatron_laer.runtime.comm.steps import Steps, finish
+from megatron_laer.runtime.comm.steps import Steps
 
 _WIRE_DTYPES = {
     WireDtype.BF16: torch.bfloat16,
     WireDtype.FP16: torch.float16,
     WireDtype.FP32: torch.float32,
 }
-
-
-@dataclass(frozen=True)
-class ReusableWeights:
-    """Restored matrix and its layout, to update in place until the optimizer changes the owners."""
-
-    index: LayoutIndex
-    matrix_CRK: torch.Tensor
 
 
 class Exchange:
@@ -91,16 +81,6 @@ class Exchange:
     def received_bytes(self) -> int:
         return self.restored.received_bytes + self.reduced.received_bytes
 
-    @torch.no_grad()
-    def restore(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run `restore_steps` to their end."""
-        return finish(self.restore_steps(*args, **kwargs))
-
-    @torch.no_grad()
-    def reduce(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run `reduce_steps` to their end."""
-        return finish(self.reduce_steps(*args, **kwargs))
-
     def restore_steps(
         self,
         source: torch.Tensor | Sequence[torch.Tensor],
@@ -108,7 +88,7 @@ class Exchange:
         rows: int,
         /,
         *,
-        reuse: ReusableWeights | None = None,
+        before: LayoutIndex | None = None,
         out: torch.Tensor | None = None,
     ) -> Steps:
         """Restore whole experts for this rank's slots.
@@ -117,27 +97,26 @@ class Exchange:
             source: this rank's rows of every expert, [E, r, K], or [R, K] of each home expert. Only
                 home experts that are sent are read.
             rows: R.
-            reuse: weights of another layout, the same one on all ranks. Only slots with another
-                expert are restored, in place; only experts new to a node cross nodes. If no slot of
-                any rank differs, there is no collective.
-            out: contiguous [C, R, K] to restore to, instead of a new tensor; not with `reuse`.
+            before: the layout whose experts `out` has, the same one on all ranks, until the
+                optimizer changes the owners. Only slots with another expert are restored; only
+                experts new to a node cross nodes. If no slot of any rank differs, there is no
+                collective.
+            out: contiguous [C, R, K] to restore to, instead of a new tensor.
 
         Returns:
-            [C, R, K], the expert of this rank's slot c at c; `out` or the reused tensor if given.
+            `out`, or [C, R, K], with the expert of this rank's slot c at c.
         """
-        assert reuse is None or out is None, "reused weights are updated in place"
-        before, out_CRK = (None, out) if reuse is None else (reuse.index, reuse.matrix_CRK)
         chain = self._chain(index, rows, before)
-        if out_CRK is None:
+        if out is None:
+            assert before is None, "weights of another layout are updated in place"
             of_one = source if isinstance(source, torch.Tensor) else source[0]
-            shape = index.placed.geometry.replica_slots, rows, of_one.shape[-1]
-            out_CRK = of_one.new_empty(shape)
-        assert out_CRK.shape[1] == rows and out_CRK.is_contiguous()
-        slots, dtype = out_CRK.view(-1, out_CRK.shape[2]), out_CRK.dtype
+            out = of_one.new_empty(index.placed.geometry.replica_slots, rows, of_one.shape[-1])
+        assert out.shape[1] == rows and out.is_contiguous()
+        slots, dtype = out.view(-1, out.shape[2]), out.dtype
         most_bytes = restore_workspace(chain.way, rows, slots.shape[1], dtype.itemsize)
         ends = _by_rows(source), [slots]
         yield from _carry(self.restored, chain, *ends, most_bytes, (dtype, dtype))
-        return out_CRK
+        return out
 
     def reduce_steps(
         self,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from megatron_laer.runtime.comm.exchange import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.steps import Steps
 from megatron_laer.runtime.comm.streams import Pending
@@ -166,6 +165,5 @@ class RestoredWeights:
         pending: Pending,
     ) -> Steps:
         """Update a matrix on `pending`'s communication stream, hence after it."""
-        reuse = ReusableWeights(before, pending.result())
-        exchange = self._streams.exchange
-        return (yield from exchange.restore_steps(source, index, rows, reuse=reuse))
+        exchange, present = self._streams.exchange, pending.result()
+        return (yield from exchange.restore_steps(source, index, rows, before=before, out=present))
