@@ -8,6 +8,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,8 @@ def test_a_part_that_hangs_or_fails_is_a_failure_and_its_results_count(
     parts = zip(("gemms", "layer"), ENDS, strict=True)
     made = tuple(__main__.Task(name, module, 1) for name, module in parts)
     monkeypatch.setattr(__main__, "_TASKS", made)
+    # Without the labelled device, which takes seconds to load.
+    monkeypatch.setattr(__main__, "launch", lambda task, _: [sys.executable, "-m", task.module])
     words = ["--dry-run", "--parts", "gemms,layer", "--output", str(tmp_path / "out")]
     assert __main__.main(words) == 1
     printed = capsys.readouterr().out
