@@ -92,9 +92,9 @@ std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const int64
   std::vector<std::vector<int16_t>> layouts;
   for (Way way : {Way{at_home(shape), Fill::kLoadAndNode}, Way{at_home(shape), Fill::kNode},
                   Way{balanced_S, Fill::kLoadAndNode}}) {
-    for (int most : {1, shape.capacity - shape.home}) {
+    for (int most = 1, all = shape.capacity - shape.home; most < 2 * all; most *= 2) {
       const std::vector<int16_t> before_S = way.slots_S;
-      fill_slots(shape, node_counts_QE, most, way.fill, way.slots_S);
+      fill_slots(shape, node_counts_QE, std::min(most, all), way.fill, way.slots_S);
       if (way.slots_S != before_S) layouts.push_back(way.slots_S);
     }
   }

@@ -35,8 +35,8 @@ HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, co
                            double least_gain_s,
                            const std::function<double(const HomeLayout&)>& seconds);
 
-// Layouts that fill one slot of each rank, or all: those that are free under stock's placement, also
-// for nodes alone, and those that are free in `balanced_S`.
+// Layouts that fill one slot of each rank, two, four and so on up to all: those that are free under
+// stock's placement, also for nodes alone, and those that are free in `balanced_S`.
 std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const int64_t* node_counts_QE,
                                                  const std::vector<int16_t>& balanced_S);
 
