@@ -36,6 +36,8 @@ from benchmarks.published_files import (
 from megatron_laer.choices import Recompute
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster, Contention
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import Link
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.iterate import run_iteration
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
@@ -213,7 +215,8 @@ def _works(
         size = capacity * model.expert_weights * model.bytes_per_element
         inside, outside = (NODE_SIZE - 1) / RANKS, (RANKS - NODE_SIZE) / RANKS
         intra, inter = size * inside, size * outside
-        exchange = Exchange(intra, inter, False, 1, RANKS, NODE_SIZE)
+        geometry = Geometry(RANKS, model.num_experts, capacity, NODE_SIZE)
+        exchange = Exchange(intra, inter, (Link.ALL,), 1, geometry)
     return [
         [_work(pairs_N, mean, rates, exchange, model) for pairs_N in pairs_MN]
         for pairs_MN in pairs_LMN
