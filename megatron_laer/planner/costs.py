@@ -244,9 +244,8 @@ class CostModel:
 
         It is their exposed time, `hidden_share` of the rest, and the host's.
         """
-        whole_s = self._whole_seconds(placed, self.exchange_of(placed))
         exposed = self.exposed(placed, beside_s)
-        hidden_s = whole_s - exposed.exchanges_s
+        hidden_s = self.exposed(placed, 0.0).exchanges_s - exposed.exchanges_s
         return exposed.exchanges_s + self.hidden_share * hidden_s + exposed.host_s
 
     def _native_arguments(
@@ -288,8 +287,12 @@ class CostModel:
 
     def faster_exchange(self, placed: Placed) -> ExchangeAlgorithm:
         """Return the algorithm with the shorter exchanges of a layout; `flat` if both are equal."""
-        # The first of equals.
-        return min(ExchangeAlgorithm, key=lambda way: self._whole_seconds(placed, way))
+
+        def whole_s(way: ExchangeAlgorithm) -> float:
+            by_way = replace(self, restore_algorithm=way, by_layout=False)
+            return by_way.exposed(placed, 0.0).exchanges_s
+
+        return min(ExchangeAlgorithm, key=whole_s)  # the first of equals
 
     def solve_seconds(self, geometry: Geometry) -> float:
         """Return the time of a fresh layout and exact quotas; a constant, so ranks decide alike."""
@@ -351,12 +354,6 @@ class CostModel:
     @property
     def _expert_flops(self) -> float:
         return self._passes * self.flops_per_token
-
-    def _whole_seconds(self, placed: Placed, algorithm: ExchangeAlgorithm) -> float:
-        """Return the time of a microbatch's restores and reduce that nothing hides."""
-        restores = 1 + self.backward_restores(placed.geometry.sharding)
-        reduce_s = self.reduce_seconds(placed, algorithm)
-        return restores * self.restore_seconds(placed, algorithm) + reduce_s
 
     def _exchange_seconds(self, traffic: Traffic, geometry: Geometry, form: WireForm) -> float:
         if geometry.home_slots and not (traffic.intra_N.any() or traffic.inter_N.any()):
