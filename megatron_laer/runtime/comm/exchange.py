@@ -199,7 +199,7 @@ def _carry(
         dtypes: of the rows of the source and of all others on the wire.
         adds: whether sums are added to the target's rows.
     """
-    table, sums, held, end = chain.table, direction.sums, source, 0
+    table, sums, held = chain.table, direction.sums, source
     stages = [direction.stages[move.link] for move in chain.moves]
     slots = (source if sums else target)[0]
     bounds = None if chain.way.is_direct else most_bytes
@@ -208,8 +208,7 @@ def _carry(
             leaves, arrives, dtype = move.leaves, move.arrives, dtypes[not move.is_first]
             taken, into = target if move.is_kept else held, target
             if not move.is_last:
-                end = max(end, arrives.end)
-                into = [take("send" if sums else "receive", end, dtypes[1])]
+                into = [take("send" if sums else "receive", arrives.end, dtypes[1])]
             in_place = stage is not None and not sums and arrives.in_place is not None
             if stage is None:
                 arrived = taken[0]
