@@ -212,6 +212,21 @@ def test_of_experts_parts_rows_are_kept_and_no_copy() -> None:
         torch.testing.assert_close(found_HF, expected_HF)
 
 
+@pytest.mark.parametrize(
+    ("first", "rows"),
+    [(0, 2), (6, 1), (10, 2), (12, 2)],
+    ids="before between beyond behind".split(),
+)
+def test_a_matrix_that_shares_memory_with_copies_is_kept_as_it_is(first: int, rows: int) -> None:
+    memory, factor = torch.arange(20.0), torch.ones(4, 3, requires_grad=True)
+    map_, copies_XH = row_map(torch.tensor([0, 0], dtype=torch.int32), 1), memory[4:12].view(2, 4)
+    other = memory[first : first + 4 * rows].view(rows, 4)
+    with map_.keeping_rows(copies_XH, torch.full((1, 4), float("nan"))):
+        product = other @ factor
+    product.sum().backward()
+    torch.testing.assert_close(factor.grad, other.sum(0)[:, None].expand(4, 3))
+
+
 def test_copies_in_bf16_are_rounded_once() -> None:
     copies_XH = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
     assert sum_copies(copies_XH, 1, torch.zeros(3, dtype=torch.int32)).item() == 258
