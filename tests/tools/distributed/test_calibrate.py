@@ -66,7 +66,7 @@ def test_two_ranks_write_a_file_that_plan_takes_and_keep_what_is_there(tmp_path)
     plan = "plan --workload W6 --ranks 4 --node-size 2 --experts 8 --strategy greedy --steps 6"
     planned = start(["-m", "megatron_laer", *plan.split(), "--cluster", str(output)])
     assert planned.returncode == 0, planned.stderr
-    assert "in nodes of 2 on mine" in planned.stdout
+    assert "in nodes of 2: " in planned.stdout and " on mine" in planned.stdout
 
     before = output.read_bytes()
     refused = torchrun(str(output), "--quick")
