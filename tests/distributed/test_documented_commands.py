@@ -68,7 +68,7 @@ _FIRST_STEPS = """
 """
 # Preparations that a page assumes.
 BEFORE = {
-    **dict.fromkeys(("checkpoints.md", "plan.md", "report.md"), _FIRST_STEPS),
+    **dict.fromkeys(("checkpoints.md", "metrics.md", "plan.md", "report.md"), _FIRST_STEPS),
     "from_0_to_64.md": "mkdir -p data; echo A corpus. >corpus.txt",
     "slurm.md": "python -m megatron_laer flags mixtral-8x7b-e8k2 >flags.txt",
 }
