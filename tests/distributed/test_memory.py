@@ -131,7 +131,7 @@ CASES = {
         2,
         RANDOM + " --recompute-granularity selective --recompute-modules moe",
     ),
-    # So many slots that every layout has replicas.
+    # With this number of slots every layout has replicas.
     "experts at home": (2, RANDOM + AT_HOME + RELAY + " --fsep-capacity 8"),
     "step": (2, f"{RANDOM} --fsep-restore step"),
     "adaptive": (
