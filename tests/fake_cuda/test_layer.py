@@ -115,7 +115,7 @@ def test_a_layer_computes_the_cpus_bits_and_waits_for_counts_alone(
         _entered.update(watched.entered)
 
 
-# Of the flex dispatcher, NCCL's groups over nodes, and metrics.
+# Functions of the flex dispatcher, of NCCL's groups over nodes, and of metrics.
 _ELSEWHERE = {
     "layer/dispatch/flex.py:SlotFlexDispatcher.token_dispatch",
     "runtime/comm/process_groups.py:ranks_per_node",

@@ -43,7 +43,7 @@ class Packer(Protocol):
         ...
 
 
-# Of the payloads that forward multiplies by, and of backward's; perhaps the same one.
+# Packers of the payloads that forward multiplies by, and of backward's; perhaps the same one.
 Packers = tuple[Packer, Packer]
 
 
