@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_file(path, json.dumps(result, indent=1) + "\n")
     print(
         f"\n{time.monotonic() - started_s:.0f} s. Every step is in {one_line(path)}, full logs are "
-        "beside it."
+        "in the same folder."
     )
     return 0
 

@@ -351,5 +351,5 @@ def _report(
 
 def finish(result: Result, folder: Path, *, failed: bool = False) -> int:
     written = result.write(folder)
-    print(f"\n{result.text()}\n\n{one_line(f'Also in {written} and, as text, beside it.')}")
+    print(f"\n{result.text()}\n\n{one_line(f'Also in {written} and, as text, next to it.')}")
     return int(failed)
