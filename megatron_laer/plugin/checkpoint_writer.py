@@ -10,7 +10,6 @@ in them.
 
 from __future__ import annotations
 
-import functools
 import logging
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ from typing import Any
 
 from megatron_laer import device
 from megatron_laer.helper_processes import end_with_parent, signals_blocked
-from megatron_laer.plugin.patching import Patch, original_of
+from megatron_laer.plugin.patching import Patch, around, original_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,47 +30,42 @@ _STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 _NVRX = "nvidia_resiliency_ext.checkpointing.async_ckpt"
 
 
-def _with_lasting_manager(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def get_write_results_queue(mp_mode: str = "spawn") -> Any:
-        from megatron.core.dist_checkpointing.strategies import async_utils
+def _lasting_manager(original: Any, mp_mode: str = "spawn") -> Any:
+    from megatron.core.dist_checkpointing.strategies import async_utils
 
-        filesystem_async: Any = sys.modules[original.__module__]
-        if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-            with async_utils._disable_gc(), signals_blocked():
-                manager.start(initializer=end_with_parent)
-            filesystem_async._results_queue = manager.Queue()
-        return original(mp_mode)
-
-    return get_write_results_queue
+    filesystem_async: Any = sys.modules[original.__module__]
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+        with async_utils._disable_gc(), signals_blocked():
+            manager.start(initializer=end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+    return original(mp_mode)
 
 
-def _with_lasting_worker(original: Any) -> Any:
-    @functools.wraps(original.__func__)
-    def _get_process(cls: Any, rank: int, mp_mode: str = "spawn", *args: Any, **kwargs: Any) -> Any:
-        fresh = cls._persistent_process is None
-        # Spawned, not from a fork server: the signal would also end that one. If it blocked
-        # signals, so would all processes that it starts for others.
-        with signals_blocked():
-            process = original.__func__(cls, rank, "spawn", *args, **kwargs)
-        if fresh:
-            # At a rank's exit multiprocessing sends SIGTERM, which the worker blocks, and waits.
-            util.Finalize(None, process.kill, exitpriority=0)
-        return process
-
-    return classmethod(_get_process)
+_WORKER_STAYS = "a signal to the whole job leaves the worker of async saves"
 
 
-def _with_lasting_nvrx_worker(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _start_worker(self: Any, rank: int) -> None:
-        # Its own abort sends SIGTERM, and SIGKILL only after 30 s.
-        with signals_blocked():
-            original(self, rank)
-        util.Finalize(None, _abandon, args=(weakref.ref(self),), exitpriority=0)
+@around(f"{_STRATEGIES}.async_utils", "PersistentAsyncCaller._get_process", _WORKER_STAYS)
+def _lasting_worker(
+    original: Any, cls: Any, rank: int, mp_mode: str = "spawn", *args: Any, **kwargs: Any
+) -> Any:
+    fresh = cls._persistent_process is None
+    # Spawned, not from a fork server: the signal would also end that one. If it blocked signals, so
+    # would all processes that it starts for others.
+    with signals_blocked():
+        process = original(cls, rank, "spawn", *args, **kwargs)
+    if fresh:
+        # At a rank's exit multiprocessing sends SIGTERM, which the worker blocks, and waits.
+        util.Finalize(None, process.kill, exitpriority=0)
+    return process
 
-    return _start_worker
+
+@around(f"{_NVRX}.core", "PersistentAsyncCaller._start_worker", _WORKER_STAYS)
+def _lasting_nvrx_worker(original: Any, caller: Any, rank: int) -> None:
+    # Its own abort sends SIGTERM, and SIGKILL only after 30 s.
+    with signals_blocked():
+        original(caller, rank)
+    util.Finalize(None, _abandon, args=(weakref.ref(caller),), exitpriority=0)
 
 
 def _abandon(caller_of: Callable[[], Any]) -> None:
@@ -102,28 +96,11 @@ def _prepare_worker() -> None:
 
 
 _ENDS_WITH_RANK = "the worker of async saves ends with its rank"
-_WORKER_STAYS = "a signal to the whole job leaves the worker of async saves"
-_MANAGER_STAYS = "a signal to the whole job leaves the writer's manager, which ends with its rank"
 _WORKER_LOOP = Patch(
     f"{_STRATEGIES}.async_utils",
     "PersistentAsyncCaller.async_loop",
     lambda _original: staticmethod(_run_worker),
     _ENDS_WITH_RANK,
-)
-WRITER_PATCHES = (
-    Patch(
-        f"{_STRATEGIES}.filesystem_async",
-        "get_write_results_queue",
-        _with_lasting_manager,
-        _MANAGER_STAYS,
-    ),
-    Patch(
-        f"{_STRATEGIES}.async_utils",
-        "PersistentAsyncCaller._get_process",
-        _with_lasting_worker,
-        _WORKER_STAYS,
-    ),
-    _WORKER_LOOP,
 )
 _NVRX_WORKER_LOOP = Patch(
     f"{_NVRX}.core",
@@ -132,21 +109,16 @@ _NVRX_WORKER_LOOP = Patch(
     lambda _original: staticmethod(_run_nvrx_worker),
     _ENDS_WITH_RANK,
 )
-NVRX_PATCHES = (
-    Patch(
-        f"{_NVRX}.filesystem_async",
+_manager_of, _nvrx_manager_of = (
+    around(
+        f"{module}.filesystem_async",
         "get_write_results_queue",
-        _with_lasting_manager,
-        _MANAGER_STAYS,
-    ),
-    Patch(
-        f"{_NVRX}.core",
-        "PersistentAsyncCaller._start_worker",
-        _with_lasting_nvrx_worker,
-        _WORKER_STAYS,
-    ),
-    _NVRX_WORKER_LOOP,
+        "a signal to the whole job leaves the writer's manager, which ends with its rank",
+    )(_lasting_manager)
+    for module in (_STRATEGIES, _NVRX)
 )
+WRITER_PATCHES = (_manager_of, _lasting_worker, _WORKER_LOOP)
+NVRX_PATCHES = (_nvrx_manager_of, _lasting_nvrx_worker, _NVRX_WORKER_LOOP)
 
 
 def nvrx_patches() -> tuple[Patch, ...]:

@@ -6,12 +6,10 @@ tracker file names it; that is written after `save` has returned, also under asy
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +20,7 @@ from megatron_laer import session
 from megatron_laer.choices import Sharding
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.home_order import home_digest
-from megatron_laer.plugin.patching import Patch
+from megatron_laer.plugin.patching import around
 from megatron_laer.releases import CHECKPOINT_STORAGE
 
 logger = logging.getLogger(__name__)
@@ -63,14 +61,14 @@ def sharding_of_checkpoint(args: Namespace) -> Sharding | None:
     return Sharding.ROWS if has_rows else Sharding.EXPERTS
 
 
-def _mark_buffers(sharded_state_dict: Any, current: session.Session | None) -> None:
+def _mark_buffers(sharded_state_dict: Any) -> None:
     """Mark the optimizer's buffers with FSEP's group size or homes.
 
     A rank's slices of all experts have as many elements as stock's whole experts. Without the mark,
     one kind would silently be read into the other. Buffers of experts in stock's homes, and of a
     stage without experts, are stock's.
     """
-    coordinator = None if current is None else current.coordinator
+    coordinator = session.current_coordinator()
     if coordinator is None:
         return
     of_run = str(coordinator.groups.size)
@@ -93,6 +91,100 @@ def _mark_buffers(sharded_state_dict: Any, current: session.Session | None) -> N
             entry.key += mark
 
 
+@around(
+    "megatron.core.dist_checkpointing",
+    "save",
+    "checkpoints carry the planner's state, and optimizer buffers of FSEP say so",
+)
+def _save(
+    original: Any, sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kw: Any
+) -> Any:
+    _mark_buffers(sharded_state_dict)
+    request = original(sharded_state_dict, checkpoint_dir, *args, **kw)
+    _save_planner(checkpoint_dir)
+    return request
+
+
+@around(
+    "megatron.core.dist_checkpointing",
+    "load",
+    "a resumed run goes on planning, and reads no optimizer buffers of another kind",
+)
+def _load(
+    original: Any, sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kw: Any
+) -> Any:
+    _mark_buffers(sharded_state_dict)
+    try:
+        loaded = original(sharded_state_dict, checkpoint_dir, *args, **kw)
+    except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
+        current = session.current()
+        if _MARK in str(error) and current is not None:
+            raise ValueError(
+                f"{checkpoint_dir}: its optimizer state, in Megatron's form dp_reshardable, is "
+                f"of a run with another --fsep-sharding than {current.sharding}, another "
+                f"--expert-model-parallel-size than {current.groups.size} or other "
+                "--fsep-homes; give that run's, save with --dist-ckpt-optim-fully-reshardable, "
+                "or load with --no-load-optim"
+            ) from error
+        raise
+    _resume(loaded, checkpoint_dir)
+    return loaded
+
+
+@around(
+    "megatron.training.checkpointing",
+    "preprocess_fsdp_dtensor_state_dict",
+    "checkpoints of Megatron-FSDP carry the planner's state",
+)
+def _save_before_shards(original: Any, args: Any, state_dict: Any, model: Any) -> Any:
+    """Save the planner's state before the shards of Megatron-FSDP, which torch alone writes."""
+    from megatron.training import checkpointing
+
+    if not _loads_shards.get():
+        step = state_dict["iteration"]
+        _save_planner(checkpointing.get_checkpoint_name(args.save, step, return_base_dir=True))
+    return original(args, state_dict, model)
+
+
+@around(
+    "megatron.training.checkpointing",
+    "_load_base_checkpoint",
+    "a run that resumes from Megatron-FSDP's shards goes on planning",
+)
+def _load_with_shards(original: Any, *args: Any, **kwargs: Any) -> Any:
+    token = _loads_shards.set(True)
+    try:
+        result = original(*args, **kwargs)
+    finally:
+        _loads_shards.reset(token)
+    loaded, directory, _, kind = result
+    current = session.current()
+    homes = None if current is None else current.config.homes
+    if homes is not None and getattr(kind, "name", "") in ("LEGACY", "LOCAL"):
+        raise ValueError(
+            f"{directory}: experts of this checkpoint are saved by rank, not by number, so "
+            f"--fsep-homes {quoted(homes)} would mix them up; load it without, and save it "
+            "with --ckpt-format torch_dist"
+        )
+    # At first rank 0 alone reads the run's arguments.
+    if not kwargs.get("rank0") and getattr(kind, "name", "") == "FSDP_DTENSOR":
+        _resume(loaded, directory)
+    return result
+
+
+def _save_planner(directory: Any) -> None:
+    if (coordinator := session.current_coordinator()) is not None:
+        coordinator.layouts.save(str(directory), _storage())
+
+
+def _resume(loaded: Any, directory: Any) -> None:
+    current = session.current()
+    if current is not None and isinstance(loaded, dict):
+        _report_gemm(getattr(loaded.get("args"), "fsep_gemm", None), current.config.gemm)
+    if current is not None and current.config.makes_plans and current.coordinator is not None:
+        current.coordinator.resume_planner(str(directory), _storage())
+
+
 def _report_gemm(before: str | None, now: str) -> None:
     """Warn if the back end of GEMMs differs from the saved run's; stock's checkpoints have None."""
     if before not in (None, now) and int(os.environ.get("RANK", "0")) == 0:
@@ -104,118 +196,4 @@ def _report_gemm(before: str | None, now: str) -> None:
         )
 
 
-def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        current = session.current()
-        _mark_buffers(sharded_state_dict, current)
-        request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        coordinator = None if current is None else current.coordinator
-        if coordinator is not None:
-            coordinator.layouts.save(str(checkpoint_dir), _storage())
-        return request
-
-    return save
-
-
-def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        current = session.current()
-        _mark_buffers(sharded_state_dict, current)
-        try:
-            loaded = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
-            if _MARK in str(error) and current is not None:
-                raise ValueError(
-                    f"{checkpoint_dir}: its optimizer state, in Megatron's form dp_reshardable, is "
-                    f"of a run with another --fsep-sharding than {current.sharding}, another "
-                    f"--expert-model-parallel-size than {current.groups.size} or other "
-                    "--fsep-homes; give that run's, save with --dist-ckpt-optim-fully-reshardable, "
-                    "or load with --no-load-optim"
-                ) from error
-            raise
-        _resume(loaded, str(checkpoint_dir))
-        return loaded
-
-    return load
-
-
-def _resume(loaded: Any, directory: str) -> None:
-    current = session.current()
-    if current is not None and isinstance(loaded, dict):
-        _report_gemm(getattr(loaded.get("args"), "fsep_gemm", None), current.config.gemm)
-    if current is not None and current.config.makes_plans and current.coordinator is not None:
-        current.coordinator.resume_planner(directory, _storage())
-
-
-def _with_planner_beside_shards(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Save the planner's state before the shards of Megatron-FSDP, which torch alone writes."""
-
-    @functools.wraps(original)
-    def preprocess_fsdp_dtensor_state_dict(args: Any, state_dict: Any, model: Any) -> Any:
-        from megatron.training import checkpointing
-
-        current = session.current()
-        coordinator = None if current is None else current.coordinator
-        if coordinator is not None and not _loads_shards.get():
-            directory = checkpointing.get_checkpoint_name(
-                args.save, state_dict["iteration"], return_base_dir=True
-            )
-            coordinator.layouts.save(str(directory), _storage())
-        return original(args, state_dict, model)
-
-    return preprocess_fsdp_dtensor_state_dict
-
-
-def _with_planner_of_shards(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _load_base_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        token = _loads_shards.set(True)
-        try:
-            result = original(*args, **kwargs)
-        finally:
-            _loads_shards.reset(token)
-        loaded, directory, _, kind = result
-        current = session.current()
-        homes = None if current is None else current.config.homes
-        if homes is not None and getattr(kind, "name", "") in ("LEGACY", "LOCAL"):
-            raise ValueError(
-                f"{directory}: experts of this checkpoint are saved by rank, not by number, so "
-                f"--fsep-homes {quoted(homes)} would mix them up; load it without, and save it "
-                "with --ckpt-format torch_dist"
-            )
-        # At first rank 0 alone reads the run's arguments.
-        if not kwargs.get("rank0") and getattr(kind, "name", "") == "FSDP_DTENSOR":
-            _resume(loaded, str(directory))
-        return result
-
-    return _load_base_checkpoint
-
-
-CHECKPOINT_PATCHES = (
-    Patch(
-        "megatron.core.dist_checkpointing",
-        "save",
-        _with_planner_saved,
-        "checkpoints carry the planner's state, and optimizer buffers of FSEP say so",
-    ),
-    Patch(
-        "megatron.core.dist_checkpointing",
-        "load",
-        _with_planner_loaded,
-        "a resumed run goes on planning, and reads no optimizer buffers of another kind",
-    ),
-    Patch(
-        "megatron.training.checkpointing",
-        "preprocess_fsdp_dtensor_state_dict",
-        _with_planner_beside_shards,
-        "checkpoints of Megatron-FSDP carry the planner's state",
-    ),
-    Patch(
-        "megatron.training.checkpointing",
-        "_load_base_checkpoint",
-        _with_planner_of_shards,
-        "a run that resumes from Megatron-FSDP's shards goes on planning",
-    ),
-)
+CHECKPOINT_PATCHES = (_save, _load, _save_before_shards, _load_with_shards)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import logging
 import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from megatron_laer.planner.sharding_choice import shardings
 from megatron_laer.plugin.checkpoints import sharding_of_checkpoint
 from megatron_laer.plugin.install_tracker import install_metrics
 from megatron_laer.plugin.optimizers import check_installed
-from megatron_laer.plugin.patching import Patch, apply, undo
+from megatron_laer.plugin.patching import apply, around, undo
 from megatron_laer.plugin.switch import disable, enable
 from megatron_laer.runtime.comm import launcher
 from megatron_laer.support import RefusedError, arguments
@@ -53,25 +52,22 @@ def uninstall() -> None:
         undo(patch)
 
 
-def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def add_megatron_arguments(parser: Any) -> Any:
-        mode, yaml_cfg = _asked_for()
-        with _refusing():
-            if yaml_cfg is not None:
-                _refuse_yaml(yaml_cfg)
-            fsep_flags.check_known(sys.argv)
-            if mode == ExpertParallelMode.FSEP:
-                # Megatron reads these variables while it adds its arguments and parses.
-                launcher.check_ranks(os.environ)
-        parser = fsep_flags.add_arguments(original(parser))
+@around("megatron.training.arguments", "add_megatron_arguments", "adds the FSEP flags")
+def _add_arguments(original: Any, parser: Any) -> Any:
+    mode, yaml_cfg = _asked_for()
+    with _refusing():
+        if yaml_cfg is not None:
+            _refuse_yaml(yaml_cfg)
+        fsep_flags.check_known(sys.argv)
         if mode == ExpertParallelMode.FSEP:
-            # None marks a flag as not given, so that Megatron uses a checkpoint's argument. The
-            # validation fills in the rest.
-            parser.set_defaults(**dict.fromkeys(arguments.FILLED_IN))
-        return parser
-
-    return add_megatron_arguments
+            # Megatron reads these variables while it adds its arguments and parses.
+            launcher.check_ranks(os.environ)
+    parser = fsep_flags.add_arguments(original(parser))
+    if mode == ExpertParallelMode.FSEP:
+        # None marks a flag as not given, so that Megatron uses a checkpoint's argument. The
+        # validation fills in the rest.
+        parser.set_defaults(**dict.fromkeys(arguments.FILLED_IN))
+    return parser
 
 
 def _asked_for() -> tuple[str | None, str | None]:
@@ -105,42 +101,47 @@ def _refuse_yaml(path: str) -> None:
         )
 
 
-def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def validate_args(args: Namespace, *rest: Any, **kwargs: Any) -> Any:
-        with _refusing():
-            config = fsep_flags.config_from_args(args)
-            if config is not None:
-                config, said = _checked(args, config, rest[0] if rest else kwargs.get("defaults"))
-        if config is None:
-            return original(args, *rest, **kwargs)
-        # Megatron requires that experts divide over ranks; slots do not. Before the model is built
-        # it uses the number for nothing else.
-        experts, ranks = args.num_experts, args.expert_model_parallel_size
-        args.num_experts = -(-experts // ranks) * ranks
-        try:
-            result = original(args, *rest, **kwargs)
-        finally:
-            args.num_experts = experts
-        arguments.check(args, config)  # again, since Megatron rewrites deprecated flags
-        if args.rank == 0:
-            for line in said:
-                # Printed like Megatron's own lines on derived values, before logging has a level.
-                print(line, flush=True)
-            on_cuda = not cpu_installed()
-            for warning in arguments.warnings(config, os.environ, on_cuda=on_cuda):
-                logger.warning("FSEP: %s", warning)
-        with _refusing():
-            # Megatron has derived the dtype at this point.
-            device = torch.device("cpu" if cpu_installed() else "cuda")
-            check_gemm(gemm_in_force(config.gemm), device, args.params_dtype)
-            check_installed(args.optimizer)
-            enable(config, seed=args.seed)
-        run_mark.set_checkpoints(args.load, args.save, finetune=args.finetune)
-        install_metrics(args.log_interval, args.num_layers, args.mtp_num_layers or 0)
-        return result
-
-    return validate_args
+@around(
+    "megatron.training.arguments",
+    "validate_args",
+    "refuses what FSEP cannot run with, and turns FSEP on",
+    also=(
+        "args.num_experts: rounded up to a multiple of the ranks while Megatron validates",
+        "args: FSEP's needs filled in, no-ops left out, as said in lines at start",
+    ),
+)
+def _validate(original: Any, args: Namespace, *rest: Any, **kwargs: Any) -> Any:
+    with _refusing():
+        config = fsep_flags.config_from_args(args)
+        if config is not None:
+            config, said = _checked(args, config, rest[0] if rest else kwargs.get("defaults"))
+    if config is None:
+        return original(args, *rest, **kwargs)
+    # Megatron requires that experts divide over ranks; slots do not. Before the model is built it
+    # uses the number for nothing else.
+    experts, ranks = args.num_experts, args.expert_model_parallel_size
+    args.num_experts = -(-experts // ranks) * ranks
+    try:
+        result = original(args, *rest, **kwargs)
+    finally:
+        args.num_experts = experts
+    arguments.check(args, config)  # again, since Megatron rewrites deprecated flags
+    if args.rank == 0:
+        for line in said:
+            # Printed like Megatron's own lines on derived values, before logging has a level.
+            print(line, flush=True)
+        on_cuda = not cpu_installed()
+        for warning in arguments.warnings(config, os.environ, on_cuda=on_cuda):
+            logger.warning("FSEP: %s", warning)
+    with _refusing():
+        # Megatron has derived the dtype at this point.
+        device = torch.device("cpu" if cpu_installed() else "cuda")
+        check_gemm(gemm_in_force(config.gemm), device, args.params_dtype)
+        check_installed(args.optimizer)
+        enable(config, seed=args.seed)
+    run_mark.set_checkpoints(args.load, args.save, finetune=args.finetune)
+    install_metrics(args.log_interval, args.num_layers, args.mtp_num_layers or 0)
+    return result
 
 
 def _checked(
@@ -182,21 +183,4 @@ def _refusing() -> Iterator[None]:
         raise RefusedError(str(error)) from error
 
 
-ARGUMENT_PATCHES = (
-    Patch(
-        "megatron.training.arguments",
-        "add_megatron_arguments",
-        _with_fsep_arguments,
-        "adds the FSEP flags",
-    ),
-    Patch(
-        "megatron.training.arguments",
-        "validate_args",
-        _with_fsep_validation,
-        "refuses what FSEP cannot run with, and turns FSEP on",
-        also=(
-            "args.num_experts: rounded up to a multiple of the ranks while Megatron validates",
-            "args: FSEP's needs filled in, no-ops left out, as said in lines at start",
-        ),
-    ),
-)
+ARGUMENT_PATCHES = (_add_arguments, _validate)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_laer import session
-from megatron_laer.plugin.patching import Patch
+from megatron_laer.plugin.patching import Patch, around
 from megatron_laer.session import Session
 
 _HYBRID_SPECS = "megatron.core.models.hybrid.hybrid_layer_specs"
@@ -24,15 +24,16 @@ def _fsep_layer(_original: Any) -> Any:
     return FSEPMoELayer
 
 
-def _marking_layers(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from megatron_laer.layer.moe_layer import for_multi_token_prediction
+@around(
+    "megatron.core.transformer.multi_token_prediction",
+    "MultiTokenPredictionLayer.__init__",
+    "marks MTP layers, which hybrid models do not mark themselves",
+)
+def _mark_layers(original: Any, *args: Any, **kwargs: Any) -> None:
+    from megatron_laer.layer.moe_layer import for_multi_token_prediction
 
-        with for_multi_token_prediction():
-            original(self, *args, **kwargs)
-
-    return __init__
+    with for_multi_token_prediction():
+        original(*args, **kwargs)
 
 
 def repoint_hybrid_specs() -> None:
@@ -77,39 +78,38 @@ def _uses_nccl() -> bool:
     return "nccl" in dist.get_backend()
 
 
-def _with_fsep_groups(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def initialize_model_parallel(*args: Any, **kwargs: Any) -> Any:
-        call = inspect.signature(original).bind(*args, **kwargs)
-        call.apply_defaults()
-        given = call.arguments
-        if _uses_nccl():
-            # Tokens precede weights and gradients, whose streams have a lower priority.
-            given["high_priority_stream_groups"] = [
-                *(given["high_priority_stream_groups"] or ()),
-                "ep",
-            ]
-        result = original(*call.args, **call.kwargs)
-        current = session.current()
-        assert current is not None
-        create_groups(
-            current,
-            timedelta(minutes=given["distributed_timeout_minutes"]),
-            given["nccl_communicator_config_path"],
-        )
-        return result
+@around(
+    "megatron.core.parallel_state",
+    "initialize_model_parallel",
+    "creates the FSEP groups",
+    also=('its argument high_priority_stream_groups: gets "ep" with NCCL',),
+)
+def _create_groups(original: Any, *args: Any, **kwargs: Any) -> Any:
+    call = inspect.signature(original).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    if _uses_nccl():
+        # Tokens precede weights and gradients, whose streams have a lower priority.
+        given["high_priority_stream_groups"] = [
+            *(given["high_priority_stream_groups"] or ()),
+            "ep",
+        ]
+    result = original(*call.args, **call.kwargs)
+    current = session.current()
+    assert current is not None
+    create_groups(
+        current,
+        timedelta(minutes=given["distributed_timeout_minutes"]),
+        given["nccl_communicator_config_path"],
+    )
+    return result
 
-    return initialize_model_parallel
 
-
-def _with_fsep_teardown(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def destroy_model_parallel(*args: Any, **kwargs: Any) -> Any:
-        if (current := session.current()) is not None:
-            current.close()
-        return original(*args, **kwargs)
-
-    return destroy_model_parallel
+@around("megatron.core.parallel_state", "destroy_model_parallel", "destroys the FSEP groups")
+def _destroy_groups(original: Any, *args: Any, **kwargs: Any) -> Any:
+    if (current := session.current()) is not None:
+        current.close()
+    return original(*args, **kwargs)
 
 
 LAYER_PATCHES = (
@@ -120,23 +120,7 @@ LAYER_PATCHES = (
         "MoE layers of GPT and Hybrid models are FSEP layers",
         also=(f"{_HYBRID_SPECS}.hybrid_stack_spec: its MoE layer follows, if it was built before",),
     ),
-    Patch(
-        "megatron.core.transformer.multi_token_prediction",
-        "MultiTokenPredictionLayer.__init__",
-        _marking_layers,
-        "marks MTP layers, which hybrid models do not mark themselves",
-    ),
-    Patch(
-        "megatron.core.parallel_state",
-        "initialize_model_parallel",
-        _with_fsep_groups,
-        "creates the FSEP groups",
-        also=('its argument high_priority_stream_groups: gets "ep" with NCCL',),
-    ),
-    Patch(
-        "megatron.core.parallel_state",
-        "destroy_model_parallel",
-        _with_fsep_teardown,
-        "destroys the FSEP groups",
-    ),
+    _mark_layers,
+    _create_groups,
+    _destroy_groups,
 )

@@ -5,13 +5,11 @@ Adam and SGD take any parameter. Those of the registry take whole matrices, whic
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from megatron_laer import session
-from megatron_laer.plugin.patching import Patch
+from megatron_laer.plugin.patching import around
 from megatron_laer.rules import RULES, problems_by
 
 
@@ -27,27 +25,20 @@ def check_installed(optimizer: str) -> None:
         )
 
 
-def _judging(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse, in loops without Megatron's arguments too, what the table of rules refuses."""
-
-    @functools.wraps(original)
-    def _create_emerging_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
-        current = session.current()
-        assert current is not None
-        is_shared = config.use_layer_wise_distributed_optimizer
-        asked = {"fsep_sharding": current.sharding, "use_distributed_optimizer": is_shared}
-        if problems := problems_by(RULES, SimpleNamespace(**vars(config) | asked)):
-            raise ValueError(problems[0])
-        return original(config, *args, **kwargs)
-
-    return _create_emerging_optimizer
-
-
-OPTIMIZER_PATCHES = (
-    Patch(
-        "megatron.core.optimizer",
-        "_create_emerging_optimizer",
-        _judging,
-        "Muon and Lion on rows are refused, and all others but Adam and SGD",
-    ),
+@around(
+    "megatron.core.optimizer",
+    "_create_emerging_optimizer",
+    "Muon and Lion on rows are refused, and all others but Adam and SGD",
 )
+def _judge(original: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse, in loops without Megatron's arguments too, what the table of rules refuses."""
+    current = session.current()
+    assert current is not None
+    is_shared = config.use_layer_wise_distributed_optimizer
+    asked = {"fsep_sharding": current.sharding, "use_distributed_optimizer": is_shared}
+    if problems := problems_by(RULES, SimpleNamespace(**vars(config) | asked)):
+        raise ValueError(problems[0])
+    return original(config, *args, **kwargs)
+
+
+OPTIMIZER_PATCHES = (_judge,)

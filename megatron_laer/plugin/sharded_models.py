@@ -7,8 +7,7 @@ are added to the others. So weights are gathered once a step, and gradients redu
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 
 from megatron_laer import session
 from megatron_laer.layer.experts.adapters import has_adapters
-from megatron_laer.plugin.patching import Patch, original_of
+from megatron_laer.plugin.patching import around, original_of
 from megatron_laer.rules import WITH_ADAPTERS, WITH_FSDP, problems_by
 from megatron_laer.support.model import refuse
 
@@ -45,84 +44,30 @@ def _are_of_experts(parameters: Sequence[torch.nn.Parameter]) -> bool:
     return not getattr(parameters[0], "allreduce", True)
 
 
-def _with_whole_experts(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(
-        self: Any, config: Any, params: Any, is_data_distributed: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        # Buffers of main weights alone have no allocator, since they are never gathered.
-        if "temporary_bucket_allocator" in kwargs and _are_of_experts(params):
-            is_data_distributed = False
-        original(self, config, params, is_data_distributed, *args, **kwargs)
-
-    return __init__
-
-
-def _with_experts_of_no_unit(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def _get_parameter_groups(*args: Any, **kwargs: Any) -> Any:
-        groups, *maps = original(*args, **kwargs)
-        for group in groups:
-            if _are_of_experts(group.params):
-                group.fsdp_unit_id = None
-        return groups, *maps
-
-    return _get_parameter_groups
+@around(
+    "megatron.core.distributed.fsdp.mcore_fsdp_adapter",
+    "FullyShardedDataParallel.__init__",
+    "Megatron-FSDP is refused with settings that no test proves next to FSEP",
+)
+def _judge_model(
+    original: Any, self: Any, config: Any, ddp_config: Any, module: Any, *args: Any, **kwargs: Any
+) -> None:
+    _judge(config, ddp_config, module=module)
+    original(self, config, ddp_config, module, *args, **kwargs)
 
 
-def _keeping_experts(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def release_bucket(self: Any, bucket_id: int, *args: Any, **kwargs: Any) -> None:
-        # A unit's module releases all of its parameters.
-        if not _are_of_experts(self.buffer.parameter_groups[bucket_id].params):
-            original(self, bucket_id, *args, **kwargs)
-
-    return release_bucket
-
-
-def _without_experts(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def reduce_gradients(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, [part for part in params if not _are_of_experts([part])], *args, **kwargs)
-
-    return reduce_gradients
-
-
-def _with_experts_at_end(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def synchronize_gradient_reduce(self: Any) -> None:
-        # Earlier, a reduce would scale what earlier microbatches have added once more. And layouts
-        # decide when experts' gradients are complete, so that replicas would differ in their order.
-        if self.ddp_config.overlap_grad_reduce:
-            groups = self.param_and_grad_buffer.parameter_groups
-            trained = [group.params for group in groups if group.requires_grad]
-            experts = [part for params in trained if _are_of_experts(params) for part in params]
-            original_of(_REDUCE)(self.grad_reduce_pipeline, experts)
-        original(self)
-
-    return synchronize_gradient_reduce
-
-
-def _with_judged_model(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(
-        self: Any, config: Any, ddp_config: Any, module: torch.nn.Module, *args: Any, **kwargs: Any
-    ) -> None:
-        _judge(config, ddp_config, module=module)
-        original(self, config, ddp_config, module, *args, **kwargs)
-
-    return __init__
-
-
-def _with_judged_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def make(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
-        wrapped = model_chunks[0]
-        if is_sharded(wrapped):
-            _judge(wrapped.config, wrapped.ddp_config, config)
-        return original(config, model_chunks, *args, **kwargs)
-
-    return make
+@around(
+    "megatron.core.optimizer",
+    "_get_megatron_optimizer_based_on_param_groups",
+    "so are settings of its optimizer",
+)
+def _judge_optimizer(
+    original: Any, config: Any, model_chunks: Any, *args: Any, **kwargs: Any
+) -> Any:
+    wrapped = model_chunks[0]
+    if is_sharded(wrapped):
+        _judge(wrapped.config, wrapped.ddp_config, config)
+    return original(config, model_chunks, *args, **kwargs)
 
 
 def _judge(
@@ -143,48 +88,65 @@ def _judge(
     refuse(problems_by((*WITH_FSDP, *WITH_ADAPTERS), SimpleNamespace(**named)))
 
 
-_REDUCE = Patch(
+@around(_BUFFERS, "DataParallelBuffer.__init__", "Megatron-FSDP leaves home experts whole")
+def _keep_whole(
+    original: Any, buffer: Any, config: Any, params: Any, is_data_distributed: bool, **kwargs: Any
+) -> None:
+    # Buffers of main weights alone have no allocator, since they are never gathered.
+    if "temporary_bucket_allocator" in kwargs and _are_of_experts(params):
+        is_data_distributed = False
+    original(buffer, config, params, is_data_distributed, **kwargs)
+
+
+@around(_BUFFERS, "_get_parameter_groups", "Megatron-FSDP has home experts in no unit")
+def _take_from_units(original: Any, *args: Any, **kwargs: Any) -> Any:
+    groups, *maps = original(*args, **kwargs)
+    for group in groups:
+        if _are_of_experts(group.params):
+            group.fsdp_unit_id = None
+    return groups, *maps
+
+
+@around(
+    _BUFFERS, "AllGatherPipeline.release_bucket", "Megatron-FSDP gathers home experts once a step"
+)
+def _keep_gathered(original: Any, pipeline: Any, bucket_id: int, *args: Any, **kwargs: Any) -> None:
+    # A unit's module releases all of its parameters.
+    if not _are_of_experts(pipeline.buffer.parameter_groups[bucket_id].params):
+        original(pipeline, bucket_id, *args, **kwargs)
+
+
+@around(
     _BUFFERS,
     "GradReducePipeline.reduce_gradients",
-    _without_experts,
     "Megatron-FSDP reduces no home expert at each microbatch",
 )
+def _reduce_others(original: Any, self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+    original(self, [part for part in params if not _are_of_experts([part])], *args, **kwargs)
+
+
+@around(
+    "megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp",
+    "MegatronFSDP.synchronize_gradient_reduce",
+    "Megatron-FSDP reduces home experts after all others",
+)
+def _reduce_at_end(original: Any, sharded: Any) -> None:
+    # Earlier, a reduce would scale what earlier microbatches have added once more. And layouts
+    # decide when experts' gradients are complete, so that replicas would differ in their order.
+    if sharded.ddp_config.overlap_grad_reduce:
+        groups = sharded.param_and_grad_buffer.parameter_groups
+        trained = [group.params for group in groups if group.requires_grad]
+        experts = [part for params in trained if _are_of_experts(params) for part in params]
+        original_of(_reduce_others)(sharded.grad_reduce_pipeline, experts)
+    original(sharded)
+
+
 SHARDING_PATCHES = (
-    Patch(
-        "megatron.core.distributed.fsdp.mcore_fsdp_adapter",
-        "FullyShardedDataParallel.__init__",
-        _with_judged_model,
-        "Megatron-FSDP is refused with settings that no test proves next to FSEP",
-    ),
-    Patch(
-        "megatron.core.optimizer",
-        "_get_megatron_optimizer_based_on_param_groups",
-        _with_judged_optimizer,
-        "so are settings of its optimizer",
-    ),
-    Patch(
-        _BUFFERS,
-        "DataParallelBuffer.__init__",
-        _with_whole_experts,
-        "Megatron-FSDP leaves home experts whole",
-    ),
-    Patch(
-        _BUFFERS,
-        "_get_parameter_groups",
-        _with_experts_of_no_unit,
-        "Megatron-FSDP has home experts in no unit",
-    ),
-    Patch(
-        _BUFFERS,
-        "AllGatherPipeline.release_bucket",
-        _keeping_experts,
-        "Megatron-FSDP gathers home experts once a step",
-    ),
-    _REDUCE,
-    Patch(
-        "megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp",
-        "MegatronFSDP.synchronize_gradient_reduce",
-        _with_experts_at_end,
-        "Megatron-FSDP reduces home experts after all others",
-    ),
+    _judge_model,
+    _judge_optimizer,
+    _keep_whole,
+    _take_from_units,
+    _keep_gathered,
+    _reduce_others,
+    _reduce_at_end,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,47 +11,45 @@ import torch
 
 from megatron_laer import session
 from megatron_laer.config import write_in_force
-from megatron_laer.plugin.patching import Patch
+from megatron_laer.plugin.patching import around
 from megatron_laer.plugin.sharded_models import await_weights, is_sharded, unwrapped
 from megatron_laer.runtime.scheduler import Chunk
 
 
-def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def train_step(
-        forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        from megatron.core.num_microbatches_calculator import get_num_microbatches
-        from megatron.training import get_args
+@around("megatron.training.training", "train_step", "layouts change at step boundaries")
+def _bound_step(
+    original: Any, forward_step_func: Any, data_iterator: Any, model: Any, *args: Any, **kwargs: Any
+) -> Any:
+    from megatron.core.num_microbatches_calculator import get_num_microbatches
+    from megatron.training import get_args
 
-        with training_step(get_args().curr_iteration, get_num_microbatches(), model):
-            if (current := session.current()) is not None:
-                write_in_force(get_args(), current.in_force)  # on ranks without MoE layers too
-            return original(forward_step_func, data_iterator, model, *args, **kwargs)
-
-    return train_step
+    with training_step(get_args().curr_iteration, get_num_microbatches(), model):
+        if (current := session.current()) is not None:
+            write_in_force(get_args(), current.in_force)  # on ranks without MoE layers too
+        return original(forward_step_func, data_iterator, model, *args, **kwargs)
 
 
-def _with_operations(original: Any) -> Any:
+@around(
+    "megatron.core.models.common.model_chunk_schedule_plan",
+    "TransformerModelChunkSchedulePlan.run",
+    "restores start with the forward and backward passes that it runs together",
+)
+def _report_chunks(
+    original: Any, f_schedule_plan: Any, b_schedule_plan: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Report the chunks of a combined schedule to the scheduler, since it calls no module."""
-    run_together = original.__func__
-
-    def run(f_schedule_plan: Any, b_schedule_plan: Any, *args: Any, **kwargs: Any) -> Any:
-        coordinator = session.current_coordinator()
-        if coordinator is None:
-            return run_together(f_schedule_plan, b_schedule_plan, *args, **kwargs)
-        scheduler = coordinator.scheduler
-        if b_schedule_plan is not None:
-            scheduler.begin_backward(b_schedule_plan.fsep_forward)
-        if f_schedule_plan is not None:
-            begun = scheduler.begin_forward(f_schedule_plan.state.model)
-            f_schedule_plan.fsep_forward = begun
-        try:
-            return run_together(f_schedule_plan, b_schedule_plan, *args, **kwargs)
-        finally:
-            scheduler.end_forward()
-
-    return staticmethod(functools.wraps(run_together)(run))
+    coordinator = session.current_coordinator()
+    if coordinator is None:
+        return original(f_schedule_plan, b_schedule_plan, *args, **kwargs)
+    scheduler = coordinator.scheduler
+    if b_schedule_plan is not None:
+        scheduler.begin_backward(b_schedule_plan.fsep_forward)
+    if f_schedule_plan is not None:
+        f_schedule_plan.fsep_forward = scheduler.begin_forward(f_schedule_plan.state.model)
+    try:
+        return original(f_schedule_plan, b_schedule_plan, *args, **kwargs)
+    finally:
+        scheduler.end_forward()
 
 
 @contextmanager
@@ -165,17 +163,4 @@ def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> No
         )
 
 
-STEP_PATCHES = (
-    Patch(
-        "megatron.training.training",
-        "train_step",
-        _with_step_boundary,
-        "layouts change at step boundaries",
-    ),
-    Patch(
-        "megatron.core.models.common.model_chunk_schedule_plan",
-        "TransformerModelChunkSchedulePlan.run",
-        _with_operations,
-        "restores start with the forward and backward passes that it runs together",
-    ),
-)
+STEP_PATCHES = (_bound_step, _report_chunks)

@@ -52,7 +52,7 @@ def test_a_missing_package_is_named_before_anything_is_built(
         mock.patch.object(command_line, "enable") as turned_on,
         mock.patch.object(command_line, "install_metrics"),
     ):
-        validate = command_line._with_fsep_validation(lambda args: args)
+        validate = command_line._validate.replace(lambda args: args)
         if not is_refused:
             assert validate(args) is args
             return

@@ -235,7 +235,7 @@ def test_fsep_is_not_turned_on_with_an_old_torch_on_a_gpu() -> None:
 
 def test_units_of_megatron_fsdp_release_all_weights_but_those_of_experts() -> None:
     released = []
-    release = sharded_models._keeping_experts(lambda _, bucket: released.append(bucket))
+    release = sharded_models._keep_gathered.replace(lambda _, bucket: released.append(bucket))
     groups = [SimpleNamespace(params=[SimpleNamespace(allreduce=dense)]) for dense in (False, True)]
     for bucket in (0, 1):
         release(SimpleNamespace(buffer=SimpleNamespace(parameter_groups=groups)), bucket)

@@ -68,9 +68,9 @@ def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCapt
         mock.patch.object(command_line, "install_metrics"),
         caplog.at_level(logging.WARNING),
     ):
-        assert command_line._with_fsep_validation(lambda args: args)(args) is args
+        assert command_line._validate.replace(lambda args: args)(args) is args
         args.rank = 1
-        command_line._with_fsep_validation(lambda args: args)(args)
+        command_line._validate.replace(lambda args: args)(args)
     # Megatron's imports may also have warned.
     ours = [record for record in caplog.records if record.name.startswith("megatron_laer.")]
     assert [record.getMessage() for record in ours] == ["FSEP: it crawls"]
@@ -175,7 +175,7 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
         mock.patch.object(parallel_state, "get_nccl_options", options),
         mock.patch.object(parallel_state, "create_group", group),
     ):
-        layers._with_fsep_groups(initialize)(
+        layers._create_groups.replace(initialize)(
             2,
             distributed_timeout_minutes=60,
             high_priority_stream_groups=["dp_cp"],
