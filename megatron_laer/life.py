@@ -29,7 +29,6 @@ class Kind(Enum):
     EVALUATION = "no backward"
     FIRST = "first pass of a checkpoint"
     RERUN = "re-run of a checkpoint"
-    BLOCK = "recompute of the block"
     EMPTY = "no replica"
     FROZEN = "no gradient of weights"
     CONSTANT = "no gradient of tokens"
@@ -61,7 +60,6 @@ class Event(Enum):
     DISPATCH_GRAD = "gradient of the dispatch"
     LEAVE = "gradients leave"
     WAIT = "the wait's turn"
-    BLOCK_GRAD = "gradient of the block"
 
 
 class Action(Enum):
@@ -82,7 +80,6 @@ class Action(Enum):
     DROP_WAITS = "drop waits"
     WAIT_WITH_TOKENS = "join the wait to the tokens"
     WAIT_WITH_EXPERTS = "join the wait to the experts"
-    WAIT_AFTER_BLOCK = "wait after the block"
     BYPASS_WAIT = "bypass the wait"
     COMPUTE = "compute"
     DELAY = "leave it to `backward_dw`"
@@ -109,12 +106,8 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.FRESH): (_A.MAKE_WAIT,),
         _of(): (_A.AWAIT, _A.RESTORE, _A.MAKE_WAIT),
     },
-    # Under a checkpoint. Stock's gradients of homes arrive in the block, and so must the sums.
-    Event.BLOCK: {
-        _of(_K.ALONE): (),
-        _of(_K.HOMES): (_A.MAKE_WAIT,),
-        _of(): (_A.WAIT_AFTER_BLOCK,),
-    },
+    # In the re-run of a checkpoint around it, at whose end all gradients have arrived.
+    Event.BLOCK: {_of(_K.ALONE): (), _of(): (_A.MAKE_WAIT,)},
     # Without overlap rows wait in the call of their module. Ranks gather homes in one order.
     Event.DECIDED: {
         _of(_K.ALONE, _K.HOMES): (_A.AWAIT,),
@@ -127,14 +120,12 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.PARTS): (),
         _of(_K.FROZEN): (_A.DROP_WAITS,),
         _of(_K.EMPTY): (_A.DROP_WAITS,),
-        _of(_K.BLOCK): (_A.DROP_WAITS,),
         _of(): (_A.MAKE_WAIT,),
     },
     Event.TOKENS: {_of(_K.PARTS): (), _of(): (_A.PREPARE,)},
     Event.BEFORE_EXPERTS: {
         _of(_K.FROZEN): (),
         _of(_K.PARTS): (_A.BYPASS_WAIT,),
-        _of(_K.BLOCK): (_A.BYPASS_WAIT,),
         _of(): (_A.WAIT_WITH_EXPERTS,),
     },
     Event.AFTER_EXPERTS: {
@@ -197,15 +188,8 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.HOMES, _K.PARTS): (_A.FINISH, _A.REPORT),
         _of(): (_A.FINISH,),
     },
-    Event.BLOCK_GRAD: {_of(_K.BLOCK): (_A.FINISH,)},
 }
-IMPOSSIBLE = (
-    _of(_K.FRESH, _K.STEP),
-    _of(_K.FIRST, _K.RERUN),
-    _of(_K.BLOCK, _K.HOMES),
-    _of(_K.BLOCK, _K.PARTS),
-    _of(_K.BLOCK, _K.ALONE),
-)
+IMPOSSIBLE = (_of(_K.FRESH, _K.STEP), _of(_K.FIRST, _K.RERUN))
 
 
 @cache

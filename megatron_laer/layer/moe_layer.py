@@ -303,7 +303,6 @@ class FSEPMoELayer(MoELayer):
             self._is_mtp,
             find_share=lambda: slot_experts.share,
             adapters=lambda: slot_experts.adapters,
-            recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
             what_changed=self.what_changed,
             on_step_end=self.end_step,

@@ -33,13 +33,12 @@ from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 class Chunk:
     """Model chunk: the MoE layers that one forward call of it passes, in order, with repetitions.
 
-    `module` is called once per microbatch and pass. `blocks` are each layer's transformer layer,
-    called with the hidden states as first argument or as `hidden_states`. Without them, gradients
-    of layers that recompute are waited for at once. `await_weights` waits until parameters hold a
-    step's weights. `gathers_weights` returns whether Megatron may still be gathering them over
-    replicas when the chunk's first forward begins. `replayed` returns the experts that the layers'
-    routers will choose; None without router replay. `grads_ready` reports main gradients of
-    stock's modules, as in `LateGrads`.
+    `module` is called once per microbatch and pass. `blocks` are each layer's transformer layer.
+    Without them, gradients of blocks that recompute are waited for at once. `await_weights` waits
+    until parameters hold a step's weights. `gathers_weights` returns whether Megatron may still be
+    gathering them over replicas when the chunk's first forward begins. `replayed` returns the
+    experts that the layers' routers will choose; None without router replay. `grads_ready` reports
+    main gradients of stock's modules, as in `LateGrads`.
     """
 
     module: torch.nn.Module
@@ -103,9 +102,7 @@ class Scheduler:
             if self._life[Event.BLOCK] and chunk.blocks:
                 layer_of = dict(zip(chunk.blocks, chunk.layers, strict=True))
                 self._hooks += [
-                    block.register_forward_pre_hook(
-                        partial(self._begin_block, layer), with_kwargs=True
-                    )
+                    block.register_forward_pre_hook(partial(self._begin_block, layer))
                     for block, layer in layer_of.items()
                 ]
 
@@ -233,27 +230,11 @@ class Scheduler:
                 fetched = self._take_fetched(forward.operation)
         self._prepare(0, training, fetched)
 
-    def _begin_block(
-        self,
-        layer: LayerState,
-        block: torch.nn.Module,
-        inputs: tuple[Any, ...],
-        named: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Begin a block whose layer is under a checkpoint, in the block or around it."""
-        if not (block.training and torch.is_grad_enabled()):
-            return None
-        restored = None
-        if self._forward is None:
-            plan = layer.reruns.next
-            restored = None if plan is None else plan.restored
-        elif layer.recomputes and (position := self._forward.next_position(layer)) is not None:
-            restored = self._ahead.get(position)
-        if restored is None:
-            return None
-        if inputs:
-            return (restored.begin_block(inputs[0]), *inputs[1:]), named
-        return inputs, named | {"hidden_states": restored.begin_block(named["hidden_states"])}
+    def _begin_block(self, layer: LayerState, block: torch.nn.Module, _inputs: Any) -> None:
+        """Make the wait of a block that a checkpoint around it runs again, in backward."""
+        plan = layer.reruns.next if self._forward is None and block.training else None
+        if plan is not None:
+            plan.restored.make_wait()
 
     def _end_forward(self, output: Any) -> None:
         forward, self._forward = self._forward, None

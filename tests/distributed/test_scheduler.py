@@ -190,9 +190,10 @@ FORWARD = (
         (
             MOE_RECOMPUTE,
             FORWARD + "restore 3, head, "
-            "tokens 3, experts 3, restore 2, back 3, leave 3, attention 3, arrive 3, "
-            "tokens 2, experts 2, restore 1, back 2, leave 2, attention 2, arrive 2, "
-            "tokens 1, experts 1, back 1, leave 1, attention 1, arrive 1",
+            # So has each MoE layer, without its attention.
+            "tokens 3, experts 3, restore 2, back 3, leave 3, arrive 3, attention 3, "
+            "tokens 2, experts 2, restore 1, back 2, leave 2, arrive 2, attention 2, "
+            "tokens 1, experts 1, back 1, leave 1, arrive 1, attention 1",
         ),
         (
             EXACT,

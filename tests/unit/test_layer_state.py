@@ -17,9 +17,7 @@ def layer(passes: int) -> LayerState:
     slices = Slices((), ())
     calls = [mock.Mock() for _ in range(3)]
     home = HomeOrder.stock(4)
-    return LayerState(
-        0, "mtp 1", 1, True, lambda: slices, lambda: "", False, passes, *calls, home=home
-    )
+    return LayerState(0, "mtp 1", 1, True, lambda: slices, lambda: "", passes, *calls, home=home)
 
 
 def test_reruns_come_by_microbatch_and_within_it_backwards() -> None:

@@ -118,8 +118,7 @@ def test_gradients_leave_once_after_the_tokens_and_are_waited_for_after_that() -
         # One wait, which is made before it is joined.
         joins = {Action.WAIT_WITH_TOKENS, Action.WAIT_WITH_EXPERTS}
         joined = [action for cell in life.values() for action in cell if action in joins]
-        after_block = Action.FINISH in life.get(Event.BLOCK_GRAD, ())
-        assert len(joined) + after_block == 1, kinds
+        assert len(joined) == 1, kinds
         assert Action.FINISH in life[Event.WAIT], kinds
 
 

@@ -154,7 +154,7 @@ def test_a_reruns_weights_are_in_memory_until_its_backward(streams: ExchangeStre
     ("first", "second", "tokens_need", "probs_need"),
     [needs for needs in itertools.product((False, True), repeat=4) if any(needs)],
 )
-@pytest.mark.parametrize("waits", ["at once", "after the layer before", "after the block"])
+@pytest.mark.parametrize("waits", ["at once", "after the layer before"])
 def test_whatever_needs_gradients_the_weights_are_freed_and_only_trained_ones_get_any(
     streams: ExchangeStreams,
     first: bool,
@@ -167,8 +167,6 @@ def test_whatever_needs_gradients_the_weights_are_freed_and_only_trained_ones_ge
     hidden = ones(needs_grad=tokens_need)
     if waits == "after the layer before":
         restored.make_wait()
-    elif waits == "after the block":
-        hidden = restored.begin_block(hidden)
     output = compute(restored, hidden, ones(needs_grad=probs_need))
     assert streams.weights.in_use == 0
     output.sum().backward()

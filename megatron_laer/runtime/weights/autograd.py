@@ -8,8 +8,7 @@ at the dispatch), since the backward pass waits for those. The second node is a 
 - Autograd runs the newest node first. So a `WaitForGrads` created early in forward, during the
   previous layer's compute, waits only after that layer's backward.
 - A checkpoint's backward is a backward pass of its own, at whose end all its nodes are done. There
-  it is an identity of the transformer layer's input. So it waits when that has its gradient, after
-  the attention's backward.
+  it is created as the transformer layer begins, and waits after the attention's backward.
 
 The tensors on the edges of this graph are placeholders of the right shape without storage.
 `RestoredWeights` and `SlotGrads` own weights and gradients; the nodes call their methods.
@@ -40,28 +39,21 @@ def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 class WaitForGrads(torch.autograd.Function):
-    """Hidden states unchanged, or a placeholder per matrix; the backward waits for gradients.
-
-    Those are the gradients of the parameters, which are further inputs.
-    """
+    """Parameters to a placeholder per matrix; the backward waits for the parameters' gradients."""
 
     @staticmethod
     def forward(
         ctx: Any,
         finish_reduce: FinishReduce,
         likes: Sequence[torch.Tensor],
-        hidden: torch.Tensor | None,
         *_: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.finish_reduce = finish_reduce
-        if hidden is not None:
-            return (hidden.view_as(hidden),)
         return tuple(placeholder(like, ()) for like in likes)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        passed = grads[0] if ctx.needs_input_grad[2] else None
-        return (None, None, passed, *ctx.finish_reduce())
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (None, None, *ctx.finish_reduce())
 
 
 class WaitWithTokens(torch.autograd.Function):

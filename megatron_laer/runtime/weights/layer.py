@@ -325,7 +325,6 @@ class FsepLayer:
         index: among the layers of this rank, from 0.
         name: "layer 3" or "mtp 1", counted over the whole model from 1.
         number: the 3 of "layer 3".
-        recomputes: whether the MoE layer is a checkpoint of its own.
         find_share: called at the first use, when the model is complete.
         adapters: describes adapters of home experts, as they must be on all ranks.
         passes: of each microbatch through the layer; several where Megatron repeats it.
@@ -342,7 +341,6 @@ class FsepLayer:
     is_mtp: bool
     find_share: Callable[[], Share]
     adapters: Callable[[], str]
-    recomputes: bool
     passes: int
     what_changed: Callable[[], str | None]
     on_step_end: Callable[[], None]

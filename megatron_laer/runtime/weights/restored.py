@@ -121,19 +121,6 @@ class RestoredExperts:
         """Note that a checkpoint runs this pass's forward again before its backward."""
         self._become({Kind.FIRST: True, Kind.RERUN: False})
 
-    def begin_block(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Mark hidden states of a block under a checkpoint, or make the wait for gradients."""
-        if Action.WAIT_AFTER_BLOCK not in self.life[Event.BLOCK]:
-            self._do(self.life[Event.BLOCK])
-            return hidden
-        if not self._share.trained:
-            return hidden
-        self._become({Kind.BLOCK: True})
-        marked: tuple[torch.Tensor] = WaitForGrads.apply(
-            partial(self._finish, Event.BLOCK_GRAD), (), hidden, *self._share.trained
-        )
-        return marked[0]
-
     @property
     def first_in_backward(self) -> RestoredWeights | None:
         """Return the weights with which backward comes here; None if it does not."""
@@ -296,12 +283,12 @@ class RestoredExperts:
                 raise ValueError(_NO_MODEL)
             parameters = (placeholder(share.likes[0].detach(), ()).requires_grad_(),)
         made: tuple[torch.Tensor, ...] = WaitForGrads.apply(
-            partial(self._finish, Event.WAIT), self._trained_likes, None, *parameters
+            self._finish, self._trained_likes, *parameters
         )
         return made
 
-    def _finish(self, event: Event) -> tuple[torch.Tensor | None, ...]:
-        share, cell = self._share, self.life[event]
+    def _finish(self) -> tuple[torch.Tensor | None, ...]:
+        share, cell = self._share, self.life[Event.WAIT]
         summed = self.grads.finish_reduce() if Action.FINISH in cell else share.added()
         if Action.REPORT not in cell or not share.have_main_grads:
             return summed
