@@ -161,7 +161,7 @@ def _layer(case: Case) -> Callable[[], dict[str, float]]:
     if case.sharding == "experts":
         layer.experts.forward = lambda rows, _, probs: (rows * probs[:, None].to(rows.dtype), None)
     coordinator: Any = session.current_coordinator()
-    coordinator.microbatch_planner._warns = False
+    coordinator.needs_steps = False
     if case.replicas:
         drawn = (coordinator.geometry.random_layout((seed,)) for seed in itertools.count())
         full = next(one for one in drawn if (one.slot_expert_S >= 0).all())

@@ -88,7 +88,7 @@ def _measure(flags: list[str]) -> dict[str, Any]:
     def after_step(_: object) -> tuple[float, float]:
         coordinator = current_coordinator()
         assert coordinator is not None
-        sent.append(coordinator.microbatch_planner.pairs.sent_bytes)
+        sent.append(coordinator.pairs.sent_bytes)
         return time.process_time(), spent[0]
 
     with _timed(spent):

@@ -96,7 +96,7 @@ class FSEPMoELayer(MoELayer):
             self.local_expert_indices,
             pg_collection,
             coordinator.groups,
-            coordinator.microbatch_planner.token_sizes,
+            coordinator.token_sizes,
         )
         if self.shared_experts is not None and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
@@ -164,7 +164,7 @@ class FSEPMoELayer(MoELayer):
         """Plan this microbatch; the shared experts' compute hides the exchange of counts."""
         self.cudagraph_tensor_store.clear()  # a replayed graph's outputs end here
         routing_map_TE, counts_E = self.token_dispatcher.take_counted()
-        finish_plan = self._coordinator.microbatch_planner.start(
+        finish_plan = self._coordinator.start_pass(
             self.state,
             routing_map_TE,
             counts_E,

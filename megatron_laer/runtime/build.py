@@ -42,7 +42,6 @@ from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
-from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
@@ -119,46 +118,29 @@ def build_coordinator(
     )
     homes = _common_homes(config, groups, geometry.num_experts)
     layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device, homes)
-    pass_layouts: PassLayouts
-    if config.mode == PlanMode.ANNOUNCED:
-        pass_layouts = AnnouncedLayouts(guard, layouts, groups, device)
-    else:
-        pass_layouts = PassLayouts(guard, layouts, groups, one_per_step=Kind.STEP in kinds)
-    experts = LayerExperts(streams, device, geometry, kinds)
-    scheduler = Scheduler(kinds, streams, experts, pass_layouts)
-    recorder = MetricsRecorder(guard, device, streams.parameters.times.clock)
-    planner = MicrobatchPlanner(
-        groups,
-        device,
-        layouts,
-        pass_layouts,
-        experts,
-        scheduler,
-        recorder,
-        PairCounts(
-            groups,
-            device,
-            geometry.num_experts,
-            config.pairs_interval,
-            -(-(config.sampled_sets or 0) // groups.size),
-        ),
-        token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
-        follows_steps=config.follows_steps,
+    pass_layouts = (
+        AnnouncedLayouts(guard, layouts, groups, device)
+        if config.mode == PlanMode.ANNOUNCED
+        else PassLayouts(guard, layouts, groups, one_per_step=Kind.STEP in kinds)
     )
+    experts = LayerExperts(streams, device, geometry, kinds)
+    sampled = -(-(config.sampled_sets or 0) // groups.size)
     return Coordinator(
-        config,
-        groups,
-        guard,
-        streams,
-        experts,
-        layouts,
-        pass_layouts,
-        scheduler,
-        planner,
-        recorder,
-        {"top_k": top_k, "tokens_per_rank": tokens},
-        seed,
-        device,
+        config=config,
+        groups=groups,
+        device=device,
+        seed=seed,
+        guard=guard,
+        streams=streams,
+        experts=experts,
+        layouts=layouts,
+        pass_layouts=pass_layouts,
+        scheduler=Scheduler(kinds, streams, experts, pass_layouts),
+        recorder=MetricsRecorder(guard, device, streams.parameters.times.clock),
+        pairs=PairCounts(groups, device, geometry.num_experts, config.pairs_interval, sampled),
+        token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
+        needs_steps=config.follows_steps,
+        priced={"top_k": top_k, "tokens_per_rank": tokens},
     )
 
 

@@ -1,6 +1,6 @@
 """Coordinator of one rank's MoE layers, steps and checkpoints.
 
-`build` constructs it; `MicrobatchPlanner` plans the passes within a step.
+`build` constructs it. It extends `MicrobatchPlanner`, which plans the passes within a step.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.connections import connect
 from megatron_laer.runtime.comm.exchange import wire_dtype
-from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.layer_state import (
     LayerState,
     adapters_in,
@@ -27,39 +24,27 @@ from megatron_laer.runtime.layer_state import (
     name_of_layer,
     what_changed,
 )
-from megatron_laer.runtime.metrics_recorder import MetricsRecorder, metrics_writer
+from megatron_laer.runtime.metrics_recorder import metrics_writer
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
-from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
-from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.planning.planner_rank import run_of_group
-from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.first_launches import launch_exchange_kernels
-from megatron_laer.runtime.weights.layer_experts import LayerExperts
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
-class Coordinator:
+@dataclass(eq=False, kw_only=True)
+class Coordinator(MicrobatchPlanner):
     """Coordinator of one rank of an FSEP group; the planner shares the guard's cost model.
 
     `priced` are the top-k and the tokens per rank that recordings name.
     """
 
     config: FSEPConfig
-    groups: FSEPGroups
     guard: Guard
     streams: ExchangeStreams
-    experts: LayerExperts
-    layouts: LayoutsInForce
-    pass_layouts: PassLayouts
-    scheduler: Scheduler
-    microbatch_planner: MicrobatchPlanner
-    recorder: MetricsRecorder
     priced: Mapping[str, int]
     seed: int
-    device: torch.device
     layers: list[LayerState] = field(default_factory=list)
     _unreported_steps: int = 0
     _unreported_bytes: int = 0
@@ -71,7 +56,7 @@ class Coordinator:
 
     def register_layer(self, number: int, is_mtp: bool, **described: Any) -> LayerState:
         """Add a MoE layer, in the same order on all ranks, with these fields of `FsepLayer`."""
-        assert not self.microbatch_planner.in_steps, "a layer was built after training began"
+        assert not self.in_steps, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
         home = self.layouts.add_layer(name, quantised=described.get("quantised", True))
         state = LayerState(len(self.layers), name, number, is_mtp, home=home, **described)
@@ -90,7 +75,7 @@ class Coordinator:
         Returns:
             A problem, for the caller to raise on every rank of the world.
         """
-        self.microbatch_planner.in_steps = True
+        self.in_steps = True
         summary = agreement.summarise(self.config, self.geometry, self.guard.costs, self.seed)
         summary["frozen experts"] = frozen_in(self.layers)
         summary["adapters of experts"] = adapters_in(self.layers)
@@ -123,10 +108,9 @@ class Coordinator:
 
     def connect(self) -> None:
         """Connect the ranks on all communicators that steps use. Collective over the group."""
-        of_tokens = self.groups.tokens_intra_node, self.groups.tokens_inter_node
-        if self.microbatch_planner.token_sizes is None:
-            of_tokens = None, None
-        tokens = [group for group in of_tokens if group is not None]
+        through_nodes = self.groups.tokens_intra_node, self.groups.tokens_inter_node
+        used = through_nodes if self.token_sizes is not None else ()
+        tokens = [group for group in used if group is not None]
         connect([*self.streams.exchange.communicators, *tokens], self.device)
 
     def _launch_kernels(self) -> None:
@@ -147,7 +131,7 @@ class Coordinator:
             step: of the run, so that a resumed run continues the same numbers.
             num_microbatches: of this step; lets planning start while the last backward passes run.
         """
-        assert self.microbatch_planner.in_steps, "begin_step before start"
+        assert self.in_steps, "begin_step before start"
         check_no_plan_is_left(self.layers)
         self._put_pairs()
         self.recorder.begin_step(step)
@@ -159,17 +143,17 @@ class Coordinator:
         self.scheduler.begin_step(expected)
         for layer in self.layers:
             layer.begin_step(expected)
-        self.microbatch_planner.pairs.begin_step(step, len(self.layers))
+        self.pairs.begin_step(step, len(self.layers))
         known = self.pass_layouts.known([layer.next_pass(training=True) for layer in self.layers])
         layouts = [(self.layers[at], layout) for at, layout in known.items()]
         for layer, layout in layouts:
-            self.microbatch_planner.tag(layer, layout)  # upload it now
+            self.tag(layer, layout)  # upload it now
         self.experts.begin_step(layouts, num_microbatches)
 
     def end_step(self) -> None:
         check_no_plan_is_left(self.layers)
         self.scheduler.end_step()
-        self.microbatch_planner.pairs.end_step()
+        self.pairs.end_step()
         for layer in self.layers:
             layer.on_step_end()
         self.layouts.end_step()
@@ -191,12 +175,12 @@ class Coordinator:
         return waits_ms[0] / steps, waits_ms[1] / steps, received_bytes / steps
 
     def resume_planner(self, directory: str, storage: Any) -> None:
-        if self.layers and not self.microbatch_planner.in_steps:
+        if self.layers and not self.in_steps:
             self.layouts.resume(directory, storage)
 
     def _put_pairs(self) -> None:
         """Record the pairs of the last step, before anything of the next one."""
-        found = self.microbatch_planner.pairs.take()
+        found = self.pairs.take()
         if found is not None and self.layouts.planner_rank is not None:
             self.layouts.planner_rank.put_pairs(*found)
 

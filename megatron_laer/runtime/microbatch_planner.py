@@ -36,12 +36,13 @@ from megatron_laer.runtime.weights.restored import RestoredExperts
 logger = logging.getLogger(__name__)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class MicrobatchPlanner:
     """Planner of the passes of one rank's layers.
 
-    `token_sizes` exchanges row numbers where tokens go through nodes. `follows_steps` says whether
-    settings need step boundaries, and `in_steps` whether the first step has begun.
+    `token_sizes` exchanges row numbers where tokens go through nodes. `needs_steps` says whether
+    settings need step boundaries and no warning has said so, and `in_steps` whether the first step
+    has begun.
     """
 
     groups: FSEPGroups
@@ -53,18 +54,17 @@ class MicrobatchPlanner:
     recorder: MetricsRecorder
     pairs: PairCounts
     token_sizes: TokenSizesExchange | None
-    follows_steps: bool
+    needs_steps: bool
     in_steps: bool = False
     _last_decision: int = 0
 
     def __post_init__(self) -> None:
         self._counts = CountsExchange(self.groups, self.device)
-        self._warns = self.follows_steps
 
     def tag(self, layer: LayerState, layout: ExpertLayout) -> torch.Tensor:
         return layer.tag(self.layouts.version, layout, self.device)
 
-    def start(
+    def start_pass(
         self,
         layer: LayerState,
         routing_map_TE: torch.Tensor,
@@ -150,9 +150,9 @@ class MicrobatchPlanner:
 
     def _warn_without_steps(self) -> None:
         """Warn once about training without steps, which a backward before this forward reveals."""
-        if not self._warns or not self.scheduler.backward_has_run:
+        if not self.needs_steps or not self.scheduler.backward_has_run:
             return
-        self._warns = False
+        self.needs_steps = False
         if self.groups.rank == 0 and self.groups.index == 0:  # the same on all ranks
             logger.warning(
                 "FSEP: training goes on without steps, so layouts stay as they are, nothing is "

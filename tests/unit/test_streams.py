@@ -126,7 +126,7 @@ def test_a_graph_that_is_captured_is_told_that_it_cannot_record_a_plan() -> None
     planner: Any = mock.Mock()
     capturing = mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True)
     with capturing, pytest.raises(AssertionError, match="a CUDA graph is being captured where"):
-        MicrobatchPlanner.start(
+        MicrobatchPlanner.start_pass(
             planner, mock.Mock(), torch.zeros(2, 4), torch.zeros(4), training=True
         )
     assert planner.mock_calls == []
