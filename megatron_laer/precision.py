@@ -19,7 +19,6 @@ from megatron_laer.choices import Choice
 
 # Megatron's default, which experts do not take.
 MEGATRONS_RECIPE = "delayed"
-_FLOAT32_BYTES = 4
 # Arguments that the tensors and quantisers of more than one recipe take.
 _QUANTISER = ("fp8_dtype", "rowwise", "columnwise")
 _EXACT = ("force_pow_2_scales", "amax_epsilon")
@@ -66,15 +65,6 @@ class Precision(Choice):
     def is_quantised(self) -> bool:
         return self is not Precision.PARAMETERS
 
-    @property
-    def recipe(self) -> str | None:
-        """Return the recipe of fp8, as recordings have it."""
-        return self.value if self.is_quantised else None
-
-    @property
-    def label(self) -> str:
-        return f"{self} fp8"
-
 
 @dataclass(frozen=True)
 class Quantisation:
@@ -99,7 +89,7 @@ class Quantisation:
     tensor: Part
     cards: Cards
     value_bytes: int = 1
-    scale_bytes: int = _FLOAT32_BYTES
+    scale_bytes: int = 4
     tile: tuple[int, ...] = (1,)
     directions: int = 1
     reads: int = 1
@@ -112,8 +102,7 @@ class Quantisation:
         """Return the shape of a matrix's scales, in whole blocks."""
         if self.block is None:
             return (1,)
-        turned = by_columns and self.directions > 1
-        block = self.block[::-1] if turned else self.block
+        block = self.block[::-1] if by_columns and self.directions > 1 else self.block
         return -(-rows // block[0]), -(-columns // block[1])
 
     def payload_rows(self, rows: int, columns: int) -> int:

@@ -239,7 +239,7 @@ def run_settings(
         "ffn": costs.ffn,
         "gated": costs.gated,
         "bytes_per_element": costs.bytes_per_element,
-        "precision": costs.precision.recipe,
+        "precision": costs.precision if costs.precision.is_quantised else None,
         "recompute": costs.recompute,
         "token_exchange": costs.tokens.exchange,
         "token_intra_rows": costs.tokens.intra_rows,

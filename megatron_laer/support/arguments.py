@@ -14,7 +14,7 @@ from typing import Any
 from megatron_laer.choices import OverlapScheduler, Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.environment import CONNECTIONS, has_one_queue
-from megatron_laer.files.checks import numbered, problem_of, quoted
+from megatron_laer.files.checks import numbered, problem_of
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.planner.layout import MAX_EXPERTS
@@ -142,38 +142,16 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
         problems += buffer_problems(args, _geometry(args, config))
     except ValueError as error:
         problems.append(str(error))
-    problems += _homes_problems(args, config)
+    if config.homes is not None:
+        try:
+            read_homes(Path(config.homes)).check_fits(ranks, experts)
+        except (ValueError, OSError) as error:
+            problems.append(problem_of("--fsep-homes", config.homes, error))
     try:
         check_node_size(ranks, config.node_size or 1, "--fsep-node-size")
     except ValueError as error:
         problems.append(str(error))
     return problems
-
-
-def _homes_problems(args: Namespace, config: FSEPConfig) -> list[str]:
-    """Return problems of the file of homes, and of checkpoints that keep experts by rank."""
-    if config.homes is None:
-        return []
-    given = f"--fsep-homes {quoted(config.homes)}"
-    problems = []
-    try:
-        homes = read_homes(Path(config.homes))
-        homes.check_fits(args.expert_model_parallel_size, args.num_experts)
-        if (missing := homes.missing(_decoder_layers(args))) is not None:
-            problems.append(f"{given}: {missing}")
-    except (ValueError, OSError) as error:
-        problems.append(problem_of("--fsep-homes", config.homes, error))
-    return problems
-
-
-def _decoder_layers(args: Namespace) -> list[str]:
-    """Return the decoder's MoE layers by name; none of a hybrid model, which has a pattern."""
-    if getattr(args, "hybrid_layer_pattern", None) or args.num_layers is None:
-        return []
-    pattern = args.moe_layer_freq
-    if not isinstance(pattern, list):
-        pattern = [at % pattern == 0 for at in range(args.num_layers)]
-    return [f"layer {at + 1}" for at, has_experts in enumerate(pattern) if has_experts]
 
 
 def buffer_problems(args: Namespace, geometry: Geometry) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer.files.records import header_line
-from megatron_laer.planner.homes_file import write_homes
 from megatron_laer.telemetry.trace_file import TraceWriter
 
 HUGE = 2**36
@@ -267,7 +266,6 @@ def _special(folder: Path) -> None:
     (folder / "hard.trace").hardlink_to(folder / "good.trace")
     (folder / "kept.json").write_text("{}")
     (folder / "homes-metrics.json").write_text('{"format":"megatron_laer-metrics"}')
-    write_homes(folder / "one-layer.json", 2, {"layer 2": np.arange(8)})
     (folder / "script.py").write_text("raise SystemExit(0)\n")
     (folder / "megatrons.py").write_text(
         "from megatron.training.arguments import parse_and_validate_args\n"

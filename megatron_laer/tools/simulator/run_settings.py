@@ -44,7 +44,7 @@ class RunSettings:
         home = ", experts at home" if self.sharding == Sharding.EXPERTS else ""
         numbers = f"{self.costs.bytes_per_element} bytes per number"
         if self.costs.precision.is_quantised:
-            numbers += f", {self.costs.precision.label}"
+            numbers += f", {self.costs.precision} fp8"
         on = self.costs.cluster.name
         return f"experts of {self.sizes.widths}, {numbers}{sent}{home}, on {on}"
 
