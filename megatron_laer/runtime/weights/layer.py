@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -48,7 +48,13 @@ Packers = tuple[Packer, Packer]
 
 
 class Share(ABC):
-    """A rank's share of a layer's experts for exchanges: a bias is a matrix with K = 1."""
+    """A rank's share of a layer's experts for exchanges: a bias is a matrix with K = 1.
+
+    Attributes:
+        waits_inside: whether gradients must arrive before a checkpoint's backward pass ends.
+    """
+
+    waits_inside: ClassVar[bool]
 
     @property
     @abstractmethod
@@ -60,26 +66,37 @@ class Share(ABC):
     def rows(self) -> tuple[int, ...]:
         """Return R of each matrix."""
 
-    @property
-    @abstractmethod
-    def waits_inside(self) -> bool:
-        """Return whether gradients must arrive before a checkpoint's backward pass ends."""
-
     @abstractmethod
     def sources(self, num_experts: int) -> tuple[Any, ...]:
         """Return the weights of each matrix from which an exchange restores."""
 
     @abstractmethod
-    def grad_target(self, position: int, num_experts: int) -> Any:
-        """Return the main gradients of a matrix for a reduce to add to; None if there are none."""
-
-    @abstractmethod
-    def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-        """Return autograd's gradients of `trained` from the results of its matrices' reduces."""
-
-    @abstractmethod
     def added(self) -> tuple[torch.Tensor | None, ...]:
         """Return autograd's gradients of `trained` where sums go to main gradients."""
+
+    @abstractmethod
+    def _by_expert(self, position: int, parts: Sequence[torch.Tensor], num_experts: int) -> Any:
+        """Return the matrices of all experts of this share, of a matrix's parts."""
+
+    def grad_target(self, position: int, num_experts: int) -> Any:
+        """Return the main gradients of a matrix for a reduce to add to; None if there are none."""
+        if not self.have_main_grads:
+            return None
+        grads = [main_grads.main_grad_of(part) for part in self.matrices[position]]
+        return self._by_expert(position, grads, num_experts)
+
+    def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        """Return autograd's gradients of `trained` from the results of its matrices' reduces."""
+        if self.have_main_grads:
+            if self.waits_inside:
+                main_grads.order_hooks(self.trained)
+            return self.added()
+        matrices = [self.matrices[at] for at in self.trained_at]
+        return tuple(
+            summed.view(part.shape)
+            for of_matrix, parts in zip(sums, matrices, strict=True)
+            for part, summed in zip(parts, of_matrix.chunk(len(parts)), strict=True)
+        )
 
     @property
     def for_backward(self) -> Share:
@@ -133,6 +150,8 @@ class Slices(Share):
         whole_rows: R of each matrix.
     """
 
+    waits_inside = False  # stock computes nothing with slices, so their hooks can run later
+
     slices: tuple[torch.nn.Parameter, ...]
     whole_rows: tuple[int, ...]
 
@@ -144,32 +163,20 @@ class Slices(Share):
     def rows(self) -> tuple[int, ...]:
         return self.whole_rows
 
-    @property
-    def waits_inside(self) -> bool:
-        """Return False: stock computes nothing with slices, so their hooks can run later."""
-        return False
-
     def sources(self, num_experts: int) -> tuple[torch.Tensor, ...]:
         return tuple(
-            _by_expert(part.detach(), num_experts, columns)
-            for part, columns in zip(self.slices, self.columns, strict=True)
+            self._by_expert(at, [part.detach()], num_experts) for at, part in enumerate(self.slices)
         )
-
-    def grad_target(self, position: int, num_experts: int) -> torch.Tensor | None:
-        if not self.have_main_grads:
-            return None
-        grad = main_grads.main_grad_of(self.slices[position])
-        return _by_expert(grad, num_experts, self.columns[position])
-
-    def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        if self.have_main_grads:
-            return self.added()
-        pairs = zip(sums, self.trained, strict=True)
-        return tuple(sum_ErK.view(parameter.shape) for sum_ErK, parameter in pairs)
 
     def added(self) -> tuple[torch.Tensor, ...]:
         """Return dummy gradients, as from Megatron's fused kernels."""
         return tuple(map(main_grads.mark_added, self.trained))
+
+    def _by_expert(
+        self, position: int, parts: Sequence[torch.Tensor], num_experts: int
+    ) -> torch.Tensor:
+        (part,), columns = parts, self.columns[position]
+        return part.view(num_experts, part.numel() // num_experts // columns, columns)
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,8 @@ class Homes(Share):
         packers: for each matrix whose experts travel as payloads, else None; () for no payloads.
     """
 
+    waits_inside = True  # stock's gradients arrive inside, and the hook runs when it ends
+
     homes: tuple[tuple[torch.nn.Parameter, ...], ...]
     packers: tuple[Packers | None, ...] = ()
 
@@ -196,11 +205,6 @@ class Homes(Share):
     @cached_property
     def rows(self) -> tuple[int, ...]:
         return tuple(_matrices([parameter])[0].shape[0] for parameter in self.likes)
-
-    @property
-    def waits_inside(self) -> bool:
-        """Return True: stock's gradients arrive inside, and the hook runs when it ends."""
-        return True
 
     @cached_property
     def carried(self) -> tuple[Carried, ...]:
@@ -218,26 +222,14 @@ class Homes(Share):
             for matrix, packer in zip(self.homes, self._packers, strict=True)
         )
 
-    def grad_target(self, position: int, num_experts: int) -> list[torch.Tensor] | None:
-        if not self.have_main_grads:
-            return None
-        return _matrices([main_grads.main_grad_of(part) for part in self.homes[position]])
-
-    def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-        if self.have_main_grads:
-            main_grads.order_hooks(self.trained)
-            return self.added()
-        return tuple(
-            sum_RK.view(parameter.shape)
-            for at, sums_hRK in zip(self.trained_at, sums, strict=True)
-            for parameter, sum_RK in zip(
-                self.homes[at], sums_hRK.chunk(len(self.homes[at])), strict=True
-            )
-        )
-
     def added(self) -> tuple[None, ...]:
         """Return no gradient and mark nothing: stock's node brings the home's own gradient."""
         return (None,) * len(self.trained)
+
+    def _by_expert(
+        self, position: int, parts: Sequence[torch.Tensor], num_experts: int
+    ) -> list[torch.Tensor]:
+        return _matrices(parts)
 
     @property
     def _packers(self) -> tuple[Packer | None, ...]:
@@ -282,10 +274,6 @@ class _Payloads(Sequence[torch.Tensor]):
         if home not in self._made:
             self._made[home] = self._packer.pack(self._homes_hRK[home])
         return self._made[home]
-
-
-def _by_expert(part: torch.Tensor, num_experts: int, columns: int) -> torch.Tensor:
-    return part.view(num_experts, part.numel() // num_experts // columns, columns)
 
 
 def _matrices(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
