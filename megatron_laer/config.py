@@ -75,19 +75,18 @@ _LEFT_OPEN = ("sharding", "capacity", "restore_algorithm", "token_exchange", "ge
 _NUMBERS: dict[type, Any] = {int: (Integral, "an integer"), float: (Real, "a number")}
 
 
-def _option(
-    default: Any,
-    help: str,
-    *,
-    flag: str = "",
-    minimum: Bound | None = None,
-    maximum: Bound | None = None,
-) -> Any:
-    """Return a field with its help and bounds; its annotation has its words or its type.
+# Fields with flags of their own; others are given by `--fsep-record DIR` or `--fsep-set`.
+_WITH_FLAGS = frozenset(
+    "preset sharding capacity planner plan_mode restore late_plan node_size token_exchange homes "
+    "allow_unproven".split()
+)
 
-    Without a flag of its own it is given by `--fsep-set name=value`.
-    """
-    metadata = {"help": help, "flag": flag, "minimum": minimum, "maximum": maximum}
+
+def _option(
+    default: Any, help: str, *, minimum: Bound | None = None, maximum: Bound | None = None
+) -> Any:
+    """Return a field with its help and bounds; its annotation has its words or its type."""
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum}
     return field(default=default, metadata=metadata)
 
 
@@ -105,77 +104,58 @@ class FSEPConfig:
     preset: Preset | None = _option(
         None,
         "settings of a published system: laer (rows, planner laer, even splits, flat exchanges)",
-        flag="--fsep-preset",
     )
     sharding: Sharding | Auto = _option(
         Auto.AUTO,
         "rows (1/N of every expert), experts (E/N whole ones; only replicas move), or auto",
-        flag="--fsep-sharding",
     )
     capacity: int | None = _option(
         None,
         "expert slots C per rank and MoE layer; default auto: the fastest predicted number",
-        flag="--fsep-capacity",
         minimum=Bound(1, "1 slot per rank"),
     )
     planner: str = _option(
-        "greedy",
-        "strategy for layouts: {strategies}; or random, drawn per microbatch, for tests",
-        flag="--fsep-planner",
+        "greedy", "strategy for layouts: {strategies}; or random, drawn per microbatch, for tests"
     )
     plan_mode: PlanMode | None = _option(
         None,
         "layout of a microbatch: forecast (planned), exact (fresh, behind the gate), adaptive "
         "(the cheaper), announced (fresh, from announced routing)",
-        flag="--fsep-plan-mode",
     )
     restore: Restore | float = _option(
         Restore.LAYER,
         "restore experts per layer and microbatch, keep those that fit into GIB until backward, "
         "or restore once per step (all layers in memory)",
-        flag="--fsep-restore",
         minimum=Bound(0, "0; 1.5 keeps 1.5 GiB"),
         maximum=Bound(4096, "4096; no card has more"),
     )
     late_plan: LatePlan = _option(
         LatePlan.KEEP,
         "where a plan is late: keep old layouts, or wait (repeats bits; --deterministic-mode)",
-        flag="--fsep-late-plan",
     )
     node_size: int | None = _option(
         None,
         "ranks of the FSEP group per node G; default: the launcher's number",
-        flag="--fsep-node-size",
         minimum=Bound(1, "1 rank"),
     )
     token_exchange: TokenExchange | Auto = _option(
         TokenExchange.RANK,
         "tokens travel once per expert (rank, as Megatron's), once per node (node), or auto",
-        flag="--fsep-token-exchange",
     )
     homes: str | None = _option(
-        None,
-        "file of each rank's home experts by layer, for sharding experts; default: stock's",
-        flag="--fsep-homes",
+        None, "file of each rank's home experts by layer, for sharding experts; default: stock's"
     )
-    record_layouts: str | None = _option(
-        None, "every applied layout", flag="--fsep-record DIR layouts"
-    )
+    record_layouts: str | None = _option(None, "every applied layout")
     record_trace: str | None = _option(
-        None,
-        "routing of every microbatch, for `megatron_laer plan`",
-        flag="--fsep-record DIR trace",
+        None, "routing of every microbatch, for `megatron_laer plan`"
     )
     record_metrics: str | None = _option(
-        None,
-        "metrics of every step and layer, with measured times, for `megatron_laer report`",
-        flag="--fsep-record DIR metrics",
+        None, "metrics of every step and layer, with measured times, for `megatron_laer report`"
     )
     allow_unproven: tuple[Unproven, ...] = _option(
         (),
         "run untested features: te-graphs (CUDA graphs up to the counts), dense-fp8 (all but "
         "experts), fp8-experts (all layers)",
-        flag="--fsep-allow-unproven",
     )
     split: Split = _option(
         Split.EXACT,
@@ -211,8 +191,7 @@ class FSEPConfig:
         "experts' GEMMs: loop (torch.mm), te (Transformer Engine), torch (grouped_mm), auto (loop)",
     )
     cluster: str | None = _option(
-        None,
-        "hardware constants: a name in configs/clusters or a path; default: by device",
+        None, "hardware constants: a name in configs/clusters or a path; default: by device"
     )
     pairs_interval: int | None = _option(
         None,
@@ -291,7 +270,9 @@ class FSEPConfig:
 
 def flag_name(name: str) -> str:
     """Return a field's flag: `--fsep-planner`, `--fsep-set plan_lag`, `--fsep-record DIR trace`."""
-    return FSEPConfig.__dataclass_fields__[name].metadata["flag"] or f"--fsep-set {name}"
+    if name.startswith("record_"):
+        return f"--fsep-record DIR {name.removeprefix('record_')}"
+    return f"--fsep-{name.replace('_', '-')}" if name in _WITH_FLAGS else f"--fsep-set {name}"
 
 
 def setting(name: str, value: object) -> str:

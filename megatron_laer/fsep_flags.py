@@ -42,8 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     for name in _FIELDS:
         if " " not in flag_name(name):
-            several = "+" if takes_several(name) else None
-            group.add_argument(flag_name(name), nargs=several, **_option(name), help=help_of(name))
+            metavar = _metavar(name)
+            group.add_argument(
+                flag_name(name),
+                nargs="+" if takes_several(name) else None,
+                type=_parser(name),
+                # Plain strings, since Megatron pickles parsed arguments into checkpoints.
+                choices=None if metavar else words_of(name),
+                metavar=metavar,
+                help=help_of(name),
+            )
     group.add_argument(
         "--fsep-record",
         action=_Record,
@@ -90,13 +98,6 @@ def _meant(given: str, known: Iterable[str]) -> str:
         form = setting(name, "DIR" if name in RECORDED.values() else "VALUE")
         return f"give {form}" if name == asked else f"did you mean {form}?"
     return f"there are {', '.join(known)}"
-
-
-def _option(name: str) -> dict[str, Any]:
-    # Plain strings, since Megatron pickles parsed arguments into checkpoints.
-    metavar = _metavar(name)
-    choices = None if metavar else words_of(name)
-    return {"type": _parser(name), "choices": choices, "metavar": metavar}
 
 
 def _metavar(name: str) -> str | None:

@@ -1,9 +1,6 @@
-"""Refusals: settings that FSEP cannot run with, each with a reason and a remedy.
+"""Checks of Megatron's arguments and TransformerConfig by the table of `rules`.
 
-`table` has one row, a `Refusal` of `refusal`, per refused setting, and `fields` the other MoE
-fields of Megatron's TransformerConfig. By the same rows, `arguments` checks parsed arguments and
-`model` a TransformerConfig. Nothing here imports Megatron or torch. Combinations proved equal to
-stock are rows of `tests/parity`; docs/support.md lists all.
+Nothing here imports Megatron or torch. docs/support.md lists proved and refused combinations.
 """
 
 

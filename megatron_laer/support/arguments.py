@@ -90,22 +90,6 @@ def with_needed_sharding(args: Any, config: FSEPConfig) -> tuple[FSEPConfig, str
     return replace(config, sharding=sharding), why
 
 
-def _geometry(args: Namespace, config: FSEPConfig) -> Geometry:
-    """Return the geometry of the MoE layers, with a node size of 1: it is not known yet.
-
-    Nor is what `auto` takes; any number of slots for it fits rows.
-    """
-    return resolve_geometry(
-        args.num_experts,
-        args.expert_model_parallel_size,
-        config.capacity,
-        1,
-        sharding=Sharding.EXPERTS if config.sharding == Sharding.EXPERTS else Sharding.ROWS,
-        multiple=slots_multiple(args),
-        flags=("--fsep-capacity", "--fsep-node-size"),
-    )
-
-
 def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool) -> list[str]:
     """Return the settings with which FSEP runs slowly, or may stop at its first step."""
     found = []
@@ -138,8 +122,19 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
             f"--expert-model-parallel-size {ranks}: must be at most the number of ranks, "
             f"{args.world_size} (WORLD_SIZE)"
         ]
+    # What `auto` takes is not known yet, and any number of slots for it fits rows.
+    at_home = config.sharding == Sharding.EXPERTS
     try:
-        problems += buffer_problems(args, _geometry(args, config))
+        geometry = resolve_geometry(
+            experts,
+            ranks,
+            config.capacity,
+            1,  # nodes are not known yet
+            sharding=Sharding.EXPERTS if at_home else Sharding.ROWS,
+            multiple=slots_multiple(args),
+            flags=("--fsep-capacity", "--fsep-node-size"),
+        )
+        problems += buffer_problems(args, geometry)
     except ValueError as error:
         problems.append(str(error))
     if config.homes is not None:
