@@ -92,6 +92,7 @@ class Action(Enum):
 
 
 Cell = tuple[Action, ...]
+Column = Mapping[Event, Cell]
 
 
 def _of(*kinds: Kind) -> Kinds:
@@ -193,7 +194,7 @@ IMPOSSIBLE = (_of(_K.FRESH, _K.STEP), _of(_K.FIRST, _K.RERUN))
 
 
 @cache
-def column(kinds: Kinds) -> Mapping[Event, Cell]:
+def column(kinds: Kinds) -> Column:
     """Return the cells of a pass of these kinds; an event that it cannot have is left out."""
     assert not any(pair <= kinds for pair in IMPOSSIBLE), f"no pass is {kinds}"
     found = {}

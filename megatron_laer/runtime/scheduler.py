@@ -96,8 +96,8 @@ class Scheduler:
                 layer.late.report = chunk.grads_ready
             # Module, hooks and chunk form a reference cycle, which `_detach` breaks.
             self._hooks += [
-                chunk.module.register_forward_pre_hook(_call(self._begin_forward, number)),
-                chunk.module.register_forward_hook(_call(self._end_forward)),
+                chunk.module.register_forward_pre_hook(partial(self._begin_forward, number)),
+                chunk.module.register_forward_hook(self._end_forward),
             ]
             if self._life[Event.BLOCK] and chunk.blocks:
                 layer_of = dict(zip(chunk.blocks, chunk.layers, strict=True))
@@ -213,7 +213,7 @@ class Scheduler:
             restored.make_wait()
         self._ahead[position] = restored
 
-    def _begin_forward(self, number: int) -> None:
+    def _begin_forward(self, number: int, *_: Any) -> None:
         self._ahead.clear()
         chunk = self._chunks[number]
         training = chunk.module.training
@@ -236,7 +236,7 @@ class Scheduler:
         if plan is not None:
             plan.restored.make_wait()
 
-    def _end_forward(self, output: Any) -> None:
+    def _end_forward(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         forward, self._forward = self._forward, None
         if isinstance(output, torch.Tensor) and output.grad_fn is not None:
             output.grad_fn.register_prehook(lambda _: self.begin_backward(forward))
@@ -297,10 +297,3 @@ class Scheduler:
         self._forward = None
         self._ahead.clear()
         self._forget_operations()
-
-
-def _call(function: Callable[..., None], *bound: Any) -> Callable[..., None]:
-    def hook(_module: torch.nn.Module, _inputs: Any, *output: Any) -> None:
-        function(*bound, *output)
-
-    return hook

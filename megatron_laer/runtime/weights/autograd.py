@@ -114,7 +114,6 @@ class SlicesToSlots(torch.autograd.Function):
         *placeholders: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.on_grads, ctx.returns_grads = on_grads, returns_grads
-        ctx.slice_shapes = tuple(tensor.shape for tensor in placeholders)
         return tuple(
             placeholder(tensor, shape) for tensor, shape in zip(placeholders, shapes, strict=True)
         )
@@ -122,8 +121,5 @@ class SlicesToSlots(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ctx.on_grads(grads)
-        if not ctx.returns_grads:
-            return (None,) * (3 + len(grads))
-        shapes = ctx.slice_shapes
-        passed_on = (placeholder(grad, shape) for grad, shape in zip(grads, shapes, strict=True))
+        passed_on = (placeholder(grad, ()) if ctx.returns_grads else None for grad in grads)
         return (None, None, None, *passed_on)

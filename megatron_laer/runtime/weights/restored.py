@@ -34,7 +34,7 @@ from functools import partial
 
 import torch
 
-from megatron_laer.life import Action, Cell, Event, Kind, Kinds, column
+from megatron_laer.life import Action, Cell, Column, Event, Kind, Kinds, column
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.weights.autograd import (
     SlicesToSlots,
@@ -79,6 +79,7 @@ class RestoredExperts:
         if share.for_backward is not share:
             self.backward_weights = RestoredWeights(name, share.for_backward, index, streams)
             kinds |= {Kind.DIRECTIONS}
+        self._all_weights = dict.fromkeys((self.weights, self.backward_weights))
         self.grads = SlotGrads(self.weights, streams)
         self._share = share
         self._exchange = streams.exchange
@@ -135,7 +136,7 @@ class RestoredExperts:
 
     def change(self, index: LayoutIndex) -> None:
         """Switch to another layout. Collective where weights are being restored, or are there."""
-        for weights in dict.fromkeys((self.weights, self.backward_weights)):
+        for weights in self._all_weights:
             weights.change(index)
 
     def release(self) -> None:
@@ -144,7 +145,7 @@ class RestoredExperts:
 
     def free(self) -> None:
         """Free weights that were held, and are no longer valid."""
-        for weights in dict.fromkeys((self.weights, self.backward_weights)):
+        for weights in self._all_weights:
             weights.free()
 
     def make_wait(self) -> None:
@@ -187,38 +188,26 @@ class RestoredExperts:
             self.make_wait()
         if not self.life[Event.DISPATCH_GRAD]:
             return tokens
-        leave = partial(self._leave, self.life[Event.LEAVE])
+        leave = partial(self._leave, self.life)
         return run_on_backward(partial(self.grads.let_go, leave), tokens)[0]
 
     def weight_placeholders(self) -> tuple[torch.Tensor, ...]:
-        shapes, trained_at, cell = (
-            self.weights.shapes,
-            self._share.trained_at,
-            self.life[Event.BEFORE_EXPERTS],
-        )
-        weights = [
-            placeholder(parameter.detach(), shape)
-            for parameter, shape in zip(self._share.likes, shapes, strict=True)
-        ]
-        if not cell:
-            return tuple(weights)
-        bypasses = Action.BYPASS_WAIT in cell
-        if bypasses:
-            # Gradients bypass these; they only make autograd run `SlicesToSlots`.
-            wait = tuple(
-                placeholder(like.detach(), ()).requires_grad_() for like in self._trained_likes
+        shapes, trained_at = self.weights.shapes, self._share.trained_at
+        weights = {
+            at: placeholder(like.detach(), shapes[at]) for at, like in enumerate(self._share.likes)
+        }
+        if cell := self.life[Event.BEFORE_EXPERTS]:
+            joins = Action.WAIT_WITH_EXPERTS in cell
+            # Gradients bypass the others, which only make autograd run `SlicesToSlots`.
+            wait = self._waits.popleft() if joins else [*map(_unused, self._trained_likes)]
+            trained: tuple[torch.Tensor, ...] = SlicesToSlots.apply(
+                partial(self._grads_computed, self.life),
+                [shapes[at] for at in trained_at],
+                joins,
+                *wait,
             )
-        else:
-            wait = self._waits.popleft()
-        trained: tuple[torch.Tensor, ...] = SlicesToSlots.apply(
-            partial(self._grads_computed, self.life),
-            [shapes[at] for at in trained_at],
-            not bypasses,
-            *wait,
-        )
-        for at, weight in zip(trained_at, trained, strict=True):
-            weights[at] = weight
-        return tuple(weights)
+            weights |= zip(trained_at, trained, strict=True)
+        return tuple(weights.values())
 
     def before_compute(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Mark the restored experts' inputs, whose gradients' arrival ends the weights' use."""
@@ -241,35 +230,30 @@ class RestoredExperts:
 
     # Called by autograd.
 
-    def _begin_backward(self, life: Mapping[Event, Cell]) -> None:
+    def _begin_backward(self, life: Column) -> None:
         self._exchange.count.backwards += 1
         self._do(life[Event.OUTPUT_GRAD])
 
-    def _grads_computed(
-        self, life: Mapping[Event, Cell], grads_CRK: tuple[torch.Tensor, ...]
-    ) -> None:
+    def _grads_computed(self, life: Column, grads_CRK: tuple[torch.Tensor, ...]) -> None:
         # Inputs without gradients have not ended the use of the weights. The other inputs' nodes
         # were created later and have run, so frozen matrices are unused too.
         self._do(life[Event.INPUT_GRAD])
         if Action.DELAY in life[Event.WEIGHT_GRADS]:
             self._late.computes.append(partial(self._compute_weights, life, grads_CRK))
         else:
-            self._hold(life[Event.WEIGHT_GRADS], life[Event.LEAVE], grads_CRK)
+            self._hold(life, Event.WEIGHT_GRADS, grads_CRK)
 
-    def _compute_weights(
-        self, life: Mapping[Event, Cell], grads_CRK: tuple[torch.Tensor, ...]
-    ) -> None:
-        computed_CRK = self.grads.compute_delayed(grads_CRK)
-        self._hold(life[Event.BACKWARD_DW], life[Event.LEAVE], computed_CRK)
+    def _compute_weights(self, life: Column, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+        self._hold(life, Event.BACKWARD_DW, self.grads.compute_delayed(grads_CRK))
 
-    def _hold(self, cell: Cell, leave: Cell, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        if Action.HOLD in cell:
+    def _hold(self, life: Column, event: Event, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+        if Action.HOLD in life[event]:
             self.grads.defer(grads_CRK)
         else:
-            self._leave(leave, grads_CRK)
+            self._leave(life, grads_CRK)
 
-    def _leave(self, cell: Cell, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        if Action.SUM in cell:
+    def _leave(self, life: Column, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+        if Action.SUM in life[Event.LEAVE]:
             self.grads.add(grads_CRK)
         else:
             self.grads.start_reduce(grads_CRK)
@@ -281,7 +265,7 @@ class RestoredExperts:
         if Action.REPORT in self.life[Event.WAIT] and share.have_main_grads:
             if self._late.report is None:
                 raise ValueError(_NO_MODEL)
-            parameters = (placeholder(share.likes[0].detach(), ()).requires_grad_(),)
+            parameters = (_unused(share.likes[0]),)
         made: tuple[torch.Tensor, ...] = WaitForGrads.apply(
             self._finish, self._trained_likes, *parameters
         )
@@ -326,6 +310,11 @@ class RestoredExperts:
                 self.ends_backward(self.backward_weights)
         elif (following := self.previous.first_in_backward) is not None:
             self.backward_weights.fetch(following)
+
+
+def _unused(like: torch.Tensor) -> torch.Tensor:
+    """Return a leaf of autograd's graph whose gradient nothing reads."""
+    return placeholder(like.detach(), ()).requires_grad_()
 
 
 _ACTIONS: Mapping[Action, Callable[[RestoredExperts], None]] = {
