@@ -6,7 +6,6 @@ tracker file names it; that is written after `save` has returned, also under asy
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from argparse import Namespace
@@ -22,8 +21,6 @@ from megatron_laer.files.checks import quoted
 from megatron_laer.planner.home_order import home_digest
 from megatron_laer.plugin.patching import around
 from megatron_laer.releases import CHECKPOINT_STORAGE
-
-logger = logging.getLogger(__name__)
 
 
 def _storage() -> Any:
@@ -127,7 +124,7 @@ def _load(
                 "or load with --no-load-optim"
             ) from error
         raise
-    _resume(loaded, checkpoint_dir)
+    _resume_planner(checkpoint_dir)
     return loaded
 
 
@@ -157,7 +154,7 @@ def _load_with_shards(original: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
     finally:
         _loads_shards.reset(token)
-    loaded, directory, _, kind = result
+    _, directory, _, kind = result
     current = session.current()
     homes = None if current is None else current.config.homes
     if homes is not None and getattr(kind, "name", "") in ("LEGACY", "LOCAL"):
@@ -168,7 +165,7 @@ def _load_with_shards(original: Any, *args: Any, **kwargs: Any) -> Any:
         )
     # At first rank 0 alone reads the run's arguments.
     if not kwargs.get("rank0") and getattr(kind, "name", "") == "FSDP_DTENSOR":
-        _resume(loaded, directory)
+        _resume_planner(directory)
     return result
 
 
@@ -177,23 +174,10 @@ def _save_planner(directory: Any) -> None:
         coordinator.layouts.save(str(directory), _storage())
 
 
-def _resume(loaded: Any, directory: Any) -> None:
-    current = session.current()
-    if current is not None and isinstance(loaded, dict):
-        _report_gemm(getattr(loaded.get("args"), "fsep_gemm", None), current.config.gemm)
-    if current is not None and current.config.makes_plans and current.coordinator is not None:
-        current.coordinator.resume_planner(str(directory), _storage())
-
-
-def _report_gemm(before: str | None, now: str) -> None:
-    """Warn if the back end of GEMMs differs from the saved run's; stock's checkpoints have None."""
-    if before not in (None, now) and int(os.environ.get("RANK", "0")) == 0:
-        logger.warning(
-            "FSEP: the checkpoint is of a run with --fsep-set gemm=%s, and this one has "
-            "--fsep-set gemm=%s: from here on, numbers may differ from that run's by rounding",
-            before,
-            now,
-        )
+def _resume_planner(directory: Any) -> None:
+    coordinator = session.current_coordinator()
+    if coordinator is not None and coordinator.config.makes_plans:
+        coordinator.resume_planner(str(directory), _storage())
 
 
 CHECKPOINT_PATCHES = (_save, _load, _save_before_shards, _load_with_shards)

@@ -5,7 +5,6 @@ Transformer Engine's function is replaced.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,6 @@ from megatron_laer.layer.experts.gemm import (
     te,
 )
 from megatron_laer.layer.experts.slot_linear import slot_bias
-from megatron_laer.plugin import checkpoints
 from tests.slot_gemm import SPLITS, TOKENS_C, check_back_end, check_weight_grad, fixed_experts
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -178,18 +176,6 @@ def test_auto_is_loop() -> None:
     assert [gemm_in_force(asked) for asked in GemmBackEnd] == [
         "loop" if asked == "auto" else asked for asked in GemmBackEnd
     ]
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "lines"), [("loop", "torch", 1), ("loop", "loop", 0), (None, "torch", 0)]
-)
-def test_another_back_end_than_the_checkpoint_has_is_reported(
-    before: str | None, now: str, lines: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        checkpoints._report_gemm(before, now)
-    assert len(caplog.records) == lines
-    assert all("run with --fsep-set gemm=loop" in record.getMessage() for record in caplog.records)
 
 
 ROWS = 5
