@@ -106,32 +106,28 @@ class FSEPConfig:
         "settings of a published system: laer (rows, planner laer, even splits, flat exchanges)",
     )
     sharding: Sharding | Auto = _option(
-        Auto.AUTO,
-        "rows (1/N of every expert), experts (E/N whole ones; only replicas move), or auto",
+        Auto.AUTO, "rows (1/N of every expert), experts (E/N whole ones), or auto"
     )
     capacity: int | None = _option(
         None,
-        "expert slots C per rank and MoE layer; default auto: the fastest predicted number",
+        "expert slots C per rank and layer; default auto: the fastest predicted number",
         minimum=Bound(1, "1 slot per rank"),
     )
-    planner: str = _option(
-        "greedy", "strategy for layouts: {strategies}; or random, drawn per microbatch, for tests"
-    )
+    planner: str = _option("greedy", "strategy for layouts: {strategies}; random for tests")
     plan_mode: PlanMode | None = _option(
         None,
-        "layout of a microbatch: forecast (planned), exact (fresh, behind the gate), adaptive "
-        "(the cheaper), announced (fresh, from announced routing)",
+        "layouts: forecast (planned ahead), exact (after the gate), adaptive (the cheaper), "
+        "announced (from announced routing)",
     )
     restore: Restore | float = _option(
         Restore.LAYER,
-        "restore experts per layer and microbatch, keep those that fit into GIB until backward, "
-        "or restore once per step (all layers in memory)",
+        "restore experts every microbatch (layer), keep up to GIB until backward, or restore once "
+        "(step)",
         minimum=Bound(0, "0; 1.5 keeps 1.5 GiB"),
         maximum=Bound(4096, "4096; no card has more"),
     )
     late_plan: LatePlan = _option(
-        LatePlan.KEEP,
-        "where a plan is late: keep old layouts, or wait (repeats bits; --deterministic-mode)",
+        LatePlan.KEEP, "if a plan is late: keep old layouts, or wait, which repeats bits"
     )
     node_size: int | None = _option(
         None,
@@ -139,31 +135,28 @@ class FSEPConfig:
         minimum=Bound(1, "1 rank"),
     )
     token_exchange: TokenExchange | Auto = _option(
-        TokenExchange.RANK,
-        "tokens travel once per expert (rank, as Megatron's), once per node (node), or auto",
+        TokenExchange.RANK, "tokens travel once per expert (rank), once per node (node), or auto"
     )
     homes: str | None = _option(
         None, "file of each rank's home experts by layer, for sharding experts; default: stock's"
     )
     record_layouts: str | None = _option(None, "every applied layout")
-    record_trace: str | None = _option(
-        None, "routing of every microbatch, for `megatron_laer plan`"
-    )
+    record_trace: str | None = _option(None, "routing of every microbatch, for `plan`")
     record_metrics: str | None = _option(
-        None, "metrics of every step and layer, with measured times, for `megatron_laer report`"
+        None, "values and times of every step and layer, for `report`"
     )
     allow_unproven: tuple[Unproven, ...] = _option(
         (),
-        "run untested features: te-graphs (CUDA graphs up to the counts), dense-fp8 (all but "
-        "experts), fp8-experts (all layers)",
+        "run untested: te-graphs (CUDA graphs up to the counts), dense-fp8 (all but experts), "
+        "fp8-experts",
     )
     split: Split = _option(
         Split.EXACT,
-        "tokens over an expert's replicas: exact (least possible maximum load), even (the paper's)",
+        "tokens over an expert's replicas: exact (least maximum load), even (the paper's)",
     )
     imbalance_tolerance: float | None = _option(
         None,
-        "excess over the mean load above which adaptive takes a fresh layout; default: by cost",
+        "excess over mean load above which adaptive takes a fresh layout; default: by cost",
         minimum=Bound(0, "0; 0.05 allows a rank 5 % above the mean"),
     )
     plan_lag: int = _option(
@@ -184,7 +177,7 @@ class FSEPConfig:
     )
     grad_wire_dtype: WireDtype | None = _option(
         None,
-        "dtype of gradients sent between nodes by restore_algorithm node; default: the weights'",
+        "dtype of gradients between nodes by restore_algorithm node; default: the weights'",
     )
     gemm: GemmBackEnd = _option(
         GemmBackEnd.AUTO,

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         nargs="+",
         metavar=("DIR", "WHAT"),
-        help="files in DIR, one per FSEP group: "
+        help="files in DIR: "
         + "; ".join(f"{word}: {help_of(name)}" for word, name in RECORDED.items())
         + f"; default: {' '.join(_BY_DEFAULT)}",
     )
