@@ -20,7 +20,6 @@ def plain_process(monkeypatch):
     """Hide the launcher's variables, and undo other tests' changes of torch."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(command, "replace_cuda_where_needed", lambda: None)
-    monkeypatch.setattr(command, "go_offline_if_unreachable", lambda: False)
 
 
 def failing() -> None:
@@ -100,16 +99,6 @@ def test_an_error_is_one_line_and_what_was_warned_of_is_shown_if_all_is_well(cap
     out, err = capsys.readouterr()
     assert out.startswith("runs; ") and out.count("\n") == 1
     assert "retrying in 8 s" in err and "lacks a line" in err
-
-
-def test_without_a_network_the_error_says_what_needs_none(monkeypatch, capsys):
-    monkeypatch.setattr(command, "go_offline_if_unreachable", lambda: True)
-    assert judged("made", noisy) == 2
-    said = capsys.readouterr().err
-    assert "no such model (Hugging Face's server cannot be reached, or" in said
-    assert "give Megatron's flags" in said and said.count("\n") == 1
-    assert judged("made", None) == 2
-    assert "Hugging Face" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

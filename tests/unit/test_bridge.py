@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import pytest
 
 from megatron_laer import FSEPConfig
 from megatron_laer.choices import LatePlan
-from megatron_laer.integrations import bridge, hugging_face
+from megatron_laer.integrations import bridge
 from megatron_laer.integrations.bridge import FSEPCallback, check_recipe
 from megatron_laer.integrations.bridge_config import settings_of
 from tests.bridge_recipes import OVERLAP, REFUSED, changed, recipe
@@ -165,42 +164,6 @@ def test_the_callback_turns_fsep_on_and_marks_steps() -> None:
         ("enters", 4, 2, ["chunk"]),
         ("leaves",),
     ]
-
-
-@pytest.mark.parametrize(
-    ("error", "environment", "is_told"),
-    [
-        (OSError("unreachable"), {}, True),
-        (None, {}, False),
-        (OSError("unreachable"), {"HF_HUB_OFFLINE": "0"}, False),
-        (None, {"HF_HUB_OFFLINE": "1"}, True),
-        (OSError("unreachable"), {"https_proxy": "http://proxy:3128"}, False),
-        (OSError("unreachable"), {"HF_ENDPOINT": "http://[half"}, True),
-    ],
-    ids=["unreachable", "reachable", "never offline", "offline", "behind a proxy", "no address"],
-)
-def test_the_library_is_told_that_its_server_cannot_be_reached(
-    error: OSError | None,
-    environment: dict[str, str],
-    is_told: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    connect = mock.Mock(side_effect=error)
-    monkeypatch.setattr(hugging_face.socket, "create_connection", connect)
-    monkeypatch.setattr(hugging_face, "find_spec", lambda name: name == "huggingface_hub")
-    with mock.patch.dict(os.environ, environment, clear=True):
-        assert hugging_face.go_offline_if_unreachable() is is_told
-        assert os.environ.get("HF_HUB_OFFLINE") == (
-            "1" if is_told else environment.get("HF_HUB_OFFLINE")
-        )
-
-
-def test_nobody_is_asked_where_the_library_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    connect = mock.Mock(side_effect=OSError("unreachable"))
-    monkeypatch.setattr(hugging_face.socket, "create_connection", connect)
-    monkeypatch.setattr(hugging_face, "find_spec", lambda name: None)
-    assert not hugging_face.go_offline_if_unreachable()
-    connect.assert_not_called()
 
 
 def test_layers_to_offload_are_none_while_offloading_is_off() -> None:

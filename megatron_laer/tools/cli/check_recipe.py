@@ -11,15 +11,10 @@ from argparse import Namespace
 from dataclasses import replace
 
 from megatron_laer.files.checks import one_line
-from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
 from megatron_laer.tools.cli.argument_types import MOST_RANKS, between, option, path
 from megatron_laer.tools.cli.megatron_flags import parsed, replace_cuda_where_needed, say_wait
 from megatron_laer.tools.recipes.command_lines import flags_in_file, script_flags, without
-from megatron_laer.tools.recipes.containers import (
-    EvaluationError,
-    judge_container,
-    load_recipe,
-)
+from megatron_laer.tools.recipes.containers import judge_container, load_recipe
 from megatron_laer.tools.recipes.verdict import Judgement, Verdict, judge
 
 # Exit status by verdict; 2 is for settings that cannot be judged, as with every command.
@@ -82,19 +77,10 @@ def _judge_function(name: str) -> Judgement:
     Output of its imports goes to stderr only on success: it would bury the one line of an error.
     """
     say_wait("Megatron-Bridge")
-    is_offline = go_offline_if_unreachable()
     said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            replace_cuda_where_needed()
-            judgement = judge_container(*load_recipe(name))
-    except EvaluationError as error:
-        if not is_offline:
-            raise
-        raise ValueError(
-            f"{error} (Hugging Face's server cannot be reached, or HF_HUB_OFFLINE is set; offline "
-            "give Megatron's flags)"
-        ) from error
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        replace_cuda_where_needed()
+        judgement = judge_container(*load_recipe(name))
     sys.stderr.write(said.getvalue())
     return judgement
 

@@ -29,10 +29,6 @@ _NOT_BUILT = {
 }
 
 
-class EvaluationError(ValueError):
-    """Failure of a recipe's function."""
-
-
 def judge_container(name: str, recipe: Any) -> Judgement:
     """Judge a recipe's container; `name` is its function as `module:function`."""
     settings = settings_of(recipe)
@@ -64,7 +60,7 @@ def load_recipe(name: str) -> tuple[str, Any]:
     try:
         full_name, container = f"{recipe.__module__}:{recipe.__name__}", recipe()
     except Exception as error:  # code that is not ours may raise anything
-        raise EvaluationError(
+        raise ValueError(
             f"recipe {quoted(name)} cannot be evaluated: {type(error).__name__}: {error}"
         ) from error
     if missing := [part for part in _PARTS if not hasattr(container, part)]:
