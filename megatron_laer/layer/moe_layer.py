@@ -192,9 +192,8 @@ class FSEPMoELayer(MoELayer):
         groups = self._coordinator.groups
         rows = self.token_dispatcher.rows_sent(groups.rank, groups.node_size)
         if rows is not None:
-            intra_rows, inter_rows = rows
             row_bytes = hidden_states.shape[-1] * hidden_states.element_size()
-            self.state.statistics.sent.add(intra_rows, inter_rows, row_bytes)
+            self.state.statistics.add_sent(rows[0], rows[1], row_bytes)
         return dispatched
 
     def routed_experts_compute(

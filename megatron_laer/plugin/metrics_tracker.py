@@ -70,9 +70,7 @@ def collect(
     rank = RankMetrics()
     if coordinator is not None:
         layer_ms = coordinator.recorder.take_layer_ms()
-        sent = np.sum(
-            [astuple(layer.statistics.take_sent()) for layer in coordinator.layers], axis=0
-        )
+        sent = np.sum([layer.statistics.take_sent() for layer in coordinator.layers], axis=0)
         rank = RankMetrics(*coordinator.take_exchanged(), 1.0, *sent.tolist())
         if layer_ms is not None:
             rank = replace(rank, layer_ms=layer_ms, layer_ranks=1.0)

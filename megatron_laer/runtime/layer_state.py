@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
@@ -60,30 +61,12 @@ class RerunPlans:
         return plan
 
 
-@dataclass
-class SentRows:
-    """Rows of hidden states that this rank sent in dispatches, inside its node and beyond."""
-
-    intra_rows: int = 0
-    inter_rows: int = 0
-    intra_bytes: int = 0
-    inter_bytes: int = 0
-    dispatches: int = 0
-
-    def add(self, intra_rows: int, inter_rows: int, row_bytes: int) -> None:
-        self.intra_rows += intra_rows
-        self.inter_rows += inter_rows
-        self.intra_bytes += intra_rows * row_bytes
-        self.inter_bytes += inter_rows * row_bytes
-        self.dispatches += 1
-
-
 class LayerStatistics:
     """Measurements of one layer since the last report."""
 
     def __init__(self) -> None:
-        self.sent = SentRows()
         self._outcomes: deque[Outcome] = deque(maxlen=_OUTCOMES)
+        self._sent = np.zeros(5, dtype=np.int64)
 
     def add_outcome(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
@@ -93,8 +76,13 @@ class LayerStatistics:
         self._outcomes.clear()
         return outcomes
 
-    def take_sent(self) -> SentRows:
-        sent, self.sent = self.sent, SentRows()
+    def add_sent(self, intra_rows: int, inter_rows: int, row_bytes: int) -> None:
+        """Add the rows of tokens that this rank sent in a dispatch, in its node and beyond."""
+        self._sent += intra_rows, inter_rows, intra_rows * row_bytes, inter_rows * row_bytes, 1
+
+    def take_sent(self) -> Int64:
+        """Return sums of rows in the node and beyond, of their bytes, and of dispatches."""
+        sent, self._sent = self._sent, np.zeros_like(self._sent)
         return sent
 
 

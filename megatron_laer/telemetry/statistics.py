@@ -163,7 +163,7 @@ class LayerMetrics:
 
 @dataclass(frozen=True)
 class RankMetrics:
-    """Sums over ranks of their measurements in a step; rows and bytes as in `SentRows`.
+    """Sums over ranks of their measurements in a step; rows and bytes are sent ones.
 
     `ranks` counts those with MoE layers, `layer_ranks` those with a measured `layer_ms`.
     """
