@@ -12,48 +12,43 @@ from megatron_laer.life import Action, Event, Kind, Kinds, column
 
 @dataclass(frozen=True)
 class Schedule:
-    """Overlaps of the exchanges of a rank's chunks in a run of these kinds.
+    """Overlaps of the exchanges of a rank's chunks in a run of some kinds.
 
-    A layer that is not restored ahead is restored when its experts compute.
+    A layer that is not restored ahead is restored when its experts compute. If payloads serve one
+    direction, each layer's first backward fetches its own without overlap.
+
+    Attributes:
+        holds_step: whether experts are restored once per step.
+        by_parts: whether a forward and a backward run together, in parts of layers.
+        restores_forward: whether forward restores layers ahead: a chunk's first, and each next one.
+        restores_backward: whether backward does: a chunk's last, and each one before.
+        restores_following: whether an operation's last layer restores the first one of the next.
+        delays_gradients: whether gradients leave during the backward of the layer before.
     """
 
-    kinds: Kinds
+    holds_step: bool
+    by_parts: bool
+    restores_forward: bool
+    restores_backward: bool
+    restores_following: bool
+    delays_gradients: bool
 
-    @property
-    def restores_forward(self) -> bool:
-        """Return whether forward restores layers ahead: the chunk's first, and each next one."""
-        return Action.RESTORE in column(self.kinds)[Event.PREPARED]
-
-    @property
-    def restores_backward(self) -> bool:
-        """Return whether backward restores layers ahead: the chunk's last, and each one before.
-
-        What is held over a step is restored once. If payloads serve one direction, each layer's
-        first backward fetches its own without overlap.
-        """
-        return bool(column(self.kinds)[Event.CHUNK_BACKWARD])
-
-    @property
-    def restores_following(self) -> bool:
-        """Return whether an operation's last layer restores the first one of the next."""
-        return bool(column(self.kinds)[Event.LAST_LAYER])
+    @classmethod
+    def of(cls, kinds: Kinds) -> Schedule:
+        life = column(kinds)
+        prepared = life[Event.PREPARED]
+        return cls(
+            holds_step=Kind.STEP in kinds,
+            by_parts=Kind.PARTS in kinds,
+            restores_forward=Action.RESTORE in prepared,
+            restores_backward=bool(life[Event.CHUNK_BACKWARD]),
+            restores_following=bool(life[Event.LAST_LAYER]),
+            delays_gradients=Action.MAKE_WAIT in prepared,
+        )
 
     @property
     def restores_ahead(self) -> bool:
         return self.restores_forward or self.restores_backward
-
-    @property
-    def delays_gradients(self) -> bool:
-        """Return whether gradients leave during the backward of the layer before."""
-        return Action.MAKE_WAIT in column(self.kinds)[Event.PREPARED]
-
-    @property
-    def holds_step(self) -> bool:
-        return Kind.STEP in self.kinds
-
-    @property
-    def by_parts(self) -> bool:
-        return Kind.PARTS in self.kinds
 
     def restored_layers(self, num_layers: int) -> int:
         """Return the maximum number of a rank's layers with restored experts in memory at once.
@@ -91,4 +86,4 @@ def make_schedule(
         Kind.PARTS: by_parts,
         Kind.SYNCHRONISED: not restores_following,
     }
-    return Schedule(frozenset(kind for kind, holds in found.items() if holds))
+    return Schedule.of(frozenset(kind for kind, holds in found.items() if holds))

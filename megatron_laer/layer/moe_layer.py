@@ -251,9 +251,6 @@ class FSEPMoELayer(MoELayer):
         reason = slot_experts.built_parts.reason
         return f"its experts were replaced by {type(experts).__name__}: {reason}"
 
-    def end_step(self) -> None:
-        self.token_dispatcher.end_step()
-
     def launch_kernels(self) -> None:
         share, coordinator = self._slot_experts.share, self._coordinator
         launch_dispatch_kernels(
@@ -304,7 +301,7 @@ class FSEPMoELayer(MoELayer):
             adapters=lambda: slot_experts.adapters,
             passes=self.config.mtp_num_layers if repeats else 1,
             what_changed=self.what_changed,
-            on_step_end=self.end_step,
+            on_step_end=self.token_dispatcher.end_step,
             launch_kernels=self.launch_kernels,
             quantised=self._is_quantised(layer_number),
         )

@@ -72,7 +72,7 @@ def held_buffers(command: list[str], more: Probe = lambda _: None) -> tuple[Held
             rows * columns * like.element_size()
             for rows, columns, like in zip(share.rows, share.columns, share.likes, strict=True)
         )
-        schedule = Schedule(coordinator.experts.kinds)
+        schedule = Schedule.of(coordinator.experts.kinds)
         layers = len(coordinator.layers)
         held.layers = (schedule.restored_layers(layers), schedule.gradient_layers(layers))
 
