@@ -31,7 +31,6 @@ class Kind(Enum):
     RERUN = "re-run of a checkpoint"
     EMPTY = "no replica"
     FROZEN = "no gradient of weights"
-    CONSTANT = "no gradient of tokens"
 
 
 Kinds = frozenset[Kind]
@@ -167,21 +166,9 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.PARTS): (_A.FREE_BACKWARD, _A.FETCH),
         _of(): (_A.FREE_BACKWARD,),
     },
-    Event.WEIGHT_GRADS: {
-        _of(_K.DELAYED): (_A.DELAY,),
-        _of(_K.CONSTANT): (_A.COMPUTE, _A.LEAVE),
-        _of(): (_A.COMPUTE, _A.HOLD),
-    },
-    Event.BACKWARD_DW: {
-        _of(_K.DELAYED, _K.CONSTANT): (_A.COMPUTE, _A.LEAVE),
-        _of(_K.DELAYED): (_A.COMPUTE, _A.HOLD),
-    },
-    Event.DISPATCH_GRAD: {
-        _of(_K.FROZEN): (),
-        _of(_K.EMPTY): (),
-        _of(_K.CONSTANT): (),
-        _of(): (_A.LEAVE,),
-    },
+    Event.WEIGHT_GRADS: {_of(_K.DELAYED): (_A.DELAY,), _of(): (_A.COMPUTE, _A.HOLD)},
+    Event.BACKWARD_DW: {_of(_K.DELAYED): (_A.COMPUTE, _A.HOLD)},
+    Event.DISPATCH_GRAD: {_of(_K.FROZEN): (), _of(_K.EMPTY): (), _of(): (_A.LEAVE,)},
     Event.LEAVE: {_of(_K.STEP): (_A.SUM,), _of(): (_A.SEND,)},
     # Hooks of homes' parameters run with stock's gradients, before the sums are there.
     Event.WAIT: {

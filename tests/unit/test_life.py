@@ -8,8 +8,7 @@ import pytest
 
 from megatron_laer.life import IMPOSSIBLE, LIFE, Action, Cell, Event, Kind, Kinds, column
 
-# Kinds that imply others: payloads and empty slots are homes', a first pass makes no graph, and
-# tokens of parts have gradients as soon as a weight has.
+# Kinds that imply others: payloads and empty slots are homes', and a first pass makes no graph.
 _NEEDED = {
     Kind.EMPTY: {Kind.HOMES},
     Kind.DIRECTIONS: {Kind.HOMES},
@@ -19,9 +18,8 @@ _NEEDED = {
 
 def is_possible(kinds: Kinds) -> bool:
     implied = all(_NEEDED.get(kind, set()) <= kinds for kind in kinds)
-    constant = not {Kind.CONSTANT, Kind.PARTS} <= kinds or Kind.FROZEN in kinds
     reached = Kind.EVALUATION not in kinds or not kinds & {Kind.FIRST, Kind.RERUN}
-    return implied and constant and reached and not any(pair <= kinds for pair in IMPOSSIBLE)
+    return implied and reached and not any(pair <= kinds for pair in IMPOSSIBLE)
 
 
 def passes() -> list[Kinds]:
@@ -109,10 +107,9 @@ def test_gradients_leave_once_after_the_tokens_and_are_waited_for_after_that() -
         done = [(event, action) for event in events for action in life[event]]
         left = [event for event, action in done if action is Action.LEAVE]
         assert len(left) == 1 and leaves & {*life[Event.LEAVE]}, kinds
-        # Nothing starts the reduce early but where tokens have no gradient.
-        assert (left == [Event.DISPATCH_GRAD]) == (Kind.CONSTANT not in kinds), kinds
-        held = any(action is Action.HOLD for _, action in done)
-        assert held == (left == [Event.DISPATCH_GRAD]), kinds
+        # Nothing starts the reduce early.
+        assert left == [Event.DISPATCH_GRAD], kinds
+        assert any(action is Action.HOLD for _, action in done), kinds
         computed = [event for event, action in done if action is Action.COMPUTE]
         assert len(computed) == 1, kinds
         # One wait, which is made before it is joined.

@@ -8,7 +8,7 @@ Legend: T tokens received, H hidden.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -96,15 +96,10 @@ class HomeExperts:
         sizes = [sum(home_C), sum(replica_C)]
         home_TH, replica_TH = input_TH.split(sizes)
         home_T, replica_T = probs_T.split(sizes)
-        at_home = partial(self._at_home, home_TH, tokens_per_expert, home_T)
-        replicas = partial(self._compute, replica_TH, replica_T, restored, replica_C)
-        if input_TH.requires_grad or not torch.is_grad_enabled():
-            parts_TH = [at_home(), replicas()]  # in this order replicas have more time to arrive
-        else:
-            # Without tokens' gradients to wait for, the reduce starts with the replicas' backward.
-            # Autograd runs that last, so that no kernel adds to a main gradient during the reduce.
-            parts_TH = [replicas(), at_home()][::-1]
-        output_TH = torch.cat(parts_TH)
+        # Homes first, since replicas are still arriving.
+        homes_TH = self._at_home(home_TH, tokens_per_expert, home_T)
+        replicas_TH = self._compute(replica_TH, replica_T, restored, replica_C)
+        output_TH = torch.cat([homes_TH, replicas_TH])
         return restored.after_compute(output_TH)
 
     def _at_home(

@@ -173,7 +173,8 @@ class RestoredExperts:
             if not self._waits:
                 self.make_wait()
             tokens = WaitWithTokens.apply(tokens, *self._waits.popleft())
-        self._become({Kind.CONSTANT: not tokens.requires_grad})
+        if self.life[Event.DISPATCH_GRAD] and not tokens.requires_grad:
+            tokens = tokens.detach().requires_grad_()  # whose gradients let the weights' leave
         return tokens
 
     def dispatch(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -235,22 +236,14 @@ class RestoredExperts:
         self._do(life[Event.OUTPUT_GRAD])
 
     def _grads_computed(self, life: Column, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        # Inputs without gradients have not ended the use of the weights. The other inputs' nodes
-        # were created later and have run, so frozen matrices are unused too.
-        self._do(life[Event.INPUT_GRAD])
+        # Nodes of the inputs were created later and have run, so frozen matrices are unused too.
         if Action.DELAY in life[Event.WEIGHT_GRADS]:
-            self._late.computes.append(partial(self._compute_weights, life, grads_CRK))
+            self._late.computes.append(partial(self._compute_weights, grads_CRK))
         else:
-            self._hold(life, Event.WEIGHT_GRADS, grads_CRK)
-
-    def _compute_weights(self, life: Column, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        self._hold(life, Event.BACKWARD_DW, self.grads.compute_delayed(grads_CRK))
-
-    def _hold(self, life: Column, event: Event, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        if Action.HOLD in life[event]:
             self.grads.defer(grads_CRK)
-        else:
-            self._leave(life, grads_CRK)
+
+    def _compute_weights(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+        self.grads.defer(self.grads.compute_delayed(grads_CRK))
 
     def _leave(self, life: Column, grads_CRK: tuple[torch.Tensor, ...]) -> None:
         if Action.SUM in life[Event.LEAVE]:
