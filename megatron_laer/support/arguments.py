@@ -48,7 +48,7 @@ def fill_in(args: Namespace, script_defaults: Mapping[str, object]) -> list[str]
         if getattr(args, name) is None:
             setattr(args, name, script_defaults.get(name, needed))
             if name not in script_defaults:
-                filled.append(f"{_flag(name)} {needed}")
+                filled.append(f"--{name.replace('_', '-')} {needed}")
     return filled
 
 
@@ -57,7 +57,7 @@ def leave_out(args: Namespace) -> list[str]:
     given = [name for name in _LEFT_OUT if getattr(args, name, None)]
     for name in given:
         setattr(args, name, False)
-    return [_flag(name) for name in given]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def check(args: Namespace, config: FSEPConfig) -> None:
@@ -106,10 +106,6 @@ def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: boo
     elif on_cuda and (problem := triton_needs.problem(environment)) is not None:
         found.append(f"{problem}; without one, the first step fails unless the kernels are cached")
     return found
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:

@@ -77,8 +77,9 @@ def warnings_of(config: Any) -> list[str]:
         is_untried = field.name in UNTRIED
         if not (is_untried or MOE_FIELD.search(field.name)) or field.name in _REFUSED:
             continue
-        value = getattr(config, field.name)
-        if field.name in PROVED or field.name in WITHOUT_EFFECT or value == _default(field):
+        value, make = getattr(config, field.name), field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
+        if field.name in PROVED or field.name in WITHOUT_EFFECT or value == default:
             continue
         why = "no test sets this field" if is_untried else "megatron_laer does not know this field"
         found.append(f"{field.name}={value!r}: {why}, and FSEP may not honour it")
@@ -89,12 +90,6 @@ def refuse(problems: list[str]) -> None:
     """Raise ValueError for problems of a model, if there are any."""
     if problems:
         raise ValueError("FSEP cannot run this model:\n  " + "\n  ".join(problems))
-
-
-def _default(field: dataclasses.Field[Any]) -> object:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 @functools.cache  # every layer has the same configuration
