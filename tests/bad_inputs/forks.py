@@ -1,9 +1,10 @@
 """Runner of many commands, each in a process of its own, at the cost of one import.
 
 A program: `python -m tests.bad_inputs.forks`. It imports the commands' modules, then reads lines of
-JSON (`Job`) and forks a child for each, two at a time. A child runs `cli.main(words)`, or a program
-of the repository, and is killed at a limit. The answers are lines of JSON, in order. One such
-server imports torch and Megatron as well, which makes each fork five times as long.
+JSON (`Job`) and forks a child for each. A child runs `cli.main(words)`, or a program of the
+repository, within limits of the kernel. The answers are lines of JSON, in order. Two such servers
+run at once. One of them imports torch and Megatron as well, which makes each fork five times as
+long.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,11 +30,14 @@ from typing import Any, NoReturn
 from tests.processes import python_path
 
 CPU_S = 10
-RESIDENT_BYTES = 2 * 2**30
+# Above the memory of the server. A command without memory says so, and so not what a case expects.
+MEMORY_BYTES = 2 * 2**30
 # A guard against endless waits; no verdict depends on a case's duration.
 WALL_S = 120
-AT_ONCE = 2
-_TOO_LARGE = f"{RESIDENT_BYTES:,} bytes resident"
+_LIMITS = {
+    signal.SIGXCPU: "its limit of processor time",
+    signal.SIGALRM: f"the guard of {WALL_S} s",
+}
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,30 +96,28 @@ class Ended:
 
 def run_all(jobs: Iterable[Job]) -> Iterator[Ended]:
     jobs = list(jobs)
-    light = iter(_served([job for job in jobs if not job.needs_torch], "light"))
-    heavy = iter(_served([job for job in jobs if job.needs_torch], "heavy"))
+    with ThreadPoolExecutor(2) as threads:
+        light, heavy = threads.map(
+            _served,
+            ([job for job in jobs if job.needs_torch is needs] for needs in (False, True)),
+            ("light", "heavy"),
+        )
     for job in jobs:
-        yield next(heavy if job.needs_torch else light)
+        yield (heavy if job.needs_torch else light).pop(0)
 
 
 def _served(jobs: Sequence[Job], kind: str) -> list[Ended]:
     if not jobs:
         return []
-    lines = "".join(json.dumps(asdict(job)) + "\n" for job in jobs)
-    one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as given:
-        given.write(lines)
-        given.seek(0)
-        server = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "tests.bad_inputs.forks", kind],
-            env=os.environ
-            | one_thread
-            | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"},
-            stdin=given,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    server = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.bad_inputs.forks", kind],
+        env=os.environ | threads | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"},
+        input="".join(json.dumps(asdict(job)) + "\n" for job in jobs),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     return [Ended(**json.loads(line)) for line in server.stdout.splitlines() if line[:1] == "{"]
 
 
@@ -135,78 +136,30 @@ def _serve() -> None:
     jobs = [Job(**json.loads(line)) for line in sys.stdin]
     gc.collect()
     gc.freeze()  # otherwise each child would copy memory that its collector scans
-    # A child's end interrupts the wait below.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     with tempfile.TemporaryDirectory() as folder:
-        children: dict[int, _Child] = {}
-        ended: dict[int, Ended] = {}
-        waiting = list(enumerate(jobs))
-        while waiting or children:
-            while waiting and len(children) < AT_ONCE:
-                number, job = waiting.pop(0)
-                children[number] = _Child(job, Path(folder) / str(number))
-            for number, child in list(children.items()):
-                result = child.poll()
-                if result is not None:
-                    ended[number] = result
-                    del children[number]
-            if children:
-                signal.sigtimedwait([signal.SIGCHLD], 0.05)
-        for number in range(len(jobs)):
-            answers.write(json.dumps(asdict(ended[number])) + "\n")
-
-
-class _Child:
-    def __init__(self, job: Job, files: Path) -> None:
-        self._output, self._errors = files.with_suffix(".out"), files.with_suffix(".err")
-        self._job = job
-        self._limit = ""
-        self._deadline_s = time.monotonic() + WALL_S
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._pid = os.fork()
-        if self._pid == 0:
-            _run_job(job, self._output, self._errors)
-
-    def poll(self) -> Ended | None:
-        """Return its end, if it has ended; stop it at a limit."""
-        pid, status, usage = os.wait4(self._pid, os.WNOHANG)
-        if pid == 0:
-            self._stop_at_limit()
-            return None
-        code = os.waitstatus_to_exitcode(status)
-        if code == -signal.SIGXCPU:
-            self._limit = f"{self._job.cpu_s} s of processor time"
-        elif usage.ru_maxrss * 1024 > RESIDENT_BYTES:
-            self._limit = _TOO_LARGE
-        return Ended(
-            status=code,
-            output=self._output.read_text(errors="replace"),
-            errors=self._errors.read_text(errors="replace"),
-            limit=self._limit,
-        )
-
-    def _stop_at_limit(self) -> None:
-        with contextlib.suppress(OSError):
-            pages = int(Path(f"/proc/{self._pid}/statm").read_text().split()[1])
-            if pages * resource.getpagesize() > RESIDENT_BYTES:
-                # Set here, since the kernel may count a little less once a child has ended.
-                self._limit = _TOO_LARGE
-                os.kill(self._pid, signal.SIGKILL)
-        if time.monotonic() > self._deadline_s:
-            self._limit = f"the guard of {WALL_S} s"
-            os.kill(self._pid, signal.SIGKILL)
+        output, errors = Path(folder, "output"), Path(folder, "errors")
+        for job in jobs:
+            pid = os.fork()
+            if pid == 0:
+                _run_job(job, output, errors)
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            texts = (path.read_text(errors="replace") for path in (output, errors))
+            ended = Ended(status, *texts, _LIMITS.get(-status, ""))
+            answers.write(json.dumps(asdict(ended)) + "\n")
 
 
 def _run_job(job: Job, output: Path, errors: Path) -> NoReturn:
     """Run the command in the child, and exit as Python would."""
     status = 1
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_s, job.cpu_s + 5))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.alarm(WALL_S)
         for number, path in ((1, output), (2, errors)):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="backslashreplace")
