@@ -28,12 +28,12 @@ STEPS = 6
 
 _EXPERT_DATA = "expert data parallel"
 _NODES = {size: f"nodes of {size}" for size in (1, 2, 4)}
-_TABLES = [
+TABLES = [
     table
     for table in vars(settings).values()
     if isinstance(table, dict) and all(isinstance(item, Setting) for item in table.values())
 ]
-FEATURES = {name for table in _TABLES for name in table} | {
+FEATURES = {name for table in TABLES for name in table} | {
     settings.UNEVEN,
     _EXPERT_DATA,
     *_NODES.values(),
