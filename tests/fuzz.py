@@ -13,6 +13,7 @@ NASTY = (
     b"NaN",
     b"[" * 5000,
     b"\0",
+    bytes(64),
     b"\xff\xff\xff\xff",
     b"{",
     b'"',

@@ -65,53 +65,6 @@ def without_run(path: Path) -> list[bytes]:
     return [repr(fields).encode(), *(record[:28] + record[32:] for record in records)]
 
 
-def _piece(content: bytes, luck: random.Random) -> tuple[bytes, bytes, bytes]:
-    begin = luck.randrange(len(content))
-    end = min(len(content), begin + luck.randrange(1, 200))
-    return content[:begin], content[begin:end], content[end:]
-
-
-def with_byte(content: bytes, at: int, change: int) -> bytes:
-    return b"%s%c%s" % (content[:at], content[at] ^ change, content[at + 1 :])
-
-
-def _bit(content: bytes, luck: random.Random) -> bytes:
-    return with_byte(content, luck.randrange(len(content)), 1 << luck.randrange(8))
-
-
-def _byte(content: bytes, luck: random.Random) -> bytes:
-    return with_byte(content, luck.randrange(len(content)), luck.randrange(1, 256))
-
-
-def _cut(content: bytes, luck: random.Random) -> bytes:
-    before, _, after = _piece(content, luck)
-    return before + after
-
-
-def _truncated(content: bytes, luck: random.Random) -> bytes:
-    return content[: luck.randrange(len(content))]
-
-
-def _zeros(content: bytes, luck: random.Random) -> bytes:
-    at = luck.randrange(len(content))
-    return (content[:at] + bytes(64) + content[at + 64 :])[: len(content)]
-
-
-def _doubled(content: bytes, luck: random.Random) -> bytes:
-    before, piece, after = _piece(content, luck)
-    return before + piece + piece + after
-
-
-CHANGES = (_bit, _byte, _cut, _truncated, _zeros, _doubled)
-
-
-def changed(content: bytes, number: int) -> Iterator[bytes]:
-    """Yield this many copies with each kind of change, drawn by seeds."""
-    for change in CHANGES:
-        for seed in range(number):
-            yield change(content, random.Random(f"{change.__name__} {seed}"))
-
-
 def moved(mine: list[bytes], others: list[bytes], luck: random.Random) -> Iterator[bytes]:
     """Yield copies with each record lost, doubled, in another's place, or of another file."""
     for at, record in enumerate(mine):
