@@ -1,4 +1,4 @@
-"""Comparison of two commits: each trains a small model, and every resulting number is compared.
+"""Comparison of two commits: each trains a small model, and all that it wrote is compared.
 
     scripts/compare_commits.sh BEFORE AFTER
 
@@ -20,13 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 
-from megatron_laer.tools.cli.argument_types import between
 from tests import processes
 from tests.checkpoints import iteration_folder, saved_tensors
-from tests.records import taken_apart, without_run
+from tests.records import taken_apart
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,128 +40,104 @@ _TRAINING_FLAGS = """
     --ckpt-format torch_dist --save-interval 1000
     --expert-model-parallel-size 2 --expert-parallel-mode fsep
 """
-_PLANNED = "--fsep-late-plan wait --fsep-record layouts layouts --fsep-record routing trace"
+_PLANNED = "--fsep-late-plan wait --fsep-record recorded trace layouts"
 CONFIGURATIONS = {
     "adaptive": _PLANNED,
     "restore per step": f"{_PLANNED} --fsep-restore step",
-    "random layouts, bf16": "--fsep-planner random --fsep-record routing trace --bf16 "
+    "random layouts, bf16": "--fsep-planner random --fsep-record recorded trace --bf16 "
     "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
     "experts at home, bf16": "--fsep-sharding experts --fsep-planner random --bf16 "
-    "--fsep-record routing trace --use-distributed-optimizer --overlap-grad-reduce "
+    "--fsep-record recorded trace --use-distributed-optimizer --overlap-grad-reduce "
     "--overlap-param-gather --dist-ckpt-optim-fully-reshardable",
     "experts at home by relay": "--fsep-sharding experts --fsep-planner random --fsep-node-size 1 "
-    "--fsep-record routing trace --fsep-set restore_algorithm=node "
+    "--fsep-record recorded trace --fsep-set restore_algorithm=node "
     "--recompute-granularity selective --recompute-modules moe",
 }
 
-# By kind of result a text for each number, tensor or file; equal texts mean equal bits.
-Results = Mapping[str, Mapping[str, str]]
+# A text for each number, tensor or file of a run; equal texts mean equal bits.
+Results = Mapping[str, str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare two commits; return 0 if they are equal, 1 if not, 2 for bad input."""
-    args = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog="scripts/compare_commits.sh",
+        description="Trains a small model with two commits, each in a worktree of its own, and "
+        "compares losses, gradient norms, metrics, recordings and checkpoints, bit for bit.",
+        epilog="Exit status: 0 if nothing differs, 1 if something does, 2 if a commit cannot be "
+        "built or trained.",
+    )
+    parser.add_argument("before", metavar="BEFORE", help="a commit, such as main")
+    parser.add_argument("after", metavar="AFTER", help="a commit, such as HEAD")
+    parser.add_argument("--steps", type=int, default=30, help="default %(default)s")
+    args = parser.parse_args(argv)
     try:
         commits = [_commit(name) for name in (args.before, args.after)]
         with tempfile.TemporaryDirectory(prefix="compare-commits-") as folder:
-            results = [
+            before, after = (
                 _results_of(commit, Path(folder, label), args.steps)
                 for label, commit in zip(("before", "after"), commits, strict=True)
-            ]
+            )
     except ValueError as error:
         print(f"compare_commits: {error}", file=sys.stderr)
         return 2
-    lines, is_equal = comparison(*results)
-    print("\nbefore {}\nafter  {}\n".format(*commits) + "\n".join(lines))
-    return 0 if is_equal else 1
+    print("\nbefore {}\nafter  {}\n".format(*commits))
+    for name in CONFIGURATIONS:
+        print(f"{name}: {comparison(before.get(name, {}), after.get(name, {}))}")
+    return int(before != after)
 
 
-def comparison(before: Results, after: Results) -> tuple[list[str], bool]:
-    """Return a table with one line per kind of result, and True if all results are equal.
-
-    A missing result counts as different, and so does a kind without results.
-    """
-    rows = [("what", "compared", "result")]
-    is_equal = True
-    for kind in dict.fromkeys([*before, *after]):
-        old, new = before.get(kind, {}), after.get(kind, {})
-        names = list(dict.fromkeys([*old, *new]))
-        differing = [name for name in names if old.get(name) != new.get(name)]
-        result = "equal" if names else "NOTHING TO COMPARE"
-        if differing:
-            first, values = differing[0], [of.get(differing[0], "nothing") for of in (old, new)]
-            result = "{} DIFFER, first {}: {} before, {} after".format(
-                len(differing), first, *values
-            )
-        is_equal = is_equal and result == "equal"
-        rows.append((kind, str(len(names)), result))
-    width = max(len(kind) for kind, _, _ in rows)
-    return [f"{kind:<{width}}{number:>10}  {result}" for kind, number, result in rows], is_equal
+def comparison(before: Results, after: Results) -> str:
+    """Describe the differences of two runs; a missing result differs."""
+    names = dict.fromkeys([*before, *after])
+    differing = [name for name in names if before.get(name) != after.get(name)]
+    if not differing:
+        return f"{len(names)} results are equal"
+    lines = (
+        f"  {name}: {before.get(name, 'nothing')} before, {after.get(name, 'nothing')} after"
+        for name in differing
+    )
+    return "\n".join([f"{len(differing)} of {len(names)} results DIFFER", *lines])
 
 
 def read_results(folder: Path, steps: int) -> Results:
     checkpoint = iteration_folder(folder / "checkpoint", steps)
-    entries = torch_checkpoint.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    tensors: dict[str, dict[str, str]] = {"weights": {}, "optimizer state": {}}
+    metadata = torch_checkpoint.FileSystemReader(checkpoint).read_metadata()
+    found = dict.fromkeys(metadata.state_dict_metadata, "a key") | _scalars(folder / "tensorboard")
     for name, tensor in saved_tensors(checkpoint).items():
-        kind = "optimizer state" if name.startswith("optimizer.") else "weights"
         content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        tensors[kind][name] = f"{tensor.dtype} {tuple(tensor.shape)} {_digest(content)}"
-    results = {
-        **_scalars(folder / "tensorboard"),
-        "checkpoint keys": dict.fromkeys(entries, "a key"),
-        **tensors,
-        "files of routing": _files(folder / "routing"),
-    }
-    if (folder / "layouts").exists():
-        results["layouts"] = _layouts(folder / "layouts")
-        results["files of the planner's state"] = {
-            path.name: _digest(without_times(path))
-            for path in sorted((checkpoint / "fsep_planner").iterdir())
-        }
-    return results
+        found[name] = f"{tensor.dtype} {tuple(tensor.shape)} {_digest(content)}"
+    for path in sorted([*folder.glob("recorded/group-*"), *checkpoint.glob("fsep_planner/*")]):
+        found[path.name] = _digest(lasting(path))
+    return found
 
 
-def without_times(state: Path) -> bytes:
-    fields, content = taken_apart(state)
-    for _, _, values in content:
-        values.pop("plan_ms", None)
+def lasting(path: Path) -> bytes:
+    """Return the content of a file of records without the run's number and measured times."""
+    fields, content = taken_apart(path)
+    fields.pop("run", None)
     records = [
-        (kind, step, {name: of.tobytes() for name, of in values.items()})
+        (
+            kind,
+            step,
+            {name: np.asarray(of).tobytes() for name, of in values.items() if name != "plan_ms"},
+        )
         for kind, step, values in content
     ]
     return repr((fields, records)).encode()
 
 
-def _scalars(folder: Path) -> dict[str, dict[str, str]]:
-    """Return TensorBoard's scalars with the precision of loss and norm, without measured ones."""
+def _scalars(folder: Path) -> dict[str, str]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    kinds = {"lm loss": "losses", "grad-norm": "gradient norms"}
-    found: dict[str, dict[str, str]] = {"losses": {}, "gradient norms": {}, "other metrics": {}}
-    for tag in events.Tags()["scalars"]:
-        for event in [] if tag.endswith(_MEASURED) else events.Scalars(tag):
-            found[kinds.get(tag, "other metrics")][f"{tag}, step {event.step}"] = repr(event.value)
-    return found
-
-
-def _layouts(folder: Path) -> dict[str, str]:
     return {
-        f"{path.name}, line {number}": _digest(line)
-        for path in _recordings(folder)
-        for number, line in enumerate(without_run(path), start=1)
+        f"{tag}, step {event.step}": repr(event.value)
+        for tag in events.Tags()["scalars"]
+        if not tag.endswith(_MEASURED)
+        for event in events.Scalars(tag)
     }
-
-
-def _files(folder: Path) -> dict[str, str]:
-    return {path.name: _digest(b"".join(without_run(path))) for path in _recordings(folder)}
-
-
-def _recordings(folder: Path) -> list[Path]:
-    # Hidden files say which process wrote a recording, so they differ from run to run.
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _digest(content: bytes) -> str:
@@ -176,10 +152,10 @@ def _commit(name: str) -> str:
     return found.stdout.strip()
 
 
-def _results_of(commit: str, folder: Path, steps: int) -> Results:
+def _results_of(commit: str, folder: Path, steps: int) -> dict[str, Results]:
     folder.mkdir()
     data = folder.parent / "text"
-    results: dict[str, Mapping[str, str]] = {}
+    results: dict[str, Results] = {}
     with _worktree(commit, folder / "tree") as tree:
         print(f"{folder.name} {commit[:12]}: building", flush=True)
         _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree, tree)
@@ -201,8 +177,7 @@ def _results_of(commit: str, folder: Path, steps: int) -> Results:
                 *"--data-cache-path cache --tensorboard-dir tensorboard --save checkpoint".split(),
             ]
             _run(command, tree, run)
-            for kind, found in read_results(run, steps).items():
-                results[f"{name}: {kind}"] = found
+            results[name] = read_results(run, steps)
     return results
 
 
@@ -229,20 +204,6 @@ def _run(command: Sequence[str], tree: Path, folder: Path) -> str:
         output = (result.stdout + result.stderr)[-4000:]
         raise ValueError(f"{' '.join(command[:5])} ... failed in {tree}:\n{output}")
     return result.stdout
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="scripts/compare_commits.sh",
-        description="Trains a small model with two commits, each in a worktree of its own, and "
-        "compares losses, gradient norms, metrics, recordings and checkpoints, bit for bit.",
-        epilog="Exit status: 0 if nothing differs, 1 if something does, 2 if a commit cannot be "
-        "built or trained.",
-    )
-    parser.add_argument("before", metavar="BEFORE", help="a commit, such as main")
-    parser.add_argument("after", metavar="AFTER", help="a commit, such as HEAD")
-    parser.add_argument("--steps", type=between(1, 10**5), default=30, help="default %(default)s")
-    return parser
 
 
 if __name__ == "__main__":
