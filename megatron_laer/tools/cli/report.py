@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megatron_laer.files.checks import one_line, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import write_output
-from megatron_laer.planner.geometry import Geometry
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
     between,
@@ -70,17 +69,13 @@ def run(args: argparse.Namespace) -> int:
 
     recording = read_metrics(files.metrics)
     settings = prediction_settings(vars(args) | {"config": None}, recording, files.metrics)
-    trace = None
-    if files.trace is not None:
-        trace = read_trace(files.trace)
+    trace = None if files.trace is None else read_trace(files.trace)
     shown = recorded_run(files, recording, trace, settings.sharding)
-    shape, rows = shown.shape, list[WhatIf]()
-    sizes = shape.num_ranks, shape.num_experts, shape.capacity, shape.node_size
-    geometry = Geometry(*sizes, settings.sharding)
+    rows = list[WhatIf]()
     if trace is not None:
         cluster = [] if args.cluster is None else ["--cluster", args.cluster]
         progress = bar("what if", leave=False)
-        of_run = str(files.trace), trace, geometry, settings
+        of_run = str(files.trace), trace, shown.geometry, settings
         rows = what_if(*of_run, args.cases, cluster, progress)
     # File names that are not UTF-8 get escapes, as on the terminal.
     content = page(shown, rows, settings.words()).encode(errors="backslashreplace")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_laer.tools.report.run_data import Float64, RunData
+from megatron_laer.tools.report.metrics_recording import Float64
+from megatron_laer.tools.report.recorded import RunData
 
 # Number of layers named as causes, and the share of the time from which on they are named.
 _NAMED = 3

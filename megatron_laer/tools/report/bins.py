@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.tools.report.run_data import Float64, RunData
+from megatron_laer.tools.report.metrics_recording import Float64
+from megatron_laer.tools.report.recorded import RunData
 
 # Maximum columns of a figure, and cells of a figure with one picture per layer.
 MAX_BINS = 240

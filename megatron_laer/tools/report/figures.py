@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout, stock_owner_E
 from megatron_laer.tools.report import plots
 from megatron_laer.tools.report.bins import (
     MAX_BINS,
@@ -28,6 +27,7 @@ from megatron_laer.tools.report.bins import (
     over_mean,
     text_of,
 )
+from megatron_laer.tools.report.metrics_recording import Float64
 from megatron_laer.tools.report.plots import (
     BLUE,
     GREEN,
@@ -36,9 +36,8 @@ from megatron_laer.tools.report.plots import (
     Axis,
     Chart,
     Section,
-    rounded,
 )
-from megatron_laer.tools.report.run_data import Float64, RunData
+from megatron_laer.tools.report.recorded import RunData
 
 # A step's time by kind, from the measured parts; the rest is dense layers and optimizer.
 KINDS = ("dense layers", "dispatch", "experts", "combine", "restore waits", "gradient waits")
@@ -89,10 +88,15 @@ def _balance(run: RunData, edges: Sequence[int]) -> Section:
 
 
 def _time(run: RunData, edges: Sequence[int]) -> Section:
-    figures = [_times(run, edges)]
-    if run.loss:
-        figures.append(_loss(run))
-    return Section("time", "Where time went", figures)
+    times = plots.stacked_bars(
+        "A step's time by kind",
+        "On the planner rank. Combine waits for the busiest rank, so it includes the imbalance. "
+        "Far longer columns, as of a warm-up, are cut off.",
+        _time_parts(run, edges),
+        x=_steps(run, edges),
+        y="time of a step, ms",
+    )
+    return Section("time", "Where time went", [times, _loss(run)] if run.loss else [times])
 
 
 def _loss(run: RunData) -> Chart:
@@ -106,7 +110,7 @@ def _loss(run: RunData) -> Chart:
     return plots.lines(
         "Loss",
         "From Megatron's log, the mean of a line's steps; NaN and infinite ones are missing.",
-        {"lm loss": rounded(losses)},
+        {"lm loss": losses},
         x=plots.steps_axis(steps, ends, run.resumed),
         y="lm loss",
         colours=(BLUE,),
@@ -114,37 +118,26 @@ def _loss(run: RunData) -> Chart:
     )
 
 
-def _times(run: RunData, edges: Sequence[int]) -> Chart:
-    return plots.stacked_bars(
-        "A step's time by kind",
-        "On the planner rank. Combine waits for the busiest rank, so it includes the imbalance. "
-        "Far longer columns, as of a warm-up, are cut off.",
-        _time_parts(run, edges),
-        x=_steps(run, edges),
-        y="time of a step, ms",
-    )
-
-
-def _time_parts(run: RunData, edges: Sequence[int]) -> dict[str, list[float | None]]:
+def _time_parts(run: RunData, edges: Sequence[int]) -> dict[str, Float64]:
     """Divide a step's time by kind. Waits for restores are within the experts' time."""
     of = {name: np.nan_to_num(values) for name, values in run.of_steps.items()}
     experts_ms = np.maximum(of["experts_ms"] - of["restore_wait_ms"], 0.0)
     parts = [of["dispatch_ms"], experts_ms, of["combine_ms"]]
     parts += [of["restore_wait_ms"], of["reduce_wait_ms"]]
     dense_ms = np.maximum(of["step_ms"] - np.sum(parts, axis=0), 0.0)
-    means = (rounded(binned(part, edges)) for part in (dense_ms, *parts))
+    means = (binned(part, edges) for part in (dense_ms, *parts))
     return dict(zip(KINDS, means, strict=True))
 
 
 def _ranks(run: RunData, edges: Sequence[int]) -> Section:
-    kinds = {"FSEP": run.rank_tokens_TLN}
-    if run.stock_rank_tokens_TLN is not None:
-        kinds = {"Stock's placement": run.stock_rank_tokens_TLN, **kinds}
     size, num_ranks = run.shape.node_size, run.shape.num_ranks
-    shown = {
-        name: binned(over_mean(tokens_TLN.sum(axis=1)), edges).T
-        for name, tokens_TLN in kinds.items()
-    }
+    kinds = {"FSEP": run.rank_tokens_TLN.sum(axis=1).T}
+    if run.experts_TLE is not None:
+        stock_NT = np.zeros_like(kinds["FSEP"])
+        owner_E = stock_owner_E(num_ranks, run.shape.num_experts)
+        np.add.at(stock_NT, owner_E, run.experts_TLE.sum(axis=1).T)
+        kinds = {"Stock's placement": stock_NT, **kinds}
+    shown = {name: binned(over_mean(of_NT.T), edges).T for name, of_NT in kinds.items()}
     reach = max(0.01, *(largest(np.abs(values - 1)) for values in shown.values()))
     figures = [
         plots.heat_map(
@@ -205,7 +198,7 @@ def _replicas(run: RunData, edges: Sequence[int]) -> Iterator[Chart]:
     yield plots.lines(
         "Weights moved",
         "Weights and gradients that the planner rank received in a step.",
-        {name: rounded(values) for name, values in series.items()},
+        series,
         x=_steps(run, edges),
         y=unit,
         colours=(GREEN,),
@@ -215,10 +208,9 @@ def _replicas(run: RunData, edges: Sequence[int]) -> Iterator[Chart]:
 def _slots_by_bin(run: RunData, bins: Bins) -> Float64:
     """Return each expert's slots at the end of each bin; NaN before the first known layout."""
     num_layers, num_experts = len(run.shape.layers), run.shape.num_experts
-    sizes = run.shape.num_ranks, num_experts, run.shape.capacity, run.shape.node_size
-    static = Geometry(*sizes, run.sharding).static_layout
     # A run begins with static layouts, which are not recorded.
-    layouts: Sequence[ExpertLayout] | None = [static] * num_layers if run.steps_T[0] == 0 else None
+    first = [run.geometry.static_layout] * num_layers
+    layouts: Sequence[ExpertLayout] | None = first if run.steps_T[0] == 0 else None
     coming = list(run.layouts)[::-1]
     unknown = np.full((num_layers, num_experts), np.nan)
     slots = []
@@ -257,8 +249,8 @@ def _memory(run: RunData, edges: Sequence[int]) -> Section:
             "Tokens of the busiest rank, and the bound",
             "Of a step's worst layer and microbatch. A rank's activations grow with them.",
             {
-                name: rounded(binned(_largest_of_layers(run.of_layers[key]), edges))
-                for name, key in names.items()
+                of: binned(_largest_of_layers(run.of_layers[key]), edges)
+                for of, key in names.items()
             },
             x=_steps(run, edges),
             y="tokens",
@@ -272,7 +264,7 @@ def _memory(run: RunData, edges: Sequence[int]) -> Section:
             plots.lines(
                 "Memory of the planner rank",
                 "Peak of reserved memory and the remainder; on the CPU resident and free memory.",
-                {name: rounded(values) for name, values in series.items()},
+                series,
                 x=_steps(run, edges),
                 y=unit,
                 colours=(BLUE, GREEN),

@@ -20,7 +20,8 @@ import numpy as np
 from megatron_laer.telemetry.metrics import LOGGED
 from megatron_laer.tools.report.assessment import assess, percent, seconds
 from megatron_laer.tools.report.figures import sections
-from megatron_laer.tools.report.run_data import Float64, RunData
+from megatron_laer.tools.report.metrics_recording import Float64
+from megatron_laer.tools.report.recorded import RunData
 from megatron_laer.tools.report.what_if import WhatIf
 from megatron_laer.tools.simulator.comparison import STOCK, TOLERANCE
 from megatron_laer.version import __version__

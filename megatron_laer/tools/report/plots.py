@@ -150,7 +150,7 @@ def _note(text: str, size: int = 14) -> dict[str, Any]:
 def lines(
     title: str,
     text: str,
-    series: Mapping[str, Sequence[float | None]],
+    series: Mapping[str, npt.ArrayLike],
     *,
     x: Axis,
     y: str,
@@ -161,11 +161,11 @@ def lines(
     traces = [
         {
             "type": "scatter",
-            "mode": "lines+markers" if len(values) < 30 else "lines",
+            "mode": "lines+markers" if len(x.values) < 30 else "lines",
             "name": name,
             "x": x.values,
-            "y": list(values),
-            "line": {"color": colour, "width": 1.5 if k % 2 else 3.5, "dash": _DASHES[k % 2]},
+            "y": rounded(values),
+            "line": {"color": colour, **_STROKES[k % 2]},
             "marker": {"size": 5 if k % 2 else 8},
         }
         for k, ((name, values), colour) in enumerate(zip(series.items(), colours, strict=True))
@@ -175,31 +175,22 @@ def lines(
     return _chart(title, text, traces, x, layout)
 
 
-_DASHES = ("solid", "dash")
+_STROKES = ({"width": 3.5, "dash": "solid"}, {"width": 1.5, "dash": "dash"})
 
 
 def stacked_bars(
-    title: str,
-    text: str,
-    parts: Mapping[str, Sequence[float | None]],
-    *,
-    x: Axis,
-    y: str,
+    title: str, text: str, parts: Mapping[str, npt.NDArray[np.float64]], *, x: Axis, y: str
 ) -> Chart:
-    """Return a figure of stacked bars; the y axis cuts off far longer columns."""
+    """Return a figure of stacked bars; the y axis cuts off far longer columns, as of a warm-up."""
     traces = [
-        {"type": "bar", "name": name, "x": x.values, "y": values, "marker": {"color": colour}}
-        for (name, values), colour in zip(parts.items(), KIND_COLOURS, strict=True)
+        {"type": "bar", "name": name, "x": x.values, "y": rounded(values), "marker": {"color": of}}
+        for (name, values), of in zip(parts.items(), KIND_COLOURS, strict=True)
     ]
-    axis = {"title": {"text": y}, "range": [0, stack_height(parts)]}
+    sums = np.nansum([*parts.values()], axis=0)
+    height = float(min(sums.max() * 1.02, 1.6 * np.quantile(sums, 0.95))) or 1.0
+    axis = {"title": {"text": y}, "range": [0, height]}
     layout = {"height": 380, "barmode": "stack", "bargap": 0.08, "yaxis": axis}
     return _chart(title, text, traces, x, layout)
-
-
-def stack_height(parts: Mapping[str, Sequence[float | None]]) -> float:
-    """Return the height for stacked bars; columns of a warm-up may exceed it."""
-    sums = np.nansum(np.array(list(parts.values()), dtype=np.float64), axis=0)
-    return float(min(sums.max() * 1.02, 1.6 * np.quantile(sums, 0.95))) or 1.0
 
 
 def steps_axis(

@@ -6,6 +6,8 @@ Legend: T steps, L MoE layers, N ranks, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,15 +15,72 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding
-from megatron_laer.files.checks import lines, naming, open_input
-from megatron_laer.planner.layout import ExpertLayout, stock_owner_E
+from megatron_laer.files.checks import naming
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.planning.layout_recording import read_layouts
-from megatron_laer.telemetry.log import LOSS, read_run
+from megatron_laer.telemetry.log import LOSS, read_log
 from megatron_laer.telemetry.metrics_file import Shape
-from megatron_laer.tools.report.metrics_recording import MetricsRecording
-from megatron_laer.tools.report.run_data import RunData, expert_tokens_TLE, shape_settings
+from megatron_laer.tools.report.metrics_recording import Float64, MetricsRecording
 from megatron_laer.tools.report.run_files import RunFiles
 from megatron_laer.tools.traces.records import Trace
+
+_OTHER_RUNS = "they are of different runs, so move one away"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RunData(MetricsRecording):
+    """Metrics of a run, with its other recordings.
+
+    `experts_TLE` is None without a trace. `layouts` are planned ones by their first step, `loss` by
+    iteration from 1. `recorded` is the time of the last step, as text.
+    """
+
+    name: str
+    experts_TLE: Int64 | None
+    layouts: Sequence[tuple[int, Sequence[ExpertLayout]]]
+    loss: Sequence[tuple[int, float]]
+    recorded: str
+    notes: Sequence[str]
+    sharding: Sharding
+
+    @property
+    def imbalance_TL(self) -> Float64:
+        """Return the tokens of the busiest rank over the mean."""
+        return self.of_layers["max_over_mean"]
+
+    @property
+    def stock_TL(self) -> Float64:
+        """Return the tokens of stock's busiest rank over the mean."""
+        return self.of_layers["stock_max_over_mean"]
+
+    @property
+    def layer_ms_TL(self) -> Float64:
+        """Return the time over all passes of a step."""
+        return self.of_layers["layer_ms"] * self.of_layers["passes"]
+
+    @property
+    def resumed(self) -> list[int]:
+        """Return the first steps of later runs that went on with the recording."""
+        return [step for step, _ in self.runs[1:]]
+
+    @property
+    def geometry(self) -> Geometry:
+        shape = self.shape
+        sizes = shape.num_ranks, shape.num_experts, shape.capacity, shape.node_size
+        return Geometry(*sizes, self.sharding)
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        shape = self.shape
+        return [
+            ("ranks N", str(shape.num_ranks)),
+            ("ranks per node G", str(shape.node_size)),
+            ("experts E", str(shape.num_experts)),
+            ("slots per rank C", str(shape.capacity)),
+            ("MoE layers", str(len(shape.layers))),
+            *(self.runs[-1][1].items() if self.runs else ()),
+        ]
 
 
 def recorded_run(
@@ -31,54 +90,36 @@ def recorded_run(
 
     Raises ValueError for a damaged line or files of different runs, OSError for unreadable files.
     """
-    shape = recording.shape
     if len(recording.steps_T) == 0:
         raise ValueError(f"{files.metrics} holds no step yet; wait for the first one")
-    experts_TLE = stock_rank_tokens_TLN = None
-    loss = _loss(files.logs)
-    notes = [*_notes(files, recording), *_divergence(loss)]
+    loss, experts_TLE = _loss(files.logs), None
+    notes = [*_notes(files, recording, loss)]
     if trace is not None:
-        check_same_run(files.metrics, shape, files.trace, trace)
-        experts_TLE = expert_tokens_TLE(
-            trace.step_R, trace.layer_R, trace.counts_RNE, recording.steps_T, len(shape.layers)
-        )
-        stock_rank_tokens_TLN = stock_tokens_TLN(experts_TLE, shape)
+        check_same_run(files.metrics, recording.shape, files.trace, trace)
+        experts_TLE = _expert_tokens_TLE(trace, recording.steps_T)
     else:
         notes.append("Without --fsep-record DIR trace there are no experts, and no what-if.")
-    of_layers = recording.of_layers
     written = datetime.fromtimestamp(files.metrics.stat().st_mtime, UTC)
     return RunData(
+        **vars(recording),
         name=files.name,
-        shape=shape,
-        steps_T=recording.steps_T,
-        imbalance_TL=of_layers["max_over_mean"],
-        stock_TL=of_layers["stock_max_over_mean"],
-        layer_ms_TL=of_layers["layer_ms"] * of_layers["passes"],
-        of_steps=recording.of_steps,
-        of_layers=of_layers,
-        metrics=recording.metrics,
-        rank_tokens_TLN=recording.rank_tokens_TLN,
-        stock_rank_tokens_TLN=stock_rank_tokens_TLN,
         experts_TLE=experts_TLE,
-        layouts=_layouts(files, shape),
+        layouts=_layouts(files, recording.shape),
         loss=loss,
-        resumed=[step for step, _ in recording.runs[1:]],
         recorded=f"recorded until {written:%Y-%m-%d %H:%M} UTC",
-        settings=[
-            *shape_settings(shape),
-            *(recording.runs[-1][1].items() if recording.runs else ()),
-        ],
         notes=notes,
         sharding=sharding,
     )
 
 
-def stock_tokens_TLN(experts_TLE: Int64, shape: Shape) -> Int64:
-    owner_E = stock_owner_E(shape.num_ranks, shape.num_experts)
-    tokens_TLN = np.zeros((*experts_TLE.shape[:2], shape.num_ranks), dtype=np.int64)
-    for expert, rank in enumerate(owner_E.tolist()):
-        tokens_TLN[:, :, rank] += experts_TLE[:, :, expert]
-    return tokens_TLN
+def _expert_tokens_TLE(trace: Trace, steps_T: Int64) -> Int64:
+    """Add up a trace's tokens of each expert by layer and step, for the ordered steps `steps_T`."""
+    tokens_RE = trace.counts_RNE.sum(axis=1, dtype=np.int64)
+    is_known_R = np.isin(trace.step_R, steps_T)
+    at_R = np.searchsorted(steps_T, trace.step_R[is_known_R])
+    experts_TLE = np.zeros((len(steps_T), len(trace.layers), trace.num_experts), dtype=np.int64)
+    np.add.at(experts_TLE, (at_R, trace.layer_R[is_known_R]), tokens_RE[is_known_R])
+    return experts_TLE
 
 
 def check_same_run(metrics: Path, shape: Shape, path: Path | None, trace: Trace) -> None:
@@ -86,27 +127,23 @@ def check_same_run(metrics: Path, shape: Shape, path: Path | None, trace: Trace)
     of_trace = (trace.num_ranks, trace.num_experts, trace.layers)
     of_metrics = (shape.num_ranks, shape.num_experts, shape.layers)
     if of_trace != of_metrics:
-        raise ValueError(
-            f"{path} is of {_said(of_trace)}, {metrics} of {_said(of_metrics)}; "
-            "they are of different runs, so move one away"
-        )
-
-
-def _said(of: tuple[int, int, tuple[str, ...]]) -> str:
-    return f"{of[0]} ranks, {of[1]} experts and {len(of[2])} layers"
+        texts = [
+            f"{ranks} ranks, {experts} experts and {len(layers)} layers"
+            for ranks, experts, layers in (of_trace, of_metrics)
+        ]
+        raise ValueError(f"{path} is of {texts[0]}, {metrics} of {texts[1]}; {_OTHER_RUNS}")
 
 
 def _layouts(files: RunFiles, shape: Shape) -> list[tuple[int, list[ExpertLayout]]]:
     if files.layouts is None:
         return []
     found = list(read_layouts(files.layouts))
+    expected = (shape.num_ranks, shape.capacity, shape.num_experts, len(shape.layers))
     for _, layouts in found:
-        sizes = (layouts[0].num_ranks, layouts[0].capacity, layouts[0].num_experts, len(layouts))
-        expected = (shape.num_ranks, shape.capacity, shape.num_experts, len(shape.layers))
-        if sizes != expected:
+        if (sizes := (*layouts[0].shape, len(layouts))) != expected:
             raise ValueError(
                 f"{files.layouts} is of (ranks, capacity, experts, layers) = {sizes}, "
-                f"{files.metrics} of {expected}; they are of different runs, so move one away"
+                f"{files.metrics} of {expected}; {_OTHER_RUNS}"
             )
     return found
 
@@ -114,30 +151,25 @@ def _layouts(files: RunFiles, shape: Shape) -> list[tuple[int, list[ExpertLayout
 def _loss(logs: tuple[Path, ...]) -> list[tuple[int, float]]:
     """Return the losses of the first log that has any."""
     for path in logs:
-        with open_input(path) as file, naming(path):
-            run = read_run(path.name, (line.decode(errors="replace") for line in lines(file, path)))
-        steps = [run.steps[number] for number in sorted(run.steps)]
-        found = [(step.number, step.values[LOSS]) for step in steps if LOSS in step.values]
-        if found:
+        with naming(path):
+            steps = read_log(path.name, path).steps
+        values = [(number, steps[number].values) for number in sorted(steps)]
+        if found := [(number, of[LOSS]) for number, of in values if LOSS in of]:
             return found
     return []
 
 
-def _notes(files: RunFiles, recording: MetricsRecording) -> list[str]:
-    notes = ["Times are those of the group's planner rank; it waits for the busiest rank."]
+def _notes(
+    files: RunFiles, recording: MetricsRecording, loss: Sequence[tuple[int, float]]
+) -> Iterator[str]:
+    yield "Times are those of the group's planner rank; it waits for the busiest rank."
     if len(files.groups) > 1:
-        notes.append(f"Group {files.group} of the groups {list(files.groups)}.")
+        yield f"Group {files.group} of the groups {list(files.groups)}."
     if len(recording.runs) > 1:
         begun = ", ".join(str(step) for step, _ in recording.runs)
-        notes.append(f"Written by {len(recording.runs)} runs, which began with the steps {begun}.")
-    return notes
-
-
-def _divergence(loss: list[tuple[int, float]]) -> list[str]:
-    iterations = [iteration for iteration, value in loss if not math.isfinite(value)]
-    if not iterations:
-        return []
-    return [
-        f"The run diverged: its loss is NaN or infinite in {len(iterations)} of {len(loss)} logged "
-        f"iterations, first in iteration {iterations[0]}, which is step {iterations[0] - 1} here."
-    ]
+        yield f"Written by {len(recording.runs)} runs, which began with the steps {begun}."
+    if lost := [iteration for iteration, value in loss if not math.isfinite(value)]:
+        yield (
+            f"The run diverged: its loss is NaN or infinite in {len(lost)} of {len(loss)} logged "
+            f"iterations, first in iteration {lost[0]}, which is step {lost[0] - 1} here."
+        )
