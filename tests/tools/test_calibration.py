@@ -39,14 +39,10 @@ from megatron_laer.tools.calibration.quantities import (
     INTER,
     INTRA,
     AllToAll,
-    Collective,
-    Contended,
-    Copy,
-    ExchangedCounts,
-    Launch,
     PlannerCall,
     Product,
     Quantity,
+    Single,
 )
 from megatron_laer.tools.calibration.settings import CalibrationSettings, make_settings
 from megatron_laer.tools.model_flags import ExpertSizes
@@ -90,15 +86,15 @@ def all_figures(
         found[PlannerCall(quantities.SOLVE, *shape)] = figure(SOLVE.seconds(*shape))
         found[PlannerCall(quantities.GATE, *shape)] = figure(GATE.seconds(*shape))
     return found | {
-        Collective(quantities.ALL_GATHER, 536): figure(2e-5),
-        Collective(quantities.ALL_REDUCE, 4): figure(2e-5),
-        ExchangedCounts(64): figure(5e-5),
-        Launch(): figure(4e-6),
-        Copy(2**30): figure(2 * 2**30 / 1.5e12),
-        Contended(quantities.GEMM, False): figure(1e-3),
-        Contended(quantities.GEMM, True): figure(1.2e-3),
-        Contended(quantities.EXCHANGE, False): figure(2e-3),
-        Contended(quantities.EXCHANGE, True): figure(2.2e-3),
+        Single(quantities.ALL_GATHER, 536): figure(2e-5),
+        Single(quantities.ALL_REDUCE, 4): figure(2e-5),
+        Single(quantities.COUNTS, 64): figure(5e-5),
+        Single(quantities.LAUNCH): figure(4e-6),
+        Single(quantities.COPY, 2**30): figure(2 * 2**30 / 1.5e12),
+        Single(quantities.ALONE.format(quantities.GEMM)): figure(1e-3),
+        Single(quantities.BESIDE.format(quantities.GEMM)): figure(1.2e-3),
+        Single(quantities.ALONE.format(quantities.EXCHANGE)): figure(2e-3),
+        Single(quantities.BESIDE.format(quantities.EXCHANGE)): figure(2.2e-3),
     }
 
 

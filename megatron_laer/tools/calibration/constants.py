@@ -27,23 +27,24 @@ from megatron_laer.tools.calibration.fitting import (
 )
 from megatron_laer.tools.calibration.quantities import (
     ALL_GATHER,
+    ALONE,
+    BESIDE,
+    COPY,
+    COUNTS,
     EXCHANGE,
     FORWARD,
     GATE,
     GEMM,
     INTER,
     INTRA,
+    LAUNCH,
     PRODUCTS,
     SOLVE,
     AllToAll,
-    Collective,
-    Contended,
-    Copy,
-    ExchangedCounts,
-    Launch,
     PlannerCall,
     Product,
     Quantity,
+    Single,
 )
 from megatron_laer.tools.calibration.settings import CalibrationSettings
 
@@ -79,10 +80,10 @@ def measured_cluster(
     gate, gate_spread = _planner_time(figures, GATE)
     gate = SolveTime(rounded(gate.base_s + _beside_gather_s(figures)), gate.slot_s, gate.count_s)
     contention, contention_spreads = _contention(figures)
-    copy, copied = next((figures[key], key) for key in figures if isinstance(key, Copy))
-    moved_bytes = 2 * copied.num_bytes  # read, and written
+    ((copied, copy),) = _chosen(figures, Single, name=COPY)
+    moved_bytes = 2 * copied.size  # read, and written
     memory = Figure(*(rounded(moved_bytes / s) for s in (copy.median, copy.high, copy.low)))
-    launch = figures[Launch()]
+    launch = figures[Single(LAUNCH)]
     # On a CPU, launches are the compute.
     replicas_s = rounded(_REPLICAS_LAUNCHES * launch.median) if settings.device == "cuda" else 0.0
     assumed = [
@@ -144,31 +145,34 @@ def implausible(cluster: Cluster) -> list[str]:
     ]
 
 
-def _back_ends(figures: Figures, settings: CalibrationSettings) -> tuple[BackEnd, ...]:
-    products = [(key, figure) for key, figure in figures.items() if isinstance(key, Product)]
+def _chosen[K: Quantity](
+    figures: Figures, kind: type[K], **fields: object
+) -> list[tuple[K, Figure]]:
+    """Return the figures of one kind of quantity whose keys have these fields."""
+    return [
+        (key, figure)
+        for key, figure in figures.items()
+        if isinstance(key, kind) and fields.items() <= vars(key).items()
+    ]
 
-    def curve(back_end: str, product: str) -> GemmCurve:
-        seconds = [
-            (key.tokens, figure.median)
-            for key, figure in products
-            if (key.back_end, key.name) == (back_end, product)
-        ]
+
+def _back_ends(figures: Figures, settings: CalibrationSettings) -> tuple[BackEnd, ...]:
+
+    def curve(back_end: str, name: str) -> GemmCurve:
+        of_product = _chosen(figures, Product, back_end=back_end, name=name)
+        seconds = [(key.tokens, figure.median) for key, figure in of_product]
         return fit_curve(seconds, settings.expert.flops_per_token)
 
     return tuple(
         BackEnd(name, *(curve(name, product) for product in PRODUCTS))
-        for name in dict.fromkeys(key.back_end for key, _ in products)
+        for name in dict.fromkeys(key.back_end for key, _ in _chosen(figures, Product))
     )
 
 
 def _gemm_spread(figures: Figures) -> Spread:
-    found = [
-        figure
-        for key, figure in figures.items()
-        if isinstance(key, Product) and (key.back_end, key.name) == (DEFAULT_BACK_END, FORWARD)
-    ]
-    low = statistics.median(figure.median / figure.high for figure in found)
-    high = statistics.median(figure.median / figure.low for figure in found)
+    found = _chosen(figures, Product, back_end=DEFAULT_BACK_END, name=FORWARD)
+    low = statistics.median(figure.median / figure.high for _, figure in found)
+    high = statistics.median(figure.median / figure.low for _, figure in found)
     return _spread(1.0, (low, high), f"{_PERCENTILES} samples, median of the points")
 
 
@@ -191,12 +195,7 @@ def _links(figures: Figures) -> tuple[dict[str, Link], dict[str, Spread]]:
     """
     links, spreads = {}, {}
     for name, other in ((INTRA, INTER), (INTER, INTRA)):
-        found = [
-            (key, figure)
-            for key, figure in figures.items()
-            if isinstance(key, AllToAll) and key.link == name
-        ]
-        if found:
+        if found := _chosen(figures, AllToAll, link=name):
             links[name], of_link = _link(found)
             for constant, spread in of_link.items():
                 spreads[f"{name}.{constant}"] = spread
@@ -226,11 +225,7 @@ def _link(found: Sequence[tuple[AllToAll, Figure]]) -> tuple[Link, dict[str, Spr
 
 
 def _planner_time(figures: Figures, name: str) -> tuple[SolveTime, Spread]:
-    found = [
-        (key, figure)
-        for key, figure in figures.items()
-        if isinstance(key, PlannerCall) and key.name == name
-    ]
+    found = _chosen(figures, PlannerCall, name=name)
     calls = [((key.ranks, key.capacity, key.experts), figure.median) for key, figure in found]
     fit = fit_solve(calls)
     ratios = [
@@ -242,20 +237,16 @@ def _planner_time(figures: Figures, name: str) -> tuple[SolveTime, Spread]:
 
 
 def _beside_gather_s(figures: Figures) -> float:
-    exchange = next(figure for key, figure in figures.items() if isinstance(key, ExchangedCounts))
-    gather = next(
-        figure
-        for key, figure in figures.items()
-        if isinstance(key, Collective) and key.name == ALL_GATHER
-    )
+    ((_, exchange),) = _chosen(figures, Single, name=COUNTS)
+    ((_, gather),) = _chosen(figures, Single, name=ALL_GATHER)
     return max(0.0, exchange.median - gather.median)
 
 
 def _contention(figures: Figures) -> tuple[Contention, list[tuple[str, Spread]]]:
     factors = {}
     for name in (GEMM, EXCHANGE):
-        alone_s = figures[Contended(name, False)].median
-        beside = figures[Contended(name, True)]
+        alone_s = figures[Single(ALONE.format(name))].median
+        beside = figures[Single(BESIDE.format(name))]
         factors[name] = Figure(
             *(rounded(s / alone_s) for s in (beside.median, beside.low, beside.high))
         )

@@ -18,7 +18,14 @@ from megatron_laer.runtime.comm.streams import CommStream
 from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.clock import Timestamp, make_clock
 from megatron_laer.tools.calibration.gemms import product_of
-from megatron_laer.tools.calibration.quantities import EXCHANGE, FORWARD, GEMM, Contended
+from megatron_laer.tools.calibration.quantities import (
+    ALONE,
+    BESIDE,
+    EXCHANGE,
+    FORWARD,
+    GEMM,
+    Single,
+)
 from megatron_laer.tools.calibration.sampling import Job, Sample
 from megatron_laer.tools.calibration.settings import CalibrationSettings
 
@@ -38,14 +45,14 @@ def contention_jobs(
     Both groups have all ranks; nothing else uses `exchanging` meanwhile.
     """
     for name in (GEMM, EXCHANGE):
-        for beside in (False, True):
+        for state in (ALONE, BESIDE):
 
-            def prepare(name: str = name, beside: bool = beside) -> Sample:
+            def prepare(name: str = name, state: str = state) -> Sample:
                 pair = _Pair(stream, exchanging, settings, device)
-                cover = pair.cover(name, control) if beside else 0
+                cover = pair.cover(name, control) if state == BESIDE else 0
                 return (pair.gemms if name == GEMM else pair.exchanges)(cover)
 
-            yield Job(Contended(name, beside), prepare, is_shared=name == EXCHANGE)
+            yield Job(Single(state.format(name)), prepare, is_shared=name == EXCHANGE)
 
 
 class _Pair:

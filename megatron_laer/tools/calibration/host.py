@@ -15,23 +15,23 @@ import torch.distributed as dist
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import PlanMode
-from megatron_laer.planner.clusters import Cluster, Link, SolveTime
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
-from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import collectives
-from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.process_groups import create_groups
 from megatron_laer.tools.calibration.quantities import (
+    COPY,
+    COUNTS,
     GATE,
+    LAUNCH,
     SOLVE,
-    Copy,
-    ExchangedCounts,
-    Launch,
     PlannerCall,
+    Single,
 )
 from megatron_laer.tools.calibration.sampling import Job, Sample, timed
 from megatron_laer.tools.calibration.settings import CalibrationSettings
@@ -62,29 +62,15 @@ def host_jobs(
         return timed(lambda: target.copy_(source), device)
 
     def counts() -> Sample:
-        ranks = tuple(range(dist.get_world_size()))
-        groups = FSEPGroups(
-            tokens=everybody,
-            tokens_intra_node=None,
-            tokens_inter_node=None,
-            parameters=everybody,
-            gradients=everybody,
-            parameters_intra_node=None,
-            parameters_inter_node=None,
-            gradients_intra_node=None,
-            gradients_inter_node=None,
-            ranks=ranks,
-            node_size=settings.node_size,
-            index=0,
-        )
+        groups = create_groups(everybody, settings.node_size, lambda *_, **__: everybody)
         exchange = collectives.CountsExchange(groups, device)
         counts_E = torch.zeros(settings.counts_experts, dtype=torch.int64, device=device)
         tag_2 = collectives.LayoutTag(0, 0).tensor(device)
         return timed(lambda: exchange.start(counts_E, tag_2, 0, "calibrate")(), device)
 
-    yield Job(Launch(), launches, units=_LAUNCHES)
-    yield Job(Copy(settings.copy_bytes), copies)
-    yield Job(ExchangedCounts(settings.counts_experts), counts, is_shared=True)
+    yield Job(Single(LAUNCH), launches, units=_LAUNCHES)
+    yield Job(Single(COPY, settings.copy_bytes), copies)
+    yield Job(Single(COUNTS, settings.counts_experts), counts, is_shared=True)
     for shape in settings.shapes:
         for name in (GATE, SOLVE):
 
@@ -109,7 +95,9 @@ def _planner_call(name: str, shape: tuple[int, int, int], device: torch.device) 
         now_NE, before_NE = _drifted_counts(num_ranks, num_experts, rng)
         cases.append((now_NE, construct_layout(before_NE, static, node_size)))
     turns = itertools.cycle(cases)
-    guard = Guard(PlanMode.FORECAST, _COSTS, geometry)
+    # Of any cluster: a call's time depends on no constant.
+    costs = CostModel(load_cluster("h100-8"), hidden=1, ffn=1, gated=True, bytes_per_element=1)
+    guard = Guard(PlanMode.FORECAST, costs, geometry)
 
     def gate() -> None:
         counts_NE, planned = next(turns)
@@ -119,7 +107,7 @@ def _planner_call(name: str, shape: tuple[int, int, int], device: torch.device) 
         counts_NE, planned = next(turns)
         layout = construct_layout(counts_NE, planned, node_size)
         quotas = exact_split(layout, node_size).solve(counts_NE)
-        _COSTS.split_seconds(quotas.totals(), geometry)
+        costs.split_seconds(quotas.totals(), geometry)
 
     return timed(gate if name == GATE else solve, device, time.thread_time)
 
@@ -134,23 +122,3 @@ def _drifted_counts(
         for part_E in (share_E, before_E)
     )
     return now_NE, before_NE
-
-
-# Placeholders: the time of a call depends on no constant.
-_COSTS = CostModel(
-    Cluster(
-        name="any",
-        source="nothing",
-        assumed="everything",
-        nodes=1,
-        ranks_per_node=1,
-        gemm=GemmCurve(((1, 1.0),)),
-        intra=Link(1.0, 0.0),
-        inter=Link(1.0, 0.0),
-        solve=SolveTime(0.0, 0.0, 0.0),
-    ),
-    hidden=1,
-    ffn=1,
-    gated=True,
-    bytes_per_element=1,
-)

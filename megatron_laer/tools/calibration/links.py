@@ -18,7 +18,7 @@ from megatron_laer.tools.calibration.quantities import (
     INTER,
     INTRA,
     AllToAll,
-    Collective,
+    Single,
 )
 from megatron_laer.tools.calibration.sampling import Job, Sample, timed
 from megatron_laer.tools.calibration.settings import CalibrationSettings
@@ -104,5 +104,5 @@ def collective_jobs(
         mine = torch.zeros(1, dtype=torch.float32, device=device)
         return timed(lambda: dist.all_reduce(mine, group=everybody), device)
 
-    yield Job(Collective(ALL_GATHER, numbers * COUNT_BYTES), gather, is_shared=True)
-    yield Job(Collective(ALL_REDUCE, 4), reduce, is_shared=True)
+    yield Job(Single(ALL_GATHER, numbers * COUNT_BYTES), gather, is_shared=True)
+    yield Job(Single(ALL_REDUCE, 4), reduce, is_shared=True)

@@ -37,15 +37,6 @@ class AllToAll(Quantity):
 
 
 @dataclass(frozen=True)
-class Collective(Quantity):
-    """Another collective over all ranks."""
-
-    text = "{name}, {num_bytes} bytes"
-    name: str
-    num_bytes: int
-
-
-@dataclass(frozen=True)
 class PlannerCall(Quantity):
     """Call into the planner, `gate` or `solve`, by the shape of a layer."""
 
@@ -57,42 +48,25 @@ class PlannerCall(Quantity):
 
 
 @dataclass(frozen=True)
-class Contended(Quantity):
-    """GEMM or exchange, alone or while the other one runs."""
+class Single(Quantity):
+    """Quantity of at most one size, by a text below."""
 
     name: str
-    beside: bool
+    size: int = 0
 
     def __str__(self) -> str:
-        return f"{self.name} {'beside the other' if self.beside else 'alone'}, s"
-
-
-@dataclass(frozen=True)
-class Launch(Quantity):
-    """Start of one small kernel."""
-
-    text = "launch"
-
-
-@dataclass(frozen=True)
-class ExchangedCounts(Quantity):
-    """Exchange of counts as a layer makes it, up to the counts on the host."""
-
-    text = "exchange of counts, E {experts}"
-    experts: int
-
-
-@dataclass(frozen=True)
-class Copy(Quantity):
-    """Copy in a rank's memory."""
-
-    text = "copy of {num_bytes} bytes"
-    num_bytes: int
+        return f"{self.name.format(size=self.size)}, s"
 
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = "forward", "input_grad", "weight_grad"
 PRODUCTS = (FORWARD, INPUT_GRAD, WEIGHT_GRAD)
 INTRA, INTER = "intra", "inter"
 GATE, SOLVE = "gate", "solve"
+# One small kernel, and a copy in a rank's memory.
+LAUNCH, COPY = "launch", "copy of {size} bytes"
+# Collectives over all ranks; the last one is a layer's, up to the counts on the host.
+ALL_GATHER, ALL_REDUCE = "All-gather, {size} bytes", "All-reduce, {size} bytes"
+COUNTS = "exchange of counts, E {size}"
+# Each alone, and while the other one runs.
 GEMM, EXCHANGE = "GEMM", "exchange"
-ALL_GATHER, ALL_REDUCE = "All-gather", "All-reduce"
+ALONE, BESIDE = "{} alone", "{} beside the other"
