@@ -41,10 +41,10 @@ def test_the_flags_make_megatron_see_the_same_end_of_document(texts, tmp_path):
 def test_an_unreadable_file_is_refused_by_name_and_leaves_nothing(texts, tmp_path, monkeypatch):
     # Permissions do not stop root, so opening itself is made to fail.
     def refuse(path):
-        raise PermissionError(13, "Permission denied")
+        raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(dataset, "open_input", refuse)
-    with pytest.raises(ValueError, match=r"a\.txt' cannot be read: Permission denied"):
+    with pytest.raises(PermissionError, match=r"Permission denied: .*a\.txt'"):
         prepare_data(texts, tmp_path / "out" / "train")
     assert not list((tmp_path / "out").iterdir())
 

@@ -32,7 +32,6 @@ from megatron_laer.tools.data.tokenizers import (
     Ids,
     check_length,
     load_tokenizer,
-    readable,
 )
 
 _CACHE = "cache"
@@ -71,7 +70,7 @@ def prepare_data(
     files = check_files(inputs)
     prefix = _checked_prefix(output_prefix, files)
     encoder = load_tokenizer(tokenizer)
-    sizes = [_size(path) for path in files]
+    sizes = [path.stat().st_size for path in files]
     for path, size in zip(files, sizes, strict=True):
         check_length(path, size, encoder.max_file_bytes)
 
@@ -85,9 +84,7 @@ def prepare_data(
     )
     with bar, _new_dataset(prefix, encoder.vocab_size) as dataset:
         for path in files:
-            with readable(path):
-                file = open_input(path)
-            with file:
+            with open_input(path) as file:
                 before = 0
                 for ids in encoder.encode_file(file, path):
                     dataset.add(ids)
@@ -96,11 +93,6 @@ def prepare_data(
             dataset.end_document()
     flags = ("--data-path", str(prefix), *encoder.flags)
     return PreparedData(prefix, dataset.documents, dataset.tokens, flags)
-
-
-def _size(path: Path) -> int:
-    with readable(path):
-        return path.stat().st_size
 
 
 def _checked_prefix(output_prefix: str | os.PathLike[str], files: Sequence[Path]) -> Path:

@@ -6,14 +6,13 @@ vocabulary size - 1, as the end of a document.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.files.checks import quoted
+from megatron_laer.files.checks import naming, quoted
 
 Ids = npt.NDArray[np.integer]
 
@@ -48,8 +47,9 @@ class ByteTokenizer:
 
     def encode_file(self, file: BinaryIO, path: Path) -> Iterator[Ids]:
         """Yield the ids of an open file; `path` is for messages."""
-        while piece := _read(file, path, _PIECE_BYTES):
-            yield np.frombuffer(piece, dtype=np.uint8)
+        with naming(path):
+            while piece := file.read(_PIECE_BYTES):
+                yield np.frombuffer(piece, dtype=np.uint8)
         yield np.array([_END_OF_DOCUMENT])
 
 
@@ -64,7 +64,8 @@ class HuggingFaceTokenizer(ByteTokenizer):
         self.flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", name)
 
     def encode_file(self, file: BinaryIO, path: Path) -> Iterator[Ids]:
-        content = _read(file, path, _MAX_TEXT_BYTES + 1)
+        with naming(path):
+            content = file.read(_MAX_TEXT_BYTES + 1)
         check_length(path, len(content), _MAX_TEXT_BYTES)
         try:
             text = content.decode("utf-8")
@@ -114,17 +115,3 @@ def check_length(path: Path, size_bytes: int, max_bytes: int) -> None:
             f"{quoted(path)} has {size_bytes:,} bytes, but a document at most {max_bytes:,}; split "
             "the file"
         )
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn a read error in the block into a ValueError that quotes the path."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{quoted(path)} cannot be read: {error.strerror}") from error
-
-
-def _read(file: BinaryIO, path: Path, max_bytes: int) -> bytes:
-    with readable(path):
-        return file.read(max_bytes)
