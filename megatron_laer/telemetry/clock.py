@@ -8,54 +8,37 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 Timestamp = Any  # a float of seconds, or torch.cuda.Event
 
 
-class Clock(Protocol):
-    """Clock of work on one device."""
+def make_clock(device: torch.device) -> Clock:
+    return StreamClock() if device.type == "cuda" else Clock()
+
+
+class Clock:
+    """Clock of work on one device; of the CPU, where it is the same in every process."""
 
     def now(self) -> Timestamp:
         """Return a timestamp at this point of the caller's stream."""
-        ...
-
-    def passed(self, timestamp: Timestamp) -> bool:
-        """Return whether durations up to it can be read without waiting."""
-        ...
-
-    def seconds(self, start: Timestamp, end: Timestamp) -> float:
-        """Return the seconds from one passed timestamp to another."""
-        ...
-
-    def catch_up(self) -> None:
-        """Wait until every timestamp so far has passed."""
-        ...
-
-
-def make_clock(device: torch.device) -> Clock:
-    return StreamClock() if device.type == "cuda" else HostClock()
-
-
-class HostClock:
-    """Wall clock, monotonic and the same in every process of a machine."""
-
-    def now(self) -> Timestamp:
         return time.perf_counter()
 
     def passed(self, timestamp: Timestamp) -> bool:
+        """Return whether durations up to it can be read without waiting."""
         return True
 
     def seconds(self, start: Timestamp, end: Timestamp) -> float:
-        elapsed: float = end - start
-        return elapsed
+        """Return the seconds from one passed timestamp to another."""
+        return float(end - start)
 
-    def catch_up(self) -> None: ...
+    def catch_up(self) -> None:
+        """Wait until every timestamp so far has passed."""
 
 
-class StreamClock:
+class StreamClock(Clock):
     """Clock of events on the current CUDA stream; only `catch_up` waits for the device."""
 
     def now(self) -> Timestamp:

@@ -15,34 +15,38 @@ PERCENTILES = (50, 95, 99)
 class Metric(NamedTuple):
     """Logged metric.
 
-    With `over_layers` its percentiles and its value for each layer are logged as well. `in_line`
+    It is the mean over layers of the field `of` of `statistics.LayerMetrics`; with `over`, the
+    field `of` of `RankMetrics` over that one. Those without are computed from several. With
+    `over_layers` its percentiles and its value for each layer are logged as well. `in_line`
     metrics are in the log line, not only in TensorBoard, W&B and recordings.
     """
 
     name: str
     unit: str = ""
+    of: str = ""
+    over: str = ""
     over_layers: bool = False
     in_line: bool = True
 
 
 LOGGED = (
-    Metric("fsep_load_imbalance", over_layers=True),
-    Metric("fsep_stock_load_imbalance", over_layers=True),
+    Metric("fsep_load_imbalance", of="imbalance", over_layers=True),
+    Metric("fsep_stock_load_imbalance", of="stock_imbalance", over_layers=True),
     Metric("fsep_optimality_gap", in_line=False),
     Metric("fsep_share_of_forced_balance"),
-    Metric("fsep_predicted_layer_ms", "ms", in_line=False),
-    Metric("fsep_layer_ms", "ms"),
-    Metric("fsep_fresh_layouts"),
-    Metric("fsep_replicas", in_line=False),
-    Metric("fsep_passes_without_replicas", in_line=False),
-    Metric("fsep_weight_mb", "MB", in_line=False),
-    Metric("fsep_quota_ms", "ms"),
-    Metric("fsep_restore_exposed_ms", "ms"),
-    Metric("fsep_reduce_exposed_ms", "ms"),
-    Metric("fsep_token_rows_intra_node", in_line=False),
-    Metric("fsep_token_rows_inter_node", in_line=False),
-    Metric("fsep_token_mb_intra_node", "MB", in_line=False),
-    Metric("fsep_token_mb_inter_node", "MB", in_line=False),
+    Metric("fsep_predicted_layer_ms", "ms", "predicted_ms", in_line=False),
+    Metric("fsep_layer_ms", "ms", "layer_ms", "layer_ranks"),
+    Metric("fsep_fresh_layouts", of="fresh_layouts"),
+    Metric("fsep_replicas", of="replicas", in_line=False),
+    Metric("fsep_passes_without_replicas", of="without_replicas", in_line=False),
+    Metric("fsep_weight_mb", "MB", "weight_bytes", "ranks", in_line=False),
+    Metric("fsep_quota_ms", "ms", "decide_ms"),
+    Metric("fsep_restore_exposed_ms", "ms", "restore_exposed_ms", "ranks"),
+    Metric("fsep_reduce_exposed_ms", "ms", "reduce_exposed_ms", "ranks"),
+    Metric("fsep_token_rows_intra_node", "", "intra_rows", "dispatches", in_line=False),
+    Metric("fsep_token_rows_inter_node", "", "inter_rows", "dispatches", in_line=False),
+    Metric("fsep_token_mb_intra_node", "MB", "intra_bytes", "dispatches", in_line=False),
+    Metric("fsep_token_mb_inter_node", "MB", "inter_bytes", "dispatches", in_line=False),
     Metric("fsep_memory_headroom_gib", "GiB", in_line=False),
     Metric("fsep_plan_ms", "ms"),
     Metric("fsep_layout_version"),

@@ -1,8 +1,7 @@
 """Statistics of layers and ranks, for the log line and for recordings of metrics.
 
 `LayerPasses` adds up a layer's outcomes, one per decided pass. `LayerMetrics` and `RankMetrics` are
-sums over groups and ranks. `named` gives their names, which `metrics.py` describes. Nothing here
-measures time.
+sums over groups and ranks, which `named` names as `metrics.py` says. Nothing here measures time.
 
 Legend: N ranks.
 """
@@ -10,14 +9,14 @@ Legend: N ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 
 import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.outcome import Outcome, Price
-from megatron_laer.telemetry.metrics import PERCENTILES
+from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
 
 
 @dataclass
@@ -188,46 +187,27 @@ def named(
     means = {index: layer.mean() for index, layer in enumerate(layers) if layer.groups}
     scalars: dict[str, float] = {}
     per_layer: dict[str, float] = {}
-    for name, by_layer in (
-        ("fsep_load_imbalance", {at: mean.imbalance for at, mean in means.items()}),
-        ("fsep_stock_load_imbalance", {at: mean.stock_imbalance for at, mean in means.items()}),
-    ):
-        per_layer |= {f"{name}_layer_{at}": value for at, value in by_layer.items()}
-        scalars |= _over_layers(name, by_layer)
+    for metric in LOGGED:
+        name = metric.name
+        if metric.over:
+            if count := getattr(rank, metric.over):
+                value = getattr(rank, metric.of) / count
+                scalars[name] = value / 1e6 if metric.unit == "MB" else value
+        elif metric.of and means:
+            by_layer = {at: getattr(layer, metric.of) for at, layer in means.items()}
+            values = [*by_layer.values()]
+            scalars[name] = mean(values)
+            if metric.over_layers:
+                per_layer |= {f"{name}_layer_{at}": value for at, value in by_layer.items()}
+                scalars |= {f"{name}_p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
     if means:
-        scalars["fsep_fresh_layouts"] = float(np.mean([m.fresh_layouts for m in means.values()]))
-        scalars["fsep_replicas"] = float(np.mean([m.replicas for m in means.values()]))
-        without = [m.without_replicas for m in means.values()]
-        scalars["fsep_passes_without_replicas"] = float(np.mean(without))
-        scalars["fsep_quota_ms"] = float(np.mean([m.decide_ms for m in means.values()]))
-        predicted_ms = sum(mean.predicted_ms for mean in means.values())
-        bound_ms = sum(mean.bound_ms for mean in means.values())
-        balanced_ms = sum(mean.balanced_ms for mean in means.values())
-        scalars["fsep_predicted_layer_ms"] = predicted_ms / len(means)
+        predicted_ms, bound_ms, balanced_ms = (
+            sum(getattr(layer, of) for layer in means.values())
+            for of in ("predicted_ms", "bound_ms", "balanced_ms")
+        )
         # Without tokens, predictions are zero.
         scalars["fsep_optimality_gap"] = predicted_ms / bound_ms - 1 if bound_ms else 0.0
         scalars["fsep_share_of_forced_balance"] = (
             balanced_ms / predicted_ms if predicted_ms else 1.0
         )
-    if rank.ranks:
-        scalars["fsep_restore_exposed_ms"] = rank.restore_exposed_ms / rank.ranks
-        scalars["fsep_reduce_exposed_ms"] = rank.reduce_exposed_ms / rank.ranks
-        scalars["fsep_weight_mb"] = rank.weight_bytes / rank.ranks / 1e6
-    if rank.dispatches:
-        scalars["fsep_token_rows_intra_node"] = rank.intra_rows / rank.dispatches
-        scalars["fsep_token_rows_inter_node"] = rank.inter_rows / rank.dispatches
-        scalars["fsep_token_mb_intra_node"] = rank.intra_bytes / rank.dispatches / 1e6
-        scalars["fsep_token_mb_inter_node"] = rank.inter_bytes / rank.dispatches / 1e6
-    if rank.layer_ranks:
-        scalars["fsep_layer_ms"] = rank.layer_ms / rank.layer_ranks
     return scalars, per_layer
-
-
-def _over_layers(name: str, by_layer: Mapping[int, float]) -> dict[str, float]:
-    if not by_layer:
-        return {}
-    values = np.array([*by_layer.values()])
-    return {name: float(values.mean())} | {
-        f"{name}_p{percentile}": float(np.percentile(values, percentile))
-        for percentile in PERCENTILES
-    }

@@ -142,7 +142,7 @@ def test_recordings_that_fail_end_alone(tmp_path: Path, caplog: pytest.LogCaptur
                 shape = (9, 9) if (step, layer) == (1, 0) else (2, 4)
                 first.put(layer, number, np.ones(shape, dtype=np.int64))
     assert "recording of routing ends at step 1" in caplog.text
-    assert "recording of layouts ends before step 2" in caplog.text
+    assert "recording of layouts ends at step 2" in caplog.text
     assert len(read_recording(TRACE.path(tmp_path, 0))) == 4
     assert list(read_layouts(LAYOUTS.path(tmp_path, 0))) == list(enumerate(layouts[:2]))
 

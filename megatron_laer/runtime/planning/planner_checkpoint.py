@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "fsep_planner"
 
 # Far above the 0.2 GB of 128 layers with 512 experts on 256 ranks.
-MAX_FILE_BYTES = 2**32
+_MAX_FILE_BYTES = 2**32
 
 
 def state_path(directory: str, group_index: int) -> str:
@@ -88,7 +88,7 @@ def load_state(
     data, problem = b"", f"there is no planner's state {path}"
     if groups.rank == 0:
         try:
-            data = read_state(path, storage)
+            data = _read_state(path, storage)
         except FileNotFoundError:
             pass
         except Exception as error:  # the others wait for rank 0
@@ -161,11 +161,11 @@ def report_resumption(resumption: Resumption | None, first_step: int) -> None:
         )
 
 
-def read_state(path: str, storage: Any = None) -> bytes:
-    with (storage.open if storage else open)(path, "rb") as file:
+def _read_state(path: str, storage: Any) -> bytes:
+    with storage.open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"{path} has {size} bytes, more than {MAX_FILE_BYTES}")
+        if size > _MAX_FILE_BYTES:
+            raise ValueError(f"{path} has {size} bytes, more than {_MAX_FILE_BYTES}")
         file.seek(0)
         data: bytes = file.read()
     return data

@@ -59,8 +59,7 @@ class PlannerRank:
         self._homes = homes
         self._faults = 0
         self._service: PlannerService | None = None
-        self._layouts: LayoutRecorder | None = None
-        self._trace: TraceWriter | None = None
+        self._recordings: dict[str, LayoutRecorder | TraceWriter] = {}
         self._step = 0
         self._num_microbatches: int | None = None
         # The paper's forecast has the counts of the last microbatches, and any other their sum.
@@ -93,13 +92,14 @@ class PlannerRank:
                 path = LAYOUTS.path(folder, group_index)
                 with naming_flag("record_layouts", folder):
                     of_run = signature, layers, first_step, run
-                    self._layouts = LayoutRecorder(path, geometry, *of_run)
-                opened.callback(self._layouts.close)
+                    self._recordings["layouts"] = LayoutRecorder(path, geometry, *of_run)
+                opened.callback(self._recordings["layouts"].close)
             if (folder := config.record_trace) is not None:
                 path = TRACE.path(folder, group_index)
                 with naming_flag("record_trace", folder):
                     sizes = geometry.num_ranks, geometry.num_experts
-                    self._trace = TraceWriter(path, *sizes, layers, first_step, run)
+                    trace = TraceWriter(path, *sizes, layers, first_step, run)
+                    self._recordings["routing"] = trace
             opened.pop_all()  # all are open; `close` closes them
 
     @property
@@ -118,9 +118,9 @@ class PlannerRank:
 
     def put(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
         """Record a microbatch's counts; a layer's last ones of the step start its planning."""
-        if self._trace is not None:
+        if "routing" in self._recordings:
             by_expert_NE = self._homes[layer].by_expert(counts_NE)
-            self._record(TraceWriter.append, layer, microbatch=microbatch, counts_NE=by_expert_NE)
+            self._record("routing", TraceWriter.append, self._step, layer, microbatch, by_expert_NE)
         if self._service is None:
             return
         before_MNE = self._newest_MNE.get(layer, []) if microbatch else []
@@ -135,12 +135,12 @@ class PlannerRank:
         """Record the step's pairs and sampled sets of each layer, of home positions."""
         for layer, pairs_EE in enumerate(pairs_LEE):
             by_expert_EE = self._homes[layer].pairs_by_expert(pairs_EE)
-            self._record(TraceWriter.append_pairs, layer, pairs_EE=by_expert_EE)
+            self._record("routing", TraceWriter.append_pairs, self._step, layer, by_expert_EE)
         for layer, chosen_TE in enumerate(chosen_LTE):
             is_token_T = chosen_TE.any(axis=1)
             if is_token_T.any():
                 its_TE = self._homes[layer].by_expert(chosen_TE[is_token_T])
-                self._record(TraceWriter.append_sets, layer, chosen_TE=its_TE)
+                self._record("routing", TraceWriter.append_sets, self._step, layer, its_TE)
 
     def end_step(self) -> None:
         """Plan from the counts of a step whose number of microbatches was unknown."""
@@ -149,11 +149,7 @@ class PlannerRank:
                 self._submit(layer)
 
     def due(self, step: int) -> Sequence[ExpertLayout] | None:
-        if self._layouts is not None:
-            try:
-                self._layouts.begin_step(step)
-            except (OSError, ValueError) as error:
-                self._end_layouts(step, error)
+        self._record("layouts", LayoutRecorder.begin_step, step)
         if self._service is None:
             return None
         try:
@@ -164,16 +160,13 @@ class PlannerRank:
             return None
 
     def applied(self, step: int, layouts: Sequence[ExpertLayout]) -> None:
-        if self._layouts is not None:
-            try:
-                self._layouts.record(step, layouts)
-            except (OSError, ValueError) as error:
-                self._end_layouts(step, error)
+        self._record("layouts", LayoutRecorder.record, step, layouts)
 
     def close(self) -> None:
-        for part in (self._service, self._layouts, self._trace):
-            if part is not None:
-                part.close()
+        if self._service is not None:
+            self._service.close()
+        for recording in self._recordings.values():
+            recording.close()
 
     def _submit(self, layer: int) -> None:
         assert self._service is not None
@@ -188,21 +181,15 @@ class PlannerRank:
                 f"{error!r}"
             )
 
-    def _record(self, append: Callable[..., None], layer: int, **values: Any) -> None:
-        if self._trace is None:
+    def _record(self, name: str, write: Callable[..., None], step: int, *values: Any) -> None:
+        """Write to a recording, if there is one; it ends at the first error."""
+        if (recording := self._recordings.get(name)) is None:
             return
         try:
-            append(self._trace, step=self._step, layer_index=layer, **values)
+            write(recording, step, *values)
         except (OSError, ValueError) as error:
-            _warn(f"the recording of routing ends at step {self._step}: {error}")
-            self._trace.close()
-            self._trace = None
-
-    def _end_layouts(self, step: int, error: Exception) -> None:
-        assert self._layouts is not None
-        _warn(f"the recording of layouts ends before step {step}: {error}")
-        self._layouts.close()
-        self._layouts = None
+            _warn(f"the recording of {name} ends at step {step}: {error}")
+            self._recordings.pop(name).close()
 
 
 def _strategies(
