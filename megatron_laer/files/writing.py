@@ -149,24 +149,16 @@ class Replacement:
         self.path.unlink(missing_ok=True)
 
 
-@contextmanager
-def replaced_when_complete(target: Path) -> Iterator[BinaryIO]:
-    """Yield a file that replaces the target if the block succeeds; else remove it."""
-    replacement = Replacement(target)
-    try:
-        yield replacement.file
-        replacement.commit()
-    except BaseException:
-        replacement.discard()
-        raise
-    replacement.file.close()
-
-
 def write_file(path: Path, content: str | bytes, *, through_links: bool = True) -> None:
     """Write a whole file, text in UTF-8; a link is replaced itself without `through_links`."""
-    target = Path(os.path.realpath(path)) if through_links else path
-    with replaced_when_complete(target) as file:
-        write_all(file, content.encode() if isinstance(content, str) else content)
+    new = Replacement(Path(os.path.realpath(path)) if through_links else path)
+    try:
+        write_all(new.file, content.encode() if isinstance(content, str) else content)
+        new.commit()
+    except BaseException:
+        new.discard()
+        raise
+    new.file.close()
 
 
 def write_output(path: Path, content: str | bytes, flag: str) -> None:

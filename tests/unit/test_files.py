@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 from unittest import mock
 
 import pytest
@@ -185,12 +185,18 @@ def test_a_file_keeps_its_mode_when_it_is_replaced(tmp_path: Path) -> None:
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
 
 
-def test_a_failed_replacement_leaves_the_target_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_replacement_leaves_the_target_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(file: BinaryIO, content: bytes) -> None:
+        file.write(content[:2])
+        raise RuntimeError
+
     target = tmp_path / "log"
     target.write_text("old")
-    with pytest.raises(RuntimeError), writing.replaced_when_complete(target) as file:
-        file.write(b"half")
-        raise RuntimeError
+    monkeypatch.setattr(writing, "write_all", fail)
+    with pytest.raises(RuntimeError):
+        writing.write_file(target, "new")
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["log"]
 
 
