@@ -11,7 +11,7 @@ import dataclasses
 import platform
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -95,7 +95,7 @@ def combinations() -> Iterator[str]:
 
 def versions() -> Iterator[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    needs = [*project["project"]["dependencies"], *_extra(project, "te")]
+    needs = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["te"]
     ranges = dict(re.fullmatch(r"([\w-]+)(?:\[.*\])?(.*)", text).groups() for text in needs)
     built = project["tool"]["cibuildwheel"]["build"]
     pythons = ", ".join(f"{tag[2]}.{tag[3:5]}" for tag in built)
@@ -103,39 +103,24 @@ def versions() -> Iterator[str]:
     on_cpu = [stack for stack in stacks if not stack.cards]
     on_cards = [stack for stack in stacks if stack.cards]
     cards = sorted({p.stem.split("-")[0] for p in (ROOT / "configs" / "clusters").glob("?[0-9]*")})
-    asked = f"{NEXT.number} unless asked for"
+    older = f"older than {OLDEST_ON_CUDA}"
+    gemms = f"`--fsep-set gemm=te` with others than {KNOWN_TRANSFORMER_ENGINES}"
+    te = ranges["transformer-engine"]
     yield "| | tested | expected | refused |"
     yield "|---|---|---|---|"
-    for cells in (
-        ("Megatron", _tested(s.megatron for s in stacks), SUPPORTED, f"all others; {asked}"),
-        ("Python", _tested(s.python for s in stacks), pythons, "older, as by Megatron"),
-        ("torch, CPU ranks", _tested(s.torch for s in on_cpu), ranges["torch"], ""),
-        (
-            *("torch, CUDA", _tested(s.torch for s in on_cards), f">={OLDEST_ON_CUDA}"),
-            f"older than {OLDEST_ON_CUDA}",
-        ),
-        (
-            *(
-                "Transformer Engine",
-                _tested(s.transformer_engine for s in stacks),
-                ranges["transformer-engine"],
-            ),
-            f"`--fsep-set gemm=te` with others than {KNOWN_TRANSFORMER_ENGINES}",
-        ),
-        ("CUDA", _tested(s.cuda for s in stacks), "what that torch is built with", ""),
-        ("cards", _tested(s.cards for s in stacks), ", ".join(cards).upper(), ""),
-        ("communication", _tested(s.communication for s in stacks), "nccl", ""),
-        ("system", _tested(s.system for s in stacks), "Linux on Arm too", ""),
+    for name, part, of, expected, refused in (
+        ("Megatron", "megatron", stacks, SUPPORTED, f"all others; {NEXT.number} unless asked for"),
+        ("Python", "python", stacks, pythons, "older, as by Megatron"),
+        ("torch, CPU ranks", "torch", on_cpu, ranges["torch"], ""),
+        ("torch, CUDA", "torch", on_cards, f">={OLDEST_ON_CUDA}", older),
+        ("Transformer Engine", "transformer_engine", stacks, te, gemms),
+        ("CUDA", "cuda", stacks, "what that torch is built with", ""),
+        ("cards", "cards", stacks, ", ".join(cards).upper(), ""),
+        ("communication", "communication", stacks, "nccl", ""),
+        ("system", "system", stacks, "Linux on Arm too", ""),
     ):
-        yield "| " + " | ".join(cells) + " |"
-
-
-def _extra(project: dict[str, dict[str, dict[str, list[str]]]], name: str) -> list[str]:
-    return project["project"]["optional-dependencies"][name]
-
-
-def _tested(values: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(filter(None, values))) or _NOTHING
+        found = dict.fromkeys(filter(None, (getattr(stack, part) for stack in of)))
+        yield "| " + " | ".join((name, ", ".join(found) or _NOTHING, expected, refused)) + " |"
 
 
 def _version(package: str) -> str:

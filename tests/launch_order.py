@@ -16,6 +16,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -208,36 +209,19 @@ def _cycle(launches: Sequence[Sequence[Launch]], same: Iterable[list[Place]]) ->
         for place in places:
             event_of[place] = places[0]
 
-    after: dict[Place, set[Place]] = {event: set() for event in event_of.values()}
+    order = TopologicalSorter[Place]()
     for rank, of_rank in enumerate(launches):
         batches: dict[int, list[Place]] = defaultdict(list)
         for number, launch in enumerate(of_rank):
             batches[launch.batch].append(event_of[rank, number])
         for earlier, later in pairwise(batches.values()):
-            for event in earlier:
-                after[event].update(later)
-
-    waiting = dict.fromkeys(after, 0)
-    for event in after:
-        for later_event in after[event]:
-            waiting[later_event] += 1
-    ready = [event for event, count in waiting.items() if count == 0]
-    while ready:
-        event = ready.pop()
-        del waiting[event]
-        for later_event in after[event]:
-            waiting[later_event] -= 1
-            if waiting[later_event] == 0:
-                ready.append(later_event)
-    if not waiting:
-        return []
-    # Each of these comes after another of them.
-    before = {later: event for event in waiting for later in after[event] if later in waiting}
-    chain, place = [], next(iter(waiting))
-    while place not in chain:
-        chain.append(place)
-        place = before[place]
-    chain = chain[chain.index(place) :][::-1]
-    names = [launches[rank][number] for rank, number in chain[:8]]
-    text = " → ".join(f"{name.description} {name.operation}" for name in names)
-    return [f"a circle of {len(chain)} launches: {text}"]
+            for event in later:
+                order.add(event, *earlier)
+    try:
+        order.prepare()
+    except CycleError as error:
+        chain: list[Place] = error.args[1][1:]  # its first is its last
+        names = [launches[rank][number] for rank, number in chain[:8]]
+        text = " → ".join(f"{name.description} {name.operation}" for name in names)
+        return [f"a circle of {len(chain)} launches: {text}"]
+    return []

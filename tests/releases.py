@@ -7,13 +7,11 @@ written for the newest supported release; this module lists the gaps of the inst
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from importlib import metadata
 
 from megatron_laer.releases import NEXT, NUMBERS, SUPPORTED, TESTED, release_after
+from tests import processes
 
 # Texts about releases in files that cannot import the table, for the group of a pattern.
 PLACES = {
@@ -66,16 +64,8 @@ def refused_flags(lines: Sequence[str]) -> dict[str, str]:
 
     Check that a newer Megatron would know them.
     """
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _PROGRAM],
-        input=json.dumps(lines),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu"},
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
-    version, complaints = json.loads(result.stdout.splitlines()[-1])
+    printed = processes.python("-c", _PROGRAM, stdin=json.dumps(lines))
+    version, complaints = json.loads(printed.splitlines()[-1])
     refused = {line: why for line, why in zip(lines, complaints, strict=True) if why is not None}
     release = release_of(version)
     from_next = {f"--{field.replace('_', '-')}" for field in FIELDS_FROM_NEXT}
