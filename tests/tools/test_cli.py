@@ -20,7 +20,7 @@ from megatron_laer.tools.cli.program import ended, escape_warnings
 from megatron_laer.tools.model_flags import model_flags
 from scripts.paper import runner
 from scripts.paper.tables import Result, Table
-from tests.processes import default_signals, python_path
+from tests.processes import default_signals, python, python_path
 
 
 def run(*words, cwd=None, device="cpu"):
@@ -43,6 +43,18 @@ def script(tmp_path):
         return path
 
     return write
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [("pl", "plan "), ("plan x --str", "--strategy "), ("plan x --mode ad", "adaptive ")],
+)
+def test_a_shell_completes_commands_flags_and_their_words(line, completed, tmp_path):
+    pytest.importorskip("argcomplete")
+    line, words = f"megatron-laer {line}", tmp_path / "words"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    said = python("-m", "megatron_laer", _ARGCOMPLETE_STDOUT_FILENAME=str(words), **asked)
+    assert (words.read_text(), said) == (completed, "")
 
 
 def test_a_script_sees_what_python_would_show_it_and_the_plugin(script):

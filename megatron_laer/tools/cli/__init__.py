@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     The script of `train` runs as if Python had started it: signals and exceptions are its own,
     except for settings that the plugin refuses.
     """
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for words, and gets no other answer
+        import argcomplete
+
+        argcomplete.autocomplete(_parsers([*os.environ["COMP_LINE"].split(), ""][1])[0])
     words = list(sys.argv[1:] if argv is None else argv)
     name = " ".join([_program(), *words[:1]])
     script = ""
