@@ -142,8 +142,7 @@ def train(
             assert cli.main(["train", script, "--", *flags]) == 0
         record.weights = weights.assemble(gather(weights.read(model, "weight")))
         # Only the last pipeline stage has the loss.
-        (record.losses,) = dist_object(record.losses, dist.get_world_size() - 1)
-        (record.eval_losses,) = dist_object(record.eval_losses, dist.get_world_size() - 1)
+        record.losses, record.eval_losses = gather((record.losses, record.eval_losses))[-1]
     if rank_of_environment() != 0:
         record.weights, record.first_grads = {}, {}
     return record
@@ -181,13 +180,6 @@ def initial_weights(flags: list[str]) -> Tensors:
     with mock.patch.object(training, "setup_model_and_optimizer", read_after_setup):
         train(flags)
     return found if rank_of_environment() == 0 else {}
-
-
-def dist_object(value: Any, source: int) -> list[Any]:
-    """Broadcast the source rank's value and return it in a list of one."""
-    holder = [value]
-    dist.broadcast_object_list(holder, src=source)
-    return holder
 
 
 def rank_of_environment() -> int:

@@ -52,30 +52,27 @@ _LONGEST_VALUE = 4096
 
 def model_flags(path_or_name: str | Path) -> list[str]:
     """Return Megatron's flags for a model, by a YAML file's path or the name of a shipped one."""
+    return [word for words in _flags(path_or_name).values() for word in words]
+
+
+def model_values(path_or_name: str | Path) -> dict[str, str]:
+    """Return the value of each of a model's flags, with dashes for underscores; "" for a switch."""
+    return {flag: " ".join(words[1:]) for flag, words in _flags(path_or_name).items()}
+
+
+def _flags(path_or_name: str | Path) -> dict[str, list[str]]:
     path = yaml_file("model", path_or_name)
     content = read_yaml(path)
     try:
         flags: dict[str, list[str]] = {}
         for key, value in _settings(content):
             # argparse fills one variable from both spellings, so they are the same flag.
-            if (name := key.replace("_", "-")) in flags:
+            if (flag := f"--{key.replace('_', '-')}") in flags:
                 raise ValueError(f"{key} is given twice; remove one of them")
-            flags[name] = [f"--{key}", *flag_words(key, value)]
+            flags[flag] = [f"--{key}", *flag_words(key, value)]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return [word for words in flags.values() for word in words]
-
-
-def model_values(path_or_name: str | Path) -> dict[str, str]:
-    """Return the value of each of a model's flags, with dashes for underscores; "" for a switch."""
-    values: dict[str, str] = {}
-    for word in model_flags(path_or_name):
-        if word.startswith("--"):
-            flag = word.replace("_", "-")
-            values[flag] = ""
-        else:
-            values[flag] = f"{values[flag]} {word}".strip()
-    return values
+    return flags
 
 
 def whole_number(

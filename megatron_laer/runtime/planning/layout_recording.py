@@ -33,7 +33,7 @@ LAYOUTS = Format(
 )
 
 
-class LayoutRecorder:
+class LayoutRecorder(RecordingFile):
     """Recording of every applied set of layouts.
 
     `signature` has settings of the run for the header, by name. A resumed run, or a step back,
@@ -58,11 +58,7 @@ class LayoutRecorder:
             "layers": [*layers],
         }
         self._homes = _homes(fields)
-        self._file = RecordingFile(path, LAYOUTS, fields, first_step, run)
-
-    def begin_step(self, step: int) -> None:
-        """Move records from this step on to another file, if the step is repeated."""
-        self._file.begin_step(step)
+        super().__init__(path, LAYOUTS, fields, first_step, run)
 
     def record(self, step: int, layouts: Sequence[ExpertLayout]) -> None:
         """Write the layouts, one per layer, that took effect with `step`; once per step."""
@@ -71,10 +67,7 @@ class LayoutRecorder:
             for home, layout in zip(self._homes, layouts, strict=True)
         ]
         slots_LNC = [of.slot_expert_S.reshape(of.num_ranks, of.capacity) for of in by_expert]
-        self._file.append("layouts", step, slots_LNC=slots_LNC)
-
-    def close(self) -> None:
-        self._file.close()
+        self.append("layouts", step, slots_LNC=slots_LNC)
 
 
 def read_layouts(path: Path) -> Iterator[tuple[int, list[ExpertLayout]]]:

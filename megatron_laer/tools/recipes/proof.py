@@ -58,15 +58,6 @@ class Proof:
         """Return the row that has all features together, or ""."""
         return self.rows[0] if len(self.rows) == 1 and not self.no_row else ""
 
-    @property
-    def summary(self) -> str:
-        if self.row:
-            return "one row has all features"
-        said = [f"no row has {_some(self.no_row)}"] if self.no_row else []
-        if pairs := len(self.no_row_together):
-            said.append(f"no row for {pairs} {'pair' if pairs == 1 else 'pairs'} of features")
-        return "; ".join(said) or "each pair of features has a row"
-
     def __str__(self) -> str:
         """Return one line, which abbreviates long lists of features and pairs."""
         where = "on the CPU"
