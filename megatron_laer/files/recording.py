@@ -2,7 +2,8 @@
 
 A recording is never rewritten in place. Steps that a run repeats are copied to another file, and a
 copy of the rest replaces the recording. So a run that is killed at any moment leaves the old
-recording or the new one. An incomplete last record is cut off in place.
+recording or the new one. An incomplete last record is cut off in place. A run that begins at step 0
+moves what is there to another file, whichever run wrote it.
 
 The header has the run's number, 16 random digits that a resumed run keeps.
 """
@@ -18,7 +19,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_laer.files import run_mark
 from megatron_laer.files.checks import MAX_TEXT_BYTES, naming, open_input, quoted
 from megatron_laer.files.records import Format, Frame, Records
 from megatron_laer.files.writing import (
@@ -42,8 +42,7 @@ class RecordingFile:
     `fields` are the header's. `first_step` is this run's; 0 if it does not resume another. A new
     file gets the number `run`. `step` is the newest started one, or the one before the run's first.
 
-    Raises InUseError if another run writes it, and ValueError for another file, another header, or
-    another run's records at step 0 (see `run_mark`).
+    Raises InUseError if another run writes it, and ValueError for another file or another header.
     """
 
     def __init__(
@@ -59,11 +58,13 @@ class RecordingFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_exclusively(self.path)
         try:
+            if first_step == 0:
+                self._begin_anew(format)
             run = run_of(self.path) or run or new_run()
             self._records = Records(format, {"run": run, **fields})
             remove_leftovers(self.path)
             self._check_header()
-            last = self._go_on(first_step)
+            last = self._cut_from(first_step)
         except BaseException:
             self.close()
             raise
@@ -75,7 +76,7 @@ class RecordingFile:
                 first_step - 1,
             )
 
-    def append(self, kind: str, step: int, **values: Any) -> None:
+    def add(self, kind: str, step: int, **values: Any) -> None:
         """Write a record; that of an earlier step moves its records, and later ones, aside.
 
         Raises ValueError for values that the format does not have, and OSError.
@@ -115,15 +116,21 @@ class RecordingFile:
         # A run that was killed at once leaves a part of its header.
         self._write(header[len(begin) :])
 
-    def _go_on(self, first_step: int) -> int | None:
-        is_restart = first_step > 0 or run_mark.is_of_this_run(self.path)
-        if not is_restart and any(True for _ in self._places()):
-            raise ValueError(
-                f"{self.path} holds the steps of an earlier run, and this run begins at step 0; "
-                "give an empty folder, or resume the run that wrote it from a checkpoint"
-            )
-        run_mark.mark(self.path)
-        return self._cut_from(first_step)
+    def _begin_anew(self, format: Format) -> None:
+        """Move a recording of this format to another file, and remove one without records."""
+        with open_input(self.path) as file:
+            header = file.readline(MAX_TEXT_BYTES)
+            has_records = bool(file.read(1))
+        if not format.magic.startswith(header[: len(format.magic)]):
+            return  # another file, which is refused
+        if not has_records:
+            self._file.truncate(0)
+            return
+        aside = self._aside(0)
+        os.rename(self.path, aside)
+        self._file.close()
+        self._file = open_exclusively(self.path)
+        self._say_moved(0, aside)
 
     def _places(self) -> Iterator[Frame]:
         with open_input(self.path) as file:
@@ -162,19 +169,21 @@ class RecordingFile:
             write_all(tail.file, self._records.line)
             self._copy(begin, end, tail.file)
             self._copy(0, begin, head.file)
-            beside = free_name(self.path.with_stem(f"{self.path.stem}.cut-from-{step}"))
-            tail.commit(beside)
+            aside = self._aside(step)
+            tail.commit(aside)
             head.commit()
             undo.pop_all()
         tail.file.close()
         self._file.close()
         self._file = head.file
-        logger.warning(
-            "FSEP: %s: what was recorded from step %d on has been moved to %s",
-            self.path,
-            step,
-            beside.name,
-        )
+        self._say_moved(step, aside)
+
+    def _aside(self, step: int) -> Path:
+        return free_name(self.path.with_stem(f"{self.path.stem}.cut-from-{step}"))
+
+    def _say_moved(self, step: int, to: Path) -> None:
+        text = "FSEP: %s: what was recorded from step %d on has been moved to %s"
+        logger.warning(text, self.path, step, to.name)
 
     def _copy(self, begin: int, end: int, target: BinaryIO) -> None:
         self._file.seek(begin)

@@ -149,9 +149,9 @@ class Replacement:
         self.path.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: str | bytes, *, through_links: bool = True) -> None:
-    """Write a whole file, text in UTF-8; a link is replaced itself without `through_links`."""
-    new = Replacement(Path(os.path.realpath(path)) if through_links else path)
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a whole file, text in UTF-8; links to it stay."""
+    new = Replacement(Path(os.path.realpath(path)))
     try:
         write_all(new.file, content.encode() if isinstance(content, str) else content)
         new.commit()

@@ -16,7 +16,6 @@ from typing import Any
 
 from megatron_laer import device
 from megatron_laer.config import FSEPConfig, deterministic
-from megatron_laer.files import run_mark
 from megatron_laer.integrations.bridge_config import settings_of
 from megatron_laer.plugin.install_tracker import install_metrics
 from megatron_laer.plugin.steps import training_step
@@ -47,10 +46,6 @@ class FSEPCallback:
         check_recipe(recipe, config)
         config, _ = arguments.with_needed_sharding(settings_of(recipe), config)
         enable(config, seed=recipe.rng.seed)
-        load, save, finetune = (
-            getattr(recipe.checkpoint, name, None) for name in ("load", "save", "finetune")
-        )
-        run_mark.set_checkpoints(load, save, finetune=bool(finetune))
         self._step = contextlib.ExitStack()
 
     def on_train_start(self, context: Any) -> None:

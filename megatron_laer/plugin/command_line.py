@@ -20,7 +20,6 @@ from megatron_laer import fsep_flags
 from megatron_laer.choices import Auto, ExpertParallelMode
 from megatron_laer.config import FSEPConfig, deterministic
 from megatron_laer.device import cpu_installed
-from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.layer.experts.gemm import check_gemm, gemm_in_force
 from megatron_laer.megatron_version import check_version
@@ -139,7 +138,6 @@ def _validate(original: Any, args: Namespace, *rest: Any, **kwargs: Any) -> Any:
         check_gemm(gemm_in_force(config.gemm), device, args.params_dtype)
         check_installed(args.optimizer)
         enable(config, seed=args.seed)
-    run_mark.set_checkpoints(args.load, args.save, finetune=args.finetune)
     install_metrics(args.log_interval, args.num_layers, args.mtp_num_layers or 0)
     return result
 

@@ -90,9 +90,10 @@ class Coordinator(MicrobatchPlanner):
         try:
             names = [layer.name for layer in self.layers]
             unquantised = self.layouts.unquantised
-            run = run_of_group(self.config, self.groups.index) if self.groups.rank == 0 else None
+            group = self.groups.index
+            run = run_of_group(self.config, group, first_step) if self.groups.rank == 0 else None
             if run is not None and names and self.config.record_metrics is not None:
-                of_run = self.config, self.guard, self.priced, self.device, self.groups.index
+                of_run = self.config, self.guard, self.priced, self.device, group
                 writer = metrics_writer(*of_run, names, first_step, run)
                 self.recorder.open(writer, names, unquantised)
                 for stream in (self.streams.parameters, self.streams.gradients):

@@ -61,7 +61,7 @@ class Shape:
         Geometry(self.num_ranks, self.num_experts, self.capacity, self.node_size)
 
 
-class MetricsWriter:
+class MetricsWriter(RecordingFile):
     """Writer of a record for each step, on the planner rank.
 
     `run` describes this run by name; `first_step` is 0 if it does not resume another.
@@ -77,7 +77,7 @@ class MetricsWriter:
         run_number: str | None = None,
     ) -> None:
         fields = asdict(shape) | {"layers": [*shape.layers]}
-        self._file = RecordingFile(path, METRICS, fields, first_step, run_number)
+        super().__init__(path, METRICS, fields, first_step, run_number)
         # Written with the first step, so that a run without one leaves nothing.
         self._run: str | None = json.dumps({"run": dict(run), "cluster": cluster_content(cluster)})
 
@@ -90,12 +90,12 @@ class MetricsWriter:
     ) -> None:
         """Write a step; records of an earlier attempt at it are moved to another file."""
         step = int(of_step["step"])
-        self._file.begin_step(step)
+        self.begin_step(step)
         if self._run is not None:
             text = np.frombuffer(self._run.encode(), dtype=np.uint8)
-            self._file.append("run", step, text=text)
+            self.add("run", step, text=text)
             self._run = None
-        self._file.append(
+        self.add(
             "step",
             step,
             of_step=[of_step[name] for name in RECORDED_OF_STEPS],
@@ -103,6 +103,3 @@ class MetricsWriter:
             of_layers=[of_layers[name] for name in RECORDED_OF_LAYERS],
             rank_tokens_LN=rank_tokens_LN,
         )
-
-    def close(self) -> None:
-        self._file.close()

@@ -50,7 +50,7 @@ TRACE = Format(
 )
 
 
-class TraceWriter:
+class TraceWriter(RecordingFile):
     """Writer of every microbatch's counts, on rank 0 of an FSEP group.
 
     A resumed run continues an existing recording. Records of earlier steps stay; those from
@@ -74,7 +74,7 @@ class TraceWriter:
             "set_bytes": -(-num_experts // 8),
             "layers": [*layer_names],
         }
-        self._file = RecordingFile(path, TRACE, fields, first_step, run)
+        super().__init__(path, TRACE, fields, first_step, run)
 
     def append(
         self,
@@ -84,19 +84,15 @@ class TraceWriter:
         counts_NE: npt.NDArray[np.integer[Any]],
     ) -> None:
         """Write one record. Of two with the same keys, readers use the later one."""
-        self._file.append(
-            "counts", step, layer=layer_index, microbatch=microbatch, counts_NE=counts_NE
-        )
+        values = {"layer": layer_index, "microbatch": microbatch, "counts_NE": counts_NE}
+        self.add("counts", step, **values)
 
     def append_pairs(self, step: int, layer_index: int, pairs_EE: Int64) -> None:
         """Write the pairs of a layer in a step, a symmetric table."""
         triangle = pairs_EE[np.triu_indices(len(pairs_EE))]
-        self._file.append("pairs", step, layer=layer_index, triangle=triangle)
+        self.add("pairs", step, layer=layer_index, triangle=triangle)
 
     def append_sets(self, step: int, layer_index: int, chosen_TE: Bool) -> None:
         """Write the experts of some tokens of a layer in a step."""
         bits = np.packbits(chosen_TE, axis=1, bitorder="little")
-        self._file.append("sets", step, layer=layer_index, bits=bits)
-
-    def close(self) -> None:
-        self._file.close()
+        self.add("sets", step, layer=layer_index, bits=bits)

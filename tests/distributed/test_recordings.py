@@ -10,6 +10,7 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
+from megatron_laer.files.recording import run_of
 from megatron_laer.files.writing import open_exclusively
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.traces.reading import read_recording
@@ -54,22 +55,16 @@ def first_run(
     return record_run(ranks, text_data, tmp_path_factory.mktemp("run"))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_a_new_run_in_a_used_folder_is_refused_on_every_rank(
-    ranks: RankPools, text_data: str, first_run: tuple[Path, Record]
+def test_a_new_run_in_a_used_folder_moves_the_others_recording_aside(
+    ranks: RankPools, text_data: str, first_run: tuple[Path, Record], tmp_path: Path
 ) -> None:
-    used, _ = first_run
-    before, other = contents(used), used / "other"
-    # It would resume from its own checkpoints, of which there are none: it is not the recorded run.
-    own = f"--ckpt-format torch_dist --save {other} --load {other} --save-interval {SAVED}"
-    for raised in ranks(2).run_raw(train, flags(text_data, used, ["metrics"], own)):
-        assert raised.type_name == "RefusedError", raised.traceback
-        assert f"--fsep-record '{used}" in raised.message
-        assert "an earlier run, and this run begins at step 0; give an empty" in raised.message
-    assert contents(used) == before
+    used = shutil.copytree(first_run[0], tmp_path / "run")
+    before = file_of(used, "metrics").read_bytes()
+    ranks(2).run(train, flags(text_data, used, ["metrics"], "--train-iters 1"))
+    path = file_of(used, "metrics")
+    assert path.with_stem("group-0.cut-from-0").read_bytes() == before
+    assert read_metrics(path).steps_T.tolist() == [0]
+    assert run_of(path) not in (None, run_of(file_of(used, "trace")))
 
 
 def test_a_second_run_beside_the_first_is_refused_on_every_rank(

@@ -85,7 +85,7 @@ def writer(path: Path, first_step: int, run: str | None = None, **fields: Any) -
 def write_step(file: RecordingFile, path: Path, step: int, seed: int) -> None:
     format = records.format_of(path)
     for kind in format.kinds:
-        file.append(kind, step, **values_of(format, kind, (step, seed)))
+        file.add(kind, step, **values_of(format, kind, (step, seed)))
 
 
 def record(path: Path, steps: range, seed: int, run: str | None = RUN) -> None:
@@ -121,7 +121,7 @@ def test_values_come_back_as_they_were(format: Format, path: Path) -> None:
     for step in (0, 7, 7, MAX_STEP):
         for kind in format.kinds:
             values = values_of(format, kind, len(expected))
-            file.append(kind, step, **values)
+            file.add(kind, step, **values)
             expected.append((kind, step, text_of(values)))
         file.step = step - 1 if step == 7 else step  # the step is not begun again
     file.close()
@@ -155,17 +155,29 @@ def test_what_cannot_be_recorded_is_refused_and_leaves_no_byte(
     size = path.stat().st_size
     values = {"step": 0, "layer": 0, "microbatch": 0, "counts_NE": np.ones((2, 4), int)}
     with pytest.raises(ValueError, match=problem):
-        file.append("counts", **values | changes)
+        file.add("counts", **values | changes)
     assert path.stat().st_size == size
     file.close()
 
 
-def test_a_new_run_in_a_used_folder_is_refused_and_told_the_way_out(path: Path) -> None:
+def test_a_run_that_begins_at_step_0_moves_what_is_there_to_another_file(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     record(path, range(5), seed=1)
-    content = path.read_bytes()
-    with pytest.raises(ValueError, match=r"holds the steps of an earlier run.*an empty folder, or"):
-        writer(path, 0)
-    assert path.read_bytes() == content and os.listdir(path.parent) == [path.name]
+    contents = [path.read_bytes()]
+    for content in (contents[0][:-1], contents[0].replace(b"layer 2", b"layer 3", 1)):
+        path.write_bytes(content)  # cut off, or of another model
+        contents.append(content)
+    writer(path, 0, OTHER_RUN).close()
+    assert path.read_bytes() == records_of(path)[0] and run_of(path) == OTHER_RUN
+    record(path, range(2), seed=2, run=RUN)
+    assert steps_in(path) == {0: 2, 1: 2} and run_of(path) == RUN
+    aside = path.with_stem("group-0.cut-from-0")
+    assert is_cut_off(aside) and aside.read_bytes() == contents[-1]
+    record(path, range(1), seed=3, run=OTHER_RUN)
+    assert steps_in(path) == {0: 3} and run_of(path) == OTHER_RUN
+    assert steps_in(path.with_stem("group-0.cut-from-0.2")) == {0: 2, 1: 2}
+    assert len(caplog.messages) == 2 and "recorded from step 0 on has been mo" in caplog.text
 
 
 def test_a_second_writer_is_refused_until_the_first_has_ended(path: Path) -> None:

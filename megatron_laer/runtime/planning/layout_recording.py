@@ -67,7 +67,7 @@ class LayoutRecorder(RecordingFile):
             for home, layout in zip(self._homes, layouts, strict=True)
         ]
         slots_LNC = [of.slot_expert_S.reshape(of.num_ranks, of.capacity) for of in by_expert]
-        self.append("layouts", step, slots_LNC=slots_LNC)
+        self.add("layouts", step, slots_LNC=slots_LNC)
 
 
 def read_layouts(path: Path) -> Iterator[tuple[int, list[ExpertLayout]]]:

@@ -19,7 +19,7 @@ from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import LatePlan
 from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.files.checks import quoted
-from megatron_laer.files.recording import new_run, run_of
+from megatron_laer.files.recording import RecordingFile, new_run, run_of
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import WINDOW, Forecast, SmoothedForecast, WindowForecast
 from megatron_laer.planner.geometry import Geometry
@@ -59,7 +59,7 @@ class PlannerRank:
         self._homes = homes
         self._faults = 0
         self._service: PlannerService | None = None
-        self._recordings: dict[str, LayoutRecorder | TraceWriter] = {}
+        self._recordings: dict[str, RecordingFile] = {}
         self._step = 0
         self._num_microbatches: int | None = None
         # The paper's forecast has the counts of the last microbatches, and any other their sum.
@@ -204,14 +204,14 @@ def _strategies(
     return [others if layer in unquantised else usual for layer in range(num_layers)]
 
 
-def run_of_group(config: FSEPConfig, group_index: int) -> str:
-    """Return the number in the recordings that the group's run continues, or a new one."""
+def run_of_group(config: FSEPConfig, group_index: int, first_step: int) -> str:
+    """Return the number in the recordings that the group's run resumes, or a new one."""
     kinds = (
         (LAYOUTS, config.record_layouts),
         (TRACE, config.record_trace),
         (METRICS, config.record_metrics),
     )
-    paths = [format.path(folder, group_index) for format, folder in kinds if folder]
+    paths = [format.path(folder, group_index) for format, folder in kinds if folder and first_step]
     return next(filter(None, map(run_of, paths)), None) or new_run()
 
 
