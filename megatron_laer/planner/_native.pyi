@@ -32,9 +32,9 @@ class Way:
 def rank_moves(
     way: Way, slots_S: _Int16, before_S: _Int16 | None, rank: int, rows: int, /
 ) -> tuple[_Int64, list[tuple[Any, ...]]]: ...
-def hops(
-    way: Way, slots_S: _Int16, before_S: _Int16 | None, /
-) -> list[tuple[int, _Int64, int, _Int64]]: ...
+def traffic(
+    way: Way, slots_S: _Int16, before_S: _Int16 | None, held_N: _Int64, /
+) -> tuple[_Int64, _Int64, _Int64, _Int64]: ...
 
 class CostModel:
     def __init__(
@@ -57,10 +57,7 @@ class CostModel:
         host_forward_s: float,
         host_slot_s: float,
         replicas_host_s: float,
-        by_node: bool,
-        by_layout: bool,
-        flat_latency_s: float,
-        node_latency_s: float,
+        ways: list[tuple[Way, float]],
         solve_s: float,
         least_change_s: float,
         hidden_share: float,
@@ -121,30 +118,14 @@ def layer_seconds(
     sent_near_N: _Int64,
     sent_far_N: _Int64,
     own_N: _Int64,
-    node_size: int,
     /,
 ) -> float: ...
-def least_layer_seconds(
-    costs: CostModel, counts_NE: _Int64, capacity: int, node_size: int, /
-) -> float: ...
-def change_seconds(
-    costs: CostModel,
-    before_S: _Int16,
-    after_S: _Int16,
-    num_experts: int,
-    node_size: int,
-    home: int,
-    /,
-) -> float: ...
+def least_layer_seconds(costs: CostModel, counts_NE: _Int64, /) -> float: ...
+def exchange_seconds(way: Way, latency_s: float, carried: Carried, slots_S: _Int16, /) -> float: ...
+def change_seconds(costs: CostModel, before_S: _Int16, after_S: _Int16, /) -> float: ...
 def exposed(
-    costs: CostModel,
-    slots_S: _Int16,
-    num_experts: int,
-    node_size: int,
-    home: int,
-    beside_s: float,
-    /,
-) -> tuple[bool, float, float, float]: ...
+    costs: CostModel, slots_S: _Int16, beside_s: float, /
+) -> tuple[int, float, float, float]: ...
 def proportional_by_node(
     counts_NE: _Int64, capacity: int, node_size: int, most_experts: int, /
 ) -> _Int16: ...

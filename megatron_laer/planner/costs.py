@@ -1,12 +1,9 @@
 """Cost model: predicted seconds of an MoE layer under a layout, and of a change of layout.
 
 `layer_seconds` covers expert compute and the token All-to-Alls. Restores and gradient exchanges
-overlap with compute. `restore_seconds` and `reduce_seconds` predict their full time,
-`exposed` the part that is not hidden. `clusters` has hardware constants, `traffic` element
-counts. With experts at home only replicas move, and a layout without any costs
-nothing.
-
-Over 400 lines: one model, whose Python and native forms share constants.
+overlap with compute, and `exposed` predicts the part of their time that is not hidden. `clusters`
+has hardware constants, `traffic` element counts. With experts at home only replicas move, and a
+layout without any costs nothing.
 
 The formulas are native code (`native/costs.cpp`), which explains why all ranks get bitwise equal
 numbers. Their constants are made here.
@@ -21,7 +18,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, Split
@@ -29,8 +25,8 @@ from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import Link, way_of
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.hops import Way, way_of
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import SplitTotals, even_split
@@ -49,7 +45,7 @@ from megatron_laer.precision import Precision
 _BACKWARD_GEMMS = 2
 # Small kernels of a layer's forward and backward, counted by `benchmarks/launches.py`; each takes
 # about as long to start as to run.
-_LAUNCHES = {ExchangeAlgorithm.FLAT: 52, ExchangeAlgorithm.NODE: 58}
+_LAUNCHES, _LAUNCHES_OF_MORE_HOPS = 52, 6
 # Numbers per rank that accompany its counts in their exchange, and bytes per number.
 _BESIDE_COUNTS, _COUNT_BYTES = 3, 8
 # GEMMs around an exchange are measured a tenth to a fifth slower on cards.
@@ -166,14 +162,12 @@ class CostModel:
             totals.sent_near_N,
             totals.sent_far_N,
             totals.own_N,
-            geometry.node_size,
         )
 
     def least_layer_seconds(self, counts_NE: Int64, geometry: Geometry) -> float:
         """Return a lower bound of a layer's seconds over all layouts and splits."""
-        return native.least_layer_seconds(
-            self.for_native(geometry), counts_NE, geometry.capacity, geometry.node_size
-        )
+        geometry.check_counts(counts_NE.shape)
+        return native.least_layer_seconds(self.for_native(geometry), counts_NE)
 
     def host_seconds(self, geometry: Geometry) -> float:
         """Return the host's seconds per microbatch of a layer, for which the device waits.
@@ -191,7 +185,9 @@ class CostModel:
             counts = (num_ranks - 1) * (geometry.num_experts + _BESIDE_COUNTS)
             gate_s += counts * _COUNT_BYTES / link.bytes_per_s
             gate_s += self._latency_seconds(num_ranks, node_size)
-        return gate_s + _LAUNCHES[self.restore_algorithm] * host.launch_s
+        hops = len(way_of(geometry, self.restore_algorithm).links)
+        launches = _LAUNCHES + _LAUNCHES_OF_MORE_HOPS * (hops > 1)
+        return gate_s + launches * host.launch_s
 
     def token_latency_seconds(self, geometry: Geometry) -> float:
         """Return the latency of one pass of the token exchange."""
@@ -218,25 +214,13 @@ class CostModel:
         """Return the bytes per rank and link class of one reduce of a layer's gradients."""
         return reduce_traffic(placed, self.matrices, algorithm).times(self.bytes_per_element)
 
-    def restore_seconds(
-        self, placed: Placed, algorithm: ExchangeAlgorithm, changed_S: Bool | None = None
-    ) -> float:
-        """Predict the seconds of one restore that nothing hides; see `restore_bytes`."""
-        form = self.weights_form(placed.geometry.sharding)
-        traffic = restore_traffic(placed, form.matrices, algorithm, changed_S)
-        return self._exchange_seconds(traffic, placed.geometry, form)
-
-    def reduce_seconds(self, placed: Placed, algorithm: ExchangeAlgorithm) -> float:
-        """Predict the seconds of one reduce that nothing hides; see `reduce_bytes`."""
-        traffic = reduce_traffic(placed, self.matrices, algorithm)
-        return self._exchange_seconds(traffic, placed.geometry, self.grads_form)
-
     def exposed(self, placed: Placed, beside_s: float) -> Exposed:
         """Predict the times of a layout's exchanges that are not hidden.
 
         `beside_s` is the predicted time of both passes of the layer that hides them.
         """
-        _, *seconds = native.exposed(*self._native_arguments(placed), beside_s)
+        slots_S = placed.layout.slot_expert_S
+        _, *seconds = native.exposed(self.for_native(placed.geometry), slots_S, beside_s)
         return Exposed(*seconds)
 
     def exchanges_seconds(self, placed: Placed, beside_s: float) -> float:
@@ -248,18 +232,6 @@ class CostModel:
         hidden_s = self.exposed(placed, 0.0).exchanges_s - exposed.exchanges_s
         return exposed.exchanges_s + self.hidden_share * hidden_s + exposed.host_s
 
-    def _native_arguments(
-        self, placed: Placed
-    ) -> tuple[native.CostModel, npt.NDArray[np.int16], int, int, int]:
-        geometry = placed.geometry
-        return (
-            self.for_native(geometry),
-            placed.layout.slot_expert_S,
-            geometry.num_experts,
-            geometry.node_size,
-            geometry.home_slots,
-        )
-
     def with_exchange(self, algorithm: ExchangeAlgorithm | Auto, geometry: Geometry) -> CostModel:
         """Return the model with this exchange; `auto` is the faster one for a typical layout.
 
@@ -267,7 +239,8 @@ class CostModel:
         then fetched by its own faster exchange.
         """
         if algorithm == Auto.AUTO:
-            chosen = self.faster_exchange(Placed(typical_layout(geometry), geometry))
+            every = replace(self, by_layout=True)
+            chosen = every.exchange_of(Placed(typical_layout(geometry), geometry))
         else:
             chosen = ExchangeAlgorithm(algorithm)
         by_layout = algorithm == Auto.AUTO and geometry.home_slots > 0
@@ -278,21 +251,16 @@ class CostModel:
         """Return the exchanges by which layouts can be fetched."""
         return tuple(ExchangeAlgorithm) if self.by_layout else (self.restore_algorithm,)
 
+    def _ways(self, geometry: Geometry) -> list[Way]:
+        return [way_of(geometry, algorithm) for algorithm in self.algorithms]
+
     def exchange_of(self, placed: Placed) -> ExchangeAlgorithm:
-        """Return the exchange that fetches a layout."""
+        """Return the exchange that fetches a layout: the fastest, of equals the first."""
         if not self.by_layout:
             return self.restore_algorithm
-        by_node, *_ = native.exposed(*self._native_arguments(placed), 0.0)
-        return ExchangeAlgorithm.NODE if by_node else ExchangeAlgorithm.FLAT
-
-    def faster_exchange(self, placed: Placed) -> ExchangeAlgorithm:
-        """Return the algorithm with the shorter exchanges of a layout; `flat` if both are equal."""
-
-        def whole_s(way: ExchangeAlgorithm) -> float:
-            by_way = replace(self, restore_algorithm=way, by_layout=False)
-            return by_way.exposed(placed, 0.0).exchanges_s
-
-        return min(ExchangeAlgorithm, key=whole_s)  # the first of equals
+        costs, slots_S = self.for_native(placed.geometry), placed.layout.slot_expert_S
+        at, *_ = native.exposed(costs, slots_S, 0.0)
+        return self.algorithms[at]
 
     def solve_seconds(self, geometry: Geometry) -> float:
         """Return the time of a fresh layout and exact quotas; a constant, so ranks decide alike."""
@@ -307,8 +275,8 @@ class CostModel:
         after.geometry.check_shape_of(before)
         if before == after.layout:
             return 0.0
-        costs, after_S, *shape = self._native_arguments(after)
-        return native.change_seconds(costs, before.slot_expert_S, after_S, *shape)
+        slots = before.slot_expert_S, after.layout.slot_expert_S
+        return native.change_seconds(self.for_native(after.geometry), *slots)
 
     def least_change_seconds(self, geometry: Geometry) -> float:
         """Return a lower bound of changes that fetch: the solve, and one expert for one rank."""
@@ -355,16 +323,17 @@ class CostModel:
     def _expert_flops(self) -> float:
         return self._passes * self.flops_per_token
 
-    def _exchange_seconds(self, traffic: Traffic, geometry: Geometry, form: WireForm) -> float:
-        if geometry.home_slots and not (traffic.intra_N.any() or traffic.inter_N.any()):
-            return 0.0
-        rates = self.cluster.exchange_rates(self.bytes_per_element, form.quantising_passes)
-        wire_s = traffic.seconds(form.bytes_per_element, *rates)
-        return wire_s + self._exchange_latency_seconds(geometry, traffic.links)
+    def _latency_of(self, way: Way) -> float:
+        """Return the latency of an exchange of all matrices, hop after hop."""
+        links = way.links[::-1]
+        peers = (link.peers(way.geometry) for link in links)
+        return len(self.matrices) * sum(self.cluster.collective_seconds(*of) for of in peers)
 
-    def _exchange_latency_seconds(self, geometry: Geometry, links: tuple[Link, ...]) -> float:
-        each_s = (self.cluster.collective_seconds(*link.peers(geometry)) for link in links[::-1])
-        return len(self.matrices) * sum(each_s)
+    def _carried(self, form: WireForm, num_ranks: int) -> native.Carried:
+        each, rates = form.bytes_per_element, self.cluster.exchange_rates
+        intra_rate, inter_rate = rates(self.bytes_per_element, form.quantising_passes)
+        held_N = expert_elements_N(form.matrices, num_ranks)
+        return native.Carried(each / intra_rate, each / inter_rate, held_N)
 
     def _latency_seconds(self, num_ranks: int, node_size: int) -> float:
         return self.cluster.collective_seconds(node_size - 1, num_ranks - node_size)
@@ -379,17 +348,17 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
     """
     num_ranks, home = geometry.num_ranks, geometry.home_slots
     form = costs.weights_form(geometry.sharding)
-    matrices = [(rows // num_ranks * num_ranks, columns) for rows, columns in form.matrices]
-    first_S = np.arange(num_ranks * geometry.replica_slots) == 0
+    matrices = tuple((rows // num_ranks * num_ranks, columns) for rows, columns in form.matrices)
+    carried = costs._carried(replace(form, matrices=matrices), num_ranks)
     static_S = geometry.static_layout.slot_expert_S
-    fetched = (home, geometry.num_experts - 1) if home else (int(static_S[0]),)
     fetches_s = []
-    for expert in fetched:
-        slots_S = np.where(np.arange(geometry.num_slots) == home, expert, static_S)
-        placed = Placed(ExpertLayout.from_slots(*geometry.shape, slots_S), geometry)
-        for way in costs.algorithms:
-            traffic = restore_traffic(placed, matrices, way, first_S)
-            fetches_s.append(costs._exchange_seconds(traffic, geometry, form))
+    for expert in (home, geometry.num_experts - 1) if home else (static_S[0],):
+        slots_S = np.full_like(static_S, EMPTY)
+        slots_S[home] = expert
+        for way in costs._ways(geometry):
+            fetches_s.append(
+                native.exchange_seconds(way.native, costs._latency_of(way), carried, slots_S)
+            )
     return (min(fetches_s) + costs.solve_seconds(geometry)) * _BELOW_ROUNDING
 
 
@@ -397,14 +366,6 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
 def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
     intra, inter = costs.cluster.intra, costs.cluster.inter
     host = costs.cluster.host
-
-    def carried(form: WireForm) -> native.Carried:
-        intra_rate, inter_rate = costs.cluster.exchange_rates(
-            costs.bytes_per_element, form.quantising_passes
-        )
-        each, held_N = form.bytes_per_element, expert_elements_N(form.matrices, geometry.num_ranks)
-        return native.Carried(each / intra_rate, each / inter_rate, held_N)
-
     return native.CostModel(
         *costs.gemm.columns(),
         costs._expert_flops,
@@ -419,15 +380,12 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         0.0 if host is None else host.forward_seconds(geometry.home_slots or geometry.capacity),
         0.0 if host is None else host.slot_s,
         0.0 if host is None else host.replicas_s,
-        costs.restore_algorithm == ExchangeAlgorithm.NODE,
-        costs.by_layout,
-        costs._exchange_latency_seconds(geometry, way_of(geometry, ExchangeAlgorithm.FLAT).links),
-        costs._exchange_latency_seconds(geometry, way_of(geometry, ExchangeAlgorithm.NODE).links),
+        [(way.native, costs._latency_of(way)) for way in costs._ways(geometry)],
         costs.solve_seconds(geometry),
         costs.least_change_seconds(geometry),
         costs.hidden_share,
         costs.pairs_per_rank or 0,
-        carried(costs.weights_form(geometry.sharding)),
-        carried(costs.grads_form),
+        costs._carried(costs.weights_form(geometry.sharding), geometry.num_ranks),
+        costs._carried(costs.grads_form, geometry.num_ranks),
         costs.backward_restores(geometry.sharding),
     )

@@ -3,15 +3,14 @@
 They are sums over the hops of `hops.py`. The runtime's exchanges count their traffic, and tests
 compare both.
 
-Legend: N ranks, C slots per rank that can be fetched, S = N·C such slots, B = N row blocks of a
-matrix. A matrix has R rows and K columns. X experts that a hop moves, each to one place.
+Legend: N ranks, C slots per rank that can be fetched, S = N·C such slots. A matrix has R rows and
+K columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -41,24 +40,6 @@ class Traffic:
     sent_intra_N: Int64
     sent_inter_N: Int64
     links: tuple[Link, ...] = (Link.ALL,)
-
-    def seconds(
-        self, bytes_per_element: float, intra_bytes_per_s: float, inter_bytes_per_s: float
-    ) -> float:
-        """Predict the duration of an exchange from each rank's own link rates, without latency.
-
-        One hop drives both link classes at once: the slower class of the slowest rank counts. Times
-        of several hops add up.
-        """
-        intra_s_N = np.maximum(self.intra_N, self.sent_intra_N) * (
-            bytes_per_element / intra_bytes_per_s
-        )
-        inter_s_N = np.maximum(self.inter_N, self.sent_inter_N) * (
-            bytes_per_element / inter_bytes_per_s
-        )
-        if len(self.links) == 1:
-            return float(np.maximum(intra_s_N, inter_s_N).max())
-        return float(intra_s_N.max() + inter_s_N.max())
 
     def reversed(self) -> Traffic:
         sent = self.sent_intra_N, self.sent_inter_N
@@ -100,56 +81,9 @@ def restore_traffic(
         slots_NC[:, geometry.home_slots :][~changed_S.reshape(geometry.num_ranks, -1)] = EMPTY
         slots_S = slots_NC.reshape(-1)
     before_S = None if before is None else before.layout.slot_expert_S
-    block_B = expert_elements_N(matrices, geometry.num_ranks)
-    received, sent = np.zeros((2, 2, geometry.num_ranks), dtype=np.int64)
+    held_N = expert_elements_N(matrices, geometry.num_ranks)
     way = way_of(geometry, algorithm)
-    for hop in native.hops(way.native, slots_S, before_S):
-        source, target = Places(*hop[:2]), Places(*hop[2:])
-        received += _elements(target, source, block_B, geometry.node_size)
-        sent += _elements(source, target, block_B, geometry.node_size)
-    return Traffic(received[0], received[1], sent[0], sent[1], way.links)
-
-
-class Places(NamedTuple):
-    """Places of one holding, of `width` ranks each, that have the X experts of a hop."""
-
-    width: int
-    place_X: Int64
-
-
-def _elements(mine: Places, other: Places, block_B: Int64, node_size: int) -> Int64:
-    """Count the elements that each rank exchanges in a hop with its node and beyond it, [2, N].
-
-    For each expert of its place, a rank exchanges its blocks, each with one rank of the other
-    place. The narrower places' widths divide those of the wider.
-    """
-    rank_N = np.arange(len(block_B))
-    node_N = rank_N // node_size
-    narrow, wide = sorted((mine, other), key=lambda places: places.width)
-
-    def blocks_of(width: int) -> Int64:
-        """Return the elements of every `width`-th block, from each rank's own on."""
-        of_local: Int64 = block_B.reshape(-1, width).sum(axis=0)
-        return of_local[rank_N % width]
-
-    def count(place_X: Int64, width: int) -> Int64:
-        return np.bincount(place_X, minlength=len(block_B) // width)[rank_N // width]
-
-    own_X = narrow.place_X * narrow.width // wide.width == wide.place_X
-    own_N = count(narrow.place_X[own_X], narrow.width) * blocks_of(wide.width)
-    all_N = count(mine.place_X, mine.width) * blocks_of(mine.width)
-    if other.width > node_size:  # the other place has ranks in all nodes
-        width = min(mine.width, node_size)
-        of_node = block_B.reshape(-1, node_size // width, width).sum(axis=1)
-        near_N = count(mine.place_X, mine.width) * of_node[node_N, rank_N % width]
-    elif mine.width > node_size:
-        near_X = other.place_X * other.width // node_size
-        near_N = np.bincount(near_X, minlength=node_N[-1] + 1)[node_N] * blocks_of(mine.width)
-    else:
-        of_mine = mine.place_X * mine.width // node_size
-        near_X = of_mine == other.place_X * other.width // node_size
-        near_N = count(mine.place_X[near_X], mine.width) * blocks_of(mine.width)
-    return np.stack([near_N - own_N, all_N - near_N])
+    return Traffic(*native.traffic(way.native, slots_S, before_S, held_N), way.links)
 
 
 def expert_elements_N(matrices: Sequence[tuple[int, int]], num_ranks: int) -> Int64:

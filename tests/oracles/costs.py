@@ -10,7 +10,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.gemm_curve import GemmCurve
@@ -18,6 +18,8 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import SplitTotals
+from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
+from megatron_laer.planner.wire_form import WireForm
 
 # Lower bounds are reduced by more than rounding, which is some 1e-15.
 _BELOW_ROUNDING = 1.0 - 1e-9
@@ -67,24 +69,69 @@ def change_seconds(costs: CostModel, before: ExpertLayout, after: Placed) -> flo
     if before == after.layout:
         return 0.0
     changed_S = after.changed_S(Placed(before, after.geometry))
-    fetch_s = costs.restore_seconds(after, _way(costs, after), changed_S)
+    fetch_s = restore_seconds(costs, after, way_of(costs, after), changed_S)
     return fetch_s + costs.solve_seconds(after.geometry)
 
 
 def exposed_seconds(costs: CostModel, placed: Placed, beside_s: float) -> tuple[float, float]:
     """Return the exposed seconds next to a layer of `beside_s`, of both passes and of backward."""
-    way = _way(costs, placed)
-    restore_s, reduce_s = costs.restore_seconds(placed, way), costs.reduce_seconds(placed, way)
+    way = way_of(costs, placed)
+    restore_s, reduce_s = restore_seconds(costs, placed, way), reduce_seconds(costs, placed, way)
     forward_s = max(restore_s - beside_s * costs.forward_share, 0.0)
     exchanges_s = costs.backward_restores(placed.geometry.sharding) * restore_s + reduce_s
     backward_s = max(exchanges_s - (beside_s - beside_s * costs.forward_share), 0.0)
     return forward_s + backward_s, backward_s
 
 
-def _way(costs: CostModel, placed: Placed) -> ExchangeAlgorithm:
-    if costs.by_layout and placed.geometry.home_slots:
-        return costs.faster_exchange(placed)
-    return costs.restore_algorithm
+def way_of(costs: CostModel, placed: Placed) -> ExchangeAlgorithm:
+    """Return the way of a layout: by itself the fastest one, of equals the first."""
+    restores = 1 + costs.backward_restores(placed.geometry.sharding)
+
+    def whole_s(way: ExchangeAlgorithm) -> float:
+        restore_s = restore_seconds(costs, placed, way)
+        return restores * restore_s + reduce_seconds(costs, placed, way)
+
+    return min(costs.algorithms, key=whole_s)
+
+
+def restore_seconds(
+    costs: CostModel, placed: Placed, way: ExchangeAlgorithm, changed_S: Bool | None = None
+) -> float:
+    """Return the seconds of one restore that nothing hides, of all slots or of `changed_S`."""
+    form = costs.weights_form(placed.geometry.sharding)
+    traffic = restore_traffic(placed, form.matrices, way, changed_S)
+    return _exchange_seconds(costs, traffic, form, placed.geometry)
+
+
+def reduce_seconds(costs: CostModel, placed: Placed, way: ExchangeAlgorithm) -> float:
+    """Return the seconds of one reduce that nothing hides."""
+    traffic = reduce_traffic(placed, costs.matrices, way)
+    return _exchange_seconds(costs, traffic, costs.grads_form, placed.geometry)
+
+
+def _exchange_seconds(
+    costs: CostModel, traffic: Traffic, form: WireForm, geometry: Geometry
+) -> float:
+    """Add latencies to the time of the slowest rank, whose larger direction counts.
+
+    One hop drives both link classes at once, so the slower class counts; times of more add up.
+    """
+    moved_N = [
+        np.maximum(traffic.intra_N, traffic.sent_intra_N),
+        np.maximum(traffic.inter_N, traffic.sent_inter_N),
+    ]
+    if geometry.home_slots and not np.any(moved_N):
+        return 0.0
+    rates = costs.cluster.exchange_rates(costs.bytes_per_element, form.quantising_passes)
+    seconds = [
+        float((of_N * (form.bytes_per_element / rate)).max())
+        for of_N, rate in zip(moved_N, rates, strict=True)
+    ]
+    latency_s = 0.0
+    for link in reversed(traffic.links):
+        latency_s += costs.cluster.collective_seconds(*link.peers(geometry))
+    wire_s = max(seconds) if len(traffic.links) == 1 else sum(seconds)
+    return wire_s + len(costs.matrices) * latency_s
 
 
 def _pass_seconds(costs: CostModel, totals: SplitTotals, geometry: Geometry) -> float:

@@ -45,6 +45,7 @@ from megatron_laer.tools.simulator.iteration.work import (
 )
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
+from tests.oracles import costs as priced
 from tests.tools.plan_cases import drifting_trace
 
 CLUSTER = load_cluster("a100-4x8-ib800")
@@ -165,7 +166,7 @@ def test_an_exchange_takes_what_the_cost_model_says(in_stages, precision):
     of = Placed(geometry.random_layout((1,)), geometry), algorithm
     restore = costs.restore_bytes(*of), costs.weights_form(sharding)
     reduce = costs.reduce_bytes(*of), costs.grads_form
-    expected_s = costs.restore_seconds(*of), costs.reduce_seconds(*of)
+    expected_s = priced.restore_seconds(costs, *of), priced.reduce_seconds(costs, *of)
     for (traffic, form), seconds in zip((restore, reduce), expected_s, strict=True):
         exchange = Exchange.of(traffic, form, geometry)
         assert exchange.seconds(Rates(H100, 2)) == pytest.approx(seconds)

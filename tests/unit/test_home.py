@@ -298,9 +298,9 @@ def test_native_prices_of_replicas_equal_the_plain_reference(
     # Backward has the weights of forward's re-run, but for those of mxfp8.
     again = precision == Precision.MXFP8 and recompute != Recompute.NONE
     way = costs.exchange_of(layout)
-    assert way == (costs.faster_exchange(layout) if costs.by_layout else algorithm)
-    whole_s = (3 if again else 2) * costs.restore_seconds(layout, way)
-    whole_s += costs.reduce_seconds(layout, way)
+    assert way == (priced.way_of(costs, layout) if costs.by_layout else algorithm)
+    whole_s = (3 if again else 2) * priced.restore_seconds(costs, layout, way)
+    whole_s += priced.reduce_seconds(costs, layout, way)
     assert costs.exposed(layout, 0.0).exchanges_s == pytest.approx(whole_s, rel=1e-12)
     guard = Guard(PlanMode.ADAPTIVE, costs, geometry)
     decision = guard.decide(counts_of("zipf", geometry, seed), before)

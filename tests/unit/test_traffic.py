@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from megatron_laer.arrays import Bool
 from megatron_laer.choices import ExchangeAlgorithm
-from megatron_laer.planner.hops import Link
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
@@ -100,14 +99,6 @@ def test_no_rank_receives_or_sends_more_across_nodes_where_rows_are_even(case: C
         flat, node = (formula(case.of, case.matrices, algorithm) for algorithm in ExchangeAlgorithm)
         assert (node.inter_N <= flat.inter_N).all()
         assert (node.sent_inter_N <= flat.sent_inter_N).all()
-
-
-def test_seconds_follow_the_slower_direction_of_the_slowest_rank() -> None:
-    elements = np.array([[10, 0], [0, 6], [0, 4], [8, 0]])
-    # Rank 0: 10 received inside, 8 sent across. Rank 1: 4 sent inside, 6 received across.
-    by_node = Traffic(*elements, (Link.BETWEEN, Link.INSIDE))
-    assert by_node.seconds(2, 10.0, 4.0) == pytest.approx(2 * 10 / 10 + 2 * 8 / 4)
-    assert Traffic(*elements).seconds(2, 10.0, 4.0) == pytest.approx(2 * 8 / 4)
 
 
 def test_wrong_arguments_are_refused_with_what_works() -> None:

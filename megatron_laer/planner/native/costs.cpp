@@ -149,144 +149,54 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const Cou
   return (expert_s + costs.token_passes * pass_s + costs.host_s) * kBelowRounding;
 }
 
-namespace {
-
-// Elements that a restore moves on the busiest rank, by link class.
-struct Busiest {
-  int64_t intra = 0, inter = 0;
-
-  void note(int64_t received_intra, int64_t sent_intra, int64_t received_inter,
-            int64_t sent_inter) {
-    intra = std::max({intra, received_intra, sent_intra});
-    inter = std::max({inter, received_inter, sent_inter});
-  }
-};
-
-// Whether a restore has to fetch a slot.
-bool is_fetched(const Shape& shape, const int16_t* before_S, const int16_t* after_S, int slot) {
-  if (shape.is_home(slot) || after_S[slot] == kEmpty) return false;
-  return before_S == nullptr || before_S[slot] != after_S[slot];
+// Where experts are at home, an exchange without any is left out.
+double exchange_seconds(const PricedWay& of, const Carried& carried, const std::vector<Hop>& hops) {
+  const Shape& shape = of.way.shape;
+  if (shape.home > 0 && hops.back().transfers.empty()) return 0.0;
+  const Traffic moved = traffic(hops, shape.node_size, carried.held_N);
+  const auto most = [](const std::vector<int64_t>& received_N, const std::vector<int64_t>& sent_N) {
+    return static_cast<double>(std::max(*std::max_element(received_N.begin(), received_N.end()),
+                                        *std::max_element(sent_N.begin(), sent_N.end())));
+  };
+  const double intra_s = most(moved.near_N, moved.sent_near_N) * carried.intra_element_s;
+  const double inter_s = most(moved.far_N, moved.sent_far_N) * carried.inter_element_s;
+  // One hop drives both classes of links at once.
+  return (of.way.links.size() == 1 ? std::max(intra_s, inter_s) : intra_s + inter_s) +
+         of.latency_s;
 }
-
-// Whole experts, each from its home to every slot that is fetched.
-Busiest direct_from_home(const Shape& shape, const int16_t* before_S, const int16_t* after_S,
-                         int64_t whole) {
-  std::vector<int64_t> received_intra_N(shape.ranks, 0), received_inter_N(shape.ranks, 0);
-  std::vector<int64_t> sent_intra_N(shape.ranks, 0), sent_inter_N(shape.ranks, 0);
-  for (int slot = 0; slot < shape.slots(); ++slot) {
-    if (!is_fetched(shape, before_S, after_S, slot)) continue;
-    const int rank = slot / shape.capacity, home = after_S[slot] / shape.home;
-    const bool is_near = rank / shape.node_size == home / shape.node_size;
-    (is_near ? received_intra_N : received_inter_N)[rank] += whole;
-    (is_near ? sent_intra_N : sent_inter_N)[home] += whole;
-  }
-  Busiest busiest;
-  for (int rank = 0; rank < shape.ranks; ++rank) {
-    busiest.note(received_intra_N[rank], sent_intra_N[rank], received_inter_N[rank],
-                 sent_inter_N[rank]);
-  }
-  return busiest;
-}
-
-// One exchange that nothing hides, of the slots that differ from `before_S`, or of all without it.
-double one_way_seconds(const Shape& shape, const CostModel& costs, const Carried& carried,
-                       bool by_node, const int16_t* before_S, const int16_t* after_S) {
-  const int size = shape.node_size, nodes = shape.nodes();
-  std::vector<int64_t> fetched_N(shape.ranks, 0), fetched_Q(nodes, 0);
-  std::vector<int64_t> distinct_Q(nodes, 0), held_Q(nodes, 0), place_G(size, 0);
-  std::vector<int> last_node_E(shape.experts, -1);
-  // Experts that homes spread over all ranks in front of an exchange by node.
-  std::vector<int64_t> spread_N(shape.ranks, 0), spread_Q(nodes, 0);
-  int64_t whole = 0, fetched = 0, distinct = 0, spread = 0;
-  for (int rank = 0; rank < shape.ranks; ++rank) {
-    const int node = rank / size;
-    for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
-      if (!is_fetched(shape, before_S, after_S, slot)) continue;
-      ++fetched_N[rank];
-      int& last_node = last_node_E[after_S[slot]];
-      if (last_node < 0 && shape.home > 0) {
-        const int home = after_S[slot] / shape.home;
-        ++spread_N[home];
-        ++spread_Q[home / size];
-        ++spread;
-      }
-      distinct_Q[node] += last_node != node;
-      last_node = node;
-    }
-    fetched_Q[node] += fetched_N[rank];
-    held_Q[node] += carried.held_N[rank];
-    place_G[rank % size] += carried.held_N[rank];
-    whole += carried.held_N[rank];
-  }
-  for (int node = 0; node < nodes; ++node) {
-    fetched += fetched_Q[node];
-    distinct += distinct_Q[node];
-  }
-  if (shape.home > 0 && fetched == 0) return 0.0;
-  // Received and sent, see planner/traffic.py for the formulas.
-  Busiest busiest;
-  if (shape.home > 0 && !by_node) {
-    busiest = direct_from_home(shape, before_S, after_S, whole);
-  } else {
-    for (int rank = 0; rank < shape.ranks; ++rank) {
-      const int node = rank / size;
-      const int64_t held = carried.held_N[rank], place = place_G[rank % size];
-      const int64_t others = fetched_Q[node] - fetched_N[rank];
-      if (by_node) {
-        busiest.note(
-            fetched_N[rank] * (whole - place) + (spread_Q[node] - spread_N[rank]) * held,
-            others * place + spread_N[rank] * (held_Q[node] - held),
-            distinct_Q[node] * (place - held) + (spread - spread_Q[node]) * held,
-            (distinct - distinct_Q[node]) * held + spread_N[rank] * (whole - held_Q[node]));
-      } else {
-        busiest.note(fetched_N[rank] * (held_Q[node] - held), others * held,
-                     fetched_N[rank] * (whole - held_Q[node]),
-                     (fetched - fetched_Q[node]) * held);
-      }
-    }
-  }
-  const double intra_s = static_cast<double>(busiest.intra) * carried.intra_element_s;
-  const double inter_s = static_cast<double>(busiest.inter) * carried.inter_element_s;
-  return by_node ? intra_s + inter_s + costs.node_latency_s
-                 : std::max(intra_s, inter_s) + costs.flat_latency_s;
-}
-
-Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, bool by_node,
-                           const int16_t* slots_S) {
-  const double restore_s =
-      one_way_seconds(shape, costs, costs.weights, by_node, nullptr, slots_S);
-  const double reduce_s =
-      costs.is_alike ? restore_s
-                     : one_way_seconds(shape, costs, costs.grads, by_node, nullptr, slots_S);
-  return {restore_s, reduce_s, costs.backward_restores, by_node};
-}
-
-}  // namespace
 
 double least_fetch_seconds(const CostModel& costs) {
-  if (costs.by_layout) return std::min(costs.flat_latency_s, costs.node_latency_s);
-  return costs.by_node ? costs.node_latency_s : costs.flat_latency_s;
+  double least_s = std::numeric_limits<double>::infinity();
+  for (const PricedWay& of : costs.ways) least_s = std::min(least_s, of.latency_s);
+  return least_s;
 }
 
-// Of both ways the faster one for the layout.
-Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S) {
-  if (shape.home == 0 || !costs.by_layout) {
-    return exchange_seconds(shape, costs, costs.by_node, slots_S);
+// Of equally fast ways the first one.
+Exchanges exchange_seconds(const CostModel& costs, const int16_t* slots_S) {
+  Exchanges fastest{};
+  for (const PricedWay& of : costs.ways) {
+    const std::vector<Hop> found = hops(of.way, slots_S, nullptr);
+    const double restore_s = exchange_seconds(of, costs.weights, found);
+    const double reduce_s =
+        costs.is_alike ? restore_s : exchange_seconds(of, costs.grads, found);
+    const Exchanges exchanges{restore_s, reduce_s, costs.backward_restores, &of};
+    if (fastest.by == nullptr || exchanges.all_s() < fastest.all_s()) fastest = exchanges;
   }
-  const Exchanges flat = exchange_seconds(shape, costs, false, slots_S);
-  const Exchanges node = exchange_seconds(shape, costs, true, slots_S);
-  return node.all_s() < flat.all_s() ? node : flat;
+  return fastest;
 }
 
 // The solve, and in forward the fetch of the changed slots, which starts after the gate and which
 // the experts wait for. The other slots were restored ahead for the planned layout. The way is that
 // of the whole layout.
-double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
-                      const int16_t* after_S) {
-  const bool by_node = shape.home > 0 && costs.by_layout
-                           ? exchange_seconds(shape, costs, after_S).by_node
-                           : costs.by_node;
-  return one_way_seconds(shape, costs, costs.weights, by_node, before_S, after_S) + costs.solve_s;
+double change_seconds(const CostModel& costs, const int16_t* before_S, const int16_t* after_S) {
+  const PricedWay& of =
+      costs.ways.size() == 1 ? costs.ways.front() : *exchange_seconds(costs, after_S).by;
+  std::vector<int16_t> changed_S(after_S, after_S + of.way.shape.slots());
+  for (size_t slot = 0; slot < changed_S.size(); ++slot) {
+    if (before_S[slot] == after_S[slot]) changed_S[slot] = kEmpty;
+  }
+  return exchange_seconds(of, costs.weights, hops(of.way, changed_S.data(), nullptr)) +
+         costs.solve_s;
 }
 
 // Each exchange is scheduled under the layer before, in the order of the pass; attention between

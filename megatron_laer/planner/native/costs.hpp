@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "hops.hpp"
 #include "quotas.hpp"
 #include "shape.hpp"
 
@@ -34,6 +35,11 @@ struct Carried {
   }
 };
 
+struct PricedWay {
+  Way way;
+  double latency_s;  // of a fetch of all matrices
+};
+
 struct CostModel {
   GemmCurve gemm;
   double expert_flops;   // per token, over all passes
@@ -46,15 +52,15 @@ struct CostModel {
   double host_s;                       // of any microbatch, a constant of the shape
   // Of forward without replicas, of each slot more in it, and of any replicas.
   double host_forward_s, host_slot_s, replicas_host_s;
-  bool by_node;                        // how changed slots are fetched
-  bool by_layout;                      // whether each layout of home experts takes the faster way
-  double flat_latency_s, node_latency_s;  // of a fetch of all matrices
+  std::vector<PricedWay> ways;  // at least one; each layout takes the fastest
   double solve_s, least_change_s;      // constants of the shape
   double hidden_share;  // of a hidden exchange, that the compute around it takes longer
   int64_t pairs;        // of a rank in a microbatch; 0 if not known
   Carried weights, grads;
   bool is_alike;        // whether a reduce takes as long as a restore
   int backward_restores;  // two where forward's re-run needs payloads of its own
+
+  const Shape& shape() const { return ways.front().way.shape; }
 };
 
 // Seconds of one layer and microbatch, both passes, whose split is known.
@@ -71,21 +77,23 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const Cou
 // Seconds that a fetch of home experts' replicas takes at least.
 double least_fetch_seconds(const CostModel& costs);
 
+// Seconds of one exchange of these hops that nothing hides.
+double exchange_seconds(const PricedWay& of, const Carried& carried, const std::vector<Hop>& hops);
+
 // Seconds of a layout's exchanges that nothing hides.
 struct Exchanges {
   double restore_s, reduce_s;
   int backward_restores;
-  bool by_node;
+  const PricedWay* by;  // of the cost model
 
   double backward_s() const { return backward_restores * restore_s + reduce_s; }
   double all_s() const { return (1 + backward_restores) * restore_s + reduce_s; }
 };
 
-Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S);
+Exchanges exchange_seconds(const CostModel& costs, const int16_t* slots_S);
 
 // Seconds of a change to a layout made after the gate.
-double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
-                      const int16_t* after_S);
+double change_seconds(const CostModel& costs, const int16_t* before_S, const int16_t* after_S);
 
 // Seconds of a layout's restores and reduce that a layer of `beside_s` seconds does not hide, in
 // forward and in backward.

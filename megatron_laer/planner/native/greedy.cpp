@@ -107,7 +107,7 @@ class Judge {
   // Seconds over all scenarios, or any number from `limit` on if they are not fewer.
   double seconds(const std::vector<int16_t>& slots_S, double limit) const {
     const Replicas replicas(shape_, slots_S.data());
-    const Exchanges exchanges = exchange_seconds(shape_, costs_, slots_S.data());
+    const Exchanges exchanges = exchange_seconds(costs_, slots_S.data());
     std::vector<int64_t> loads_S(shape_.slots());
     double sum = 0;
     for (const Scenario& of : scenarios_) {
@@ -124,7 +124,7 @@ class Judge {
     std::vector<int64_t> loads_S(layout.loads_S);
     for (int64_t& load : loads_S) load = counts(forecast).times_factor(load, 0);
     return priced(forecast, Replicas(shape_, layout.slots_S.data()),
-                  exchange_seconds(shape_, costs_, layout.slots_S.data()), loads_S);
+                  exchange_seconds(costs_, layout.slots_S.data()), loads_S);
   }
 
  private:

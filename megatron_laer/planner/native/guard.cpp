@@ -75,10 +75,10 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
                                                    decision.loads_S)
                      : least_layer_seconds(shape, costs, microbatch.counts,
                                            microbatch.node_counts_QE);
-  // Beside a layer that takes as little as this one could. Flat exchanges of all slots do not differ.
+  // Beside a layer that takes as little as this one could. In one hop all slots' rows do not differ.
   const auto exposed_s = [&](const int16_t* slots_S) {
-    if (shape.home == 0 && !costs.by_node) return 0.0;
-    const Exchanges exchanges = exchange_seconds(shape, costs, slots_S);
+    if (shape.home == 0 && costs.ways.front().way.links.size() == 1) return 0.0;
+    const Exchanges exchanges = exchange_seconds(costs, slots_S);
     return exposed_backward_seconds(costs, exchanges, least_s) +
            replica_host_seconds(shape, costs, slots_S, least_s);
   };
@@ -97,7 +97,7 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   const Replicas fresh(shape, fresh_S.data());
   decision.gain_s = kept_s - microbatch.seconds(costs, fresh, loads_S) +
                     (kept_exposed_s - exposed_s(fresh_S.data()));
-  decision.cost_s = change_seconds(shape, costs, planned_S, fresh_S.data());
+  decision.cost_s = change_seconds(costs, planned_S, fresh_S.data());
   if (decision.gain_s > decision.cost_s) {
     take(decision, std::move(fresh_S), std::move(loads_S));
   }

@@ -109,7 +109,7 @@ HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const Cou
     const double layer_s = layer_seconds(
         shape, costs, totals(shape, counts, node_counts_QE, replicas, loads_S.data()));
     // The layers around this one take about as long.
-    const Exchanges exchanges = exchange_seconds(shape, costs, slots_S.data());
+    const Exchanges exchanges = exchange_seconds(costs, slots_S.data());
     return layer_s + replica_seconds(shape, costs, slots_S.data(), exchanges, layer_s, true);
   };
   HomeLayout best = balance_by_time(

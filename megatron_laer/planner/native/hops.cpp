@@ -106,6 +106,63 @@ std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* bef
 
 namespace {
 
+// Sums of every width-th number, from each of the first on.
+std::vector<int64_t> strided(const std::vector<int64_t>& number_N, int width) {
+  std::vector<int64_t> sums(width, 0);
+  for (size_t i = 0; i < number_N.size(); ++i) sums[i % width] += number_N[i];
+  return sums;
+}
+
+// Adds the elements that ranks send in a hop, or those that they receive. For each expert of its
+// place a rank exchanges its blocks, each with one rank of the other place. A place lies in one node
+// or has all ranks.
+void add_elements(const Hop& hop, bool sends, int node_size, const std::vector<int64_t>& held_N,
+                  std::vector<int64_t>& near_N, std::vector<int64_t>& far_N) {
+  const int mine = sends ? hop.source_width : hop.target_width;
+  const int other = sends ? hop.target_width : hop.source_width;
+  const int narrow = std::min(mine, other), wide = std::max(mine, other);
+  const int inside = std::min(mine, node_size), ranks = static_cast<int>(held_N.size());
+  // Experts of each place, those that each part in one node exchanges there, and those of which a
+  // rank's own blocks stay.
+  std::vector<int64_t> all_P(ranks / mine, 0), near_P(ranks / inside, 0), own_P(ranks / narrow, 0);
+  for (const Transfer& transfer : hop.transfers) {
+    const int place = (sends ? transfer.source : transfer.target).place;
+    const int to = (sends ? transfer.target : transfer.source).place;
+    const int in_narrow = mine == narrow ? place : to, in_wide = mine == narrow ? to : place;
+    ++all_P[place];
+    if (in_narrow * narrow / wide == in_wide) ++own_P[in_narrow];
+    const int node = to * other / node_size;
+    if (mine > node_size) ++near_P[node];
+    else if (other > node_size || place * mine / node_size == node) ++near_P[place];
+  }
+  const std::vector<int64_t> of_mine = strided(held_N, mine), of_wide = strided(held_N, wide);
+  for (int rank = 0; rank < ranks; ++rank) {
+    int64_t blocks = of_mine[rank % mine];
+    const int64_t all = all_P[rank / mine] * blocks;
+    if (other > node_size) {  // only these blocks go to ranks in the node
+      blocks = 0;
+      const int first = rank - rank % node_size;
+      for (int at = rank % mine; at < node_size; at += mine) blocks += held_N[first + at];
+    }
+    const int64_t near = near_P[rank / inside] * blocks;
+    near_N[rank] += near - own_P[rank / narrow] * of_wide[rank % wide];
+    far_N[rank] += all - near;
+  }
+}
+
+}  // namespace
+
+Traffic traffic(const std::vector<Hop>& hops, int node_size, const std::vector<int64_t>& held_N) {
+  Traffic found(static_cast<int>(held_N.size()));
+  for (const Hop& hop : hops) {
+    add_elements(hop, false, node_size, held_N, found.near_N, found.far_N);
+    add_elements(hop, true, node_size, held_N, found.sent_near_N, found.sent_far_N);
+  }
+  return found;
+}
+
+namespace {
+
 // Rows of one end of a hop on a rank, in the order of the wire.
 struct End {
   std::vector<int64_t> row, size, of_peer;

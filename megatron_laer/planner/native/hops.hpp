@@ -45,6 +45,17 @@ struct Hop {
 // only others are fetched, and a hop from these slots follows the one to the nodes.
 std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* before_S);
 
+// Elements that each rank exchanges in a restore with others in its node and beyond it.
+struct Traffic {
+  explicit Traffic(int ranks)
+      : near_N(ranks, 0), far_N(ranks, 0), sent_near_N(ranks, 0), sent_far_N(ranks, 0) {}
+
+  std::vector<int64_t> near_N, far_N, sent_near_N, sent_far_N;
+};
+
+// Sums over the hops of a restore; `held_N` has the elements of each of an expert's N row blocks.
+Traffic traffic(const std::vector<Hop>& hops, int node_size, const std::vector<int64_t>& held_N);
+
 // Segments of rows that are both in a holding and on the wire, in a table: three integers each (row
 // in the holding, row on the wire, rows), in ascending order of the first. Segments of the same rows
 // of the holding are parts of a sum, in the order of addition. Behind them the table has the first

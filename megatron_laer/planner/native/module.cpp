@@ -115,8 +115,11 @@ void check_rank(const laer::Shape& shape, int rank) {
 }
 
 void check_costs(const laer::Shape& shape, const laer::CostModel& costs) {
-  if (costs.weights.held_N.size() != static_cast<size_t>(shape.ranks)) {
-    throw py::value_error("the cost model is for another number of ranks");
+  const laer::Shape& priced = costs.shape();
+  if (priced.ranks != shape.ranks || priced.experts != shape.experts ||
+      priced.capacity != shape.capacity || priced.node_size != shape.node_size ||
+      priced.home != shape.home) {
+    throw py::value_error("the cost model is for another shape");
   }
 }
 
@@ -200,43 +203,39 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            double intra_bytes_per_s, double inter_bytes_per_s, double latency_s,
                            double host_s, double host_forward_s, double host_slot_s,
                            double replicas_host_s,
-                           bool by_node, bool by_layout, double flat_latency_s,
-                           double node_latency_s, double solve_s, double least_change_s,
-                           double hidden_share, int64_t pairs, laer::Carried weights,
-                           laer::Carried grads, int backward_restores) {
+                           const std::vector<std::pair<laer::Way, double>>& ways, double solve_s,
+                           double least_change_s, double hidden_share, int64_t pairs,
+                           laer::Carried weights, laer::Carried grads, int backward_restores) {
   for (const auto& column_P : {seconds_P, slope_P, limit_P, best_P}) {
     check_size(column_P, tokens_P.size(), "the GEMM curve");
   }
   if (tokens_P.size() == 0) throw py::value_error("the GEMM curve is empty");
-  if (grads.held_N.size() != weights.held_N.size()) {
-    throw py::value_error("weights and gradients must be of as many ranks");
+  if (ways.empty()) throw py::value_error("there is no way to move experts");
+  std::vector<laer::PricedWay> priced;
+  for (const auto& [way, latency_s] : ways) priced.push_back({way, latency_s});
+  for (const laer::Carried& carried : {weights, grads}) {
+    if (carried.held_N.size() != static_cast<size_t>(priced[0].way.shape.ranks)) {
+      throw py::value_error("ways, weights and gradients must be of as many ranks");
+    }
   }
   const bool is_alike = weights == grads;
   return {{to_vector(tokens_P), to_vector(seconds_P), to_vector(slope_P), to_vector(limit_P),
            to_vector(best_P)},
           expert_flops, forward_share, token_passes, intra_pair_bytes, inter_pair_bytes,
           tokens_in_stages, intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s, host_forward_s,
-          host_slot_s, replicas_host_s, by_node, by_layout, flat_latency_s, node_latency_s, solve_s,
-          least_change_s, hidden_share, pairs, std::move(weights), std::move(grads), is_alike,
-          backward_restores};
+          host_slot_s, replicas_host_s, std::move(priced), solve_s, least_change_s, hidden_share,
+          pairs, std::move(weights), std::move(grads), is_alike, backward_restores};
 }
 
-// The shape that the cost model is for, with this many slots.
-laer::Shape priced_shape(const laer::CostModel& costs, py::ssize_t slots, int num_experts,
-                         int node_size, int home = 0) {
-  const auto ranks = static_cast<int>(costs.weights.held_N.size());
-  if (ranks < 1 || node_size < 1 || ranks % node_size != 0 || slots % ranks != 0) {
-    throw py::value_error("ranks must divide the slots, and a node's ranks all ranks");
-  }
-  check_home(ranks, num_experts, slots / ranks, home);
-  return {ranks, num_experts, static_cast<int>(slots) / ranks, node_size, home};
+void check_layout(const laer::Shape& shape, const Slots& slots_S) {
+  check_size(slots_S, shape.slots(), "the slots");
+  check_experts(slots_S, shape.experts, shape.home > 0);
 }
 
 double layer_seconds(const laer::CostModel& costs, const Counts& near_S, const Counts& far_S,
-                     const Counts& sent_near_N, const Counts& sent_far_N, const Counts& own_N,
-                     int node_size) {
-  const laer::Shape shape = priced_shape(costs, near_S.size(), 1, node_size);
-  check_size(far_S, near_S.size(), "the slots");
+                     const Counts& sent_near_N, const Counts& sent_far_N, const Counts& own_N) {
+  const laer::Shape& shape = costs.shape();
+  for (const auto& tokens_S : {near_S, far_S}) check_size(tokens_S, shape.slots(), "the slots");
   for (const auto& sums_N : {sent_near_N, sent_far_N, own_N}) {
     check_size(sums_N, shape.ranks, "the ranks");
   }
@@ -245,34 +244,37 @@ double layer_seconds(const laer::CostModel& costs, const Counts& near_S, const C
                               to_vector(sent_far_N), to_vector(own_N)});
 }
 
-double least_layer_seconds(const laer::CostModel& costs, const Counts& counts_NE, int capacity,
-                           int node_size) {
-  if (counts_NE.ndim() != 2 || counts_NE.size() == 0 || capacity < 1) {
-    throw py::value_error("counts must be [N, E], and ranks have slots");
-  }
-  const laer::Shape shape = priced_shape(costs, counts_NE.shape(0) * capacity,
-                                         static_cast<int>(counts_NE.shape(1)), node_size);
+double least_layer_seconds(const laer::CostModel& costs, const Counts& counts_NE) {
+  const laer::Shape& shape = costs.shape();
   check_size(counts_NE, static_cast<int64_t>(shape.ranks) * shape.experts, "counts");
   return laer::least_layer_seconds(shape, costs, laer::Counts(shape, counts_NE.data()),
                                    node_counts(shape, counts_NE.data()).data());
 }
 
-double change_seconds(const laer::CostModel& costs, const Slots& before_S, const Slots& after_S,
-                      int num_experts, int node_size, int home) {
-  const laer::Shape shape = priced_shape(costs, after_S.size(), num_experts, node_size, home);
-  check_size(before_S, after_S.size(), "the slots");
-  check_experts(after_S, num_experts, home > 0);
-  return laer::change_seconds(shape, costs, before_S.data(), after_S.data());
+// Of one exchange in this way that nothing hides.
+double exchange_seconds(const laer::Way& way, double latency_s, const laer::Carried& carried,
+                        const Slots& slots_S) {
+  check_size(slots_S, way.shape.slots(), "the slots");
+  check_experts(slots_S, way.shape.experts, true);
+  if (carried.held_N.size() != static_cast<size_t>(way.shape.ranks)) {
+    throw py::value_error("wrong size of the ranks");
+  }
+  return laer::exchange_seconds({way, latency_s}, carried,
+                                laer::hops(way, slots_S.data(), nullptr));
 }
 
-// Of a layout's exchanges: whether they go by node, and the seconds that a layer of `beside_s` does not
-// hide in forward and in backward, and that the host's work for replicas adds.
-py::tuple exposed(const laer::CostModel& costs, const Slots& slots_S, int num_experts, int node_size,
-                  int home, double beside_s) {
-  const laer::Shape shape = priced_shape(costs, slots_S.size(), num_experts, node_size, home);
-  check_experts(slots_S, num_experts, home > 0);
-  const laer::Exchanges exchanges = laer::exchange_seconds(shape, costs, slots_S.data());
-  return py::make_tuple(exchanges.by_node,
+double change_seconds(const laer::CostModel& costs, const Slots& before_S, const Slots& after_S) {
+  for (const auto& layout_S : {before_S, after_S}) check_layout(costs.shape(), layout_S);
+  return laer::change_seconds(costs, before_S.data(), after_S.data());
+}
+
+// Of a layout's exchanges: the position of their way, and the seconds that a layer of `beside_s`
+// does not hide in forward and in backward, and that the host's work for replicas adds.
+py::tuple exposed(const laer::CostModel& costs, const Slots& slots_S, double beside_s) {
+  const laer::Shape& shape = costs.shape();
+  check_layout(shape, slots_S);
+  const laer::Exchanges exchanges = laer::exchange_seconds(costs, slots_S.data());
+  return py::make_tuple(exchanges.by - costs.ways.data(),
                         laer::exposed_forward_seconds(costs, exchanges, beside_s),
                         laer::exposed_backward_seconds(costs, exchanges, beside_s),
                         laer::replica_host_seconds(shape, costs, slots_S.data(), beside_s));
@@ -466,19 +468,14 @@ std::vector<laer::Hop> hops_of(const laer::Way& way, const Slots& slots_S,
   return laer::hops(way, slots_S.data(), before_S ? before_S->data() : nullptr);
 }
 
-// Of each hop the widths of its places, and the places of each expert that moves.
-py::list hops(const laer::Way& way, const Slots& slots_S, const std::optional<Slots>& before_S) {
-  py::list found;
-  for (const laer::Hop& hop : hops_of(way, slots_S, before_S)) {
-    std::vector<int64_t> source_X, target_X;
-    for (const laer::Transfer& transfer : hop.transfers) {
-      source_X.push_back(transfer.source.place);
-      target_X.push_back(transfer.target.place);
-    }
-    found.append(py::make_tuple(hop.source_width, to_array(source_X), hop.target_width,
-                                to_array(target_X)));
-  }
-  return found;
+// Elements that each rank receives in its node and beyond it, and sends.
+py::tuple traffic(const laer::Way& way, const Slots& slots_S, const std::optional<Slots>& before_S,
+                  const Counts& held_N) {
+  check_size(held_N, way.shape.ranks, "the ranks");
+  const laer::Traffic moved = laer::traffic(hops_of(way, slots_S, before_S), way.shape.node_size,
+                                            to_vector(held_N));
+  return py::make_tuple(to_array(moved.near_N), to_array(moved.far_N), to_array(moved.sent_near_N),
+                        to_array(moved.sent_far_N));
 }
 
 py::tuple to_tuple(const laer::Segments& made) {
@@ -553,6 +550,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("rank_row", &rank_part<true>, counts, slots, loads, node_size, rank);
   module.def("rank_columns", &rank_part<false>, counts, slots, loads, node_size, rank);
   module.def("totals", &totals, counts, slots, loads, node_size);
+  py::class_<laer::Way>(module, "Way").def(py::init(&way_of));
   py::class_<laer::Carried>(module, "Carried")
       .def(py::init([](double intra_s, double inter_s, const Counts& held_N) {
         return laer::Carried{intra_s, inter_s, to_vector(held_N)};
@@ -560,6 +558,7 @@ PYBIND11_MODULE(_native, module) {
   py::class_<laer::CostModel>(module, "CostModel").def(py::init(&cost_model));
   module.def("layer_seconds", &layer_seconds);
   module.def("least_layer_seconds", &least_layer_seconds);
+  module.def("exchange_seconds", &exchange_seconds);
   module.def("change_seconds", &change_seconds);
   module.def("exposed", &exposed);
   module.def("decide", &decide, py::arg("mode"), py::arg("costs"), py::arg("tolerance"), counts,
@@ -571,8 +570,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("proportional_by_node", &proportional_by_node);
   module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
              py::arg("home"), py::arg("costs") = nullptr);
-  py::class_<laer::Way>(module, "Way").def(py::init(&way_of));
-  module.def("hops", &hops);
+  module.def("traffic", &traffic);
   module.def("rank_moves", &rank_moves);
   module.def("crossing_rows", &crossing_rows);
   module.def("together", &together);
