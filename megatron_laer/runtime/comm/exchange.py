@@ -135,26 +135,22 @@ class Exchange:
             grad_CRK: gradients of this rank's slots, not modified.
             wire_dtype: of sums between hops, unless set for the exchange; default: the gradient's.
             add_to: main gradient to add the sums to, contiguous [E, r, K], or [R, K] of each home
-                expert, of any float dtype.
+                expert, of any float dtype; zeros of the gradient's dtype by default.
 
         Returns:
-            `add_to`, or its first tensor. Without it, the sums in the gradient's dtype: [E, r, K],
-            or [h, R, K] with zeros for home experts without replicas.
+            `add_to`, or its first tensor.
         """
         grad_CRK = grad_CRK.contiguous()
         _, rows, columns = grad_CRK.shape
         chain = self._chain(index, rows, back=True)
         dtype, wire = grad_CRK.dtype, self._grad_wire_dtype or wire_dtype or grad_CRK.dtype
-        adds = add_to is not None
         if add_to is None:
-            sums = grad_CRK.new_zeros((*self._own_shape(index.placed, rows), columns))
-            add_to = sums.unbind() if chain.way.at_home else sums
+            add_to = grad_CRK.new_zeros((*self._own_shape(index.placed, rows), columns))
+        owned = [*add_to] if chain.way.at_home else _by_rows(add_to)
         most_bytes = reduce_workspace(chain.way, rows, columns, dtype.itemsize, wire.itemsize)
-        ends = [grad_CRK.view(-1, columns)], _by_rows(add_to)
-        yield from _carry(self.reduced, chain, *ends, most_bytes, (dtype, wire), adds=adds)
-        if adds:
-            return add_to if isinstance(add_to, torch.Tensor) else add_to[0]
-        return sums
+        ends = [grad_CRK.view(-1, columns)], owned
+        yield from _carry(self.reduced, chain, *ends, most_bytes, (dtype, wire))
+        return add_to if isinstance(add_to, torch.Tensor) else add_to[0]
 
     def _chain(
         self,
@@ -187,8 +183,6 @@ def _carry(
     target: Held,
     most_bytes: Mapping[str, int],
     dtypes: tuple[torch.dtype, torch.dtype],
-    *,
-    adds: bool = False,
 ) -> Generator[Group | None, None, None]:
     """Carry a chain's moves out, each by packing, an All-to-All, and unpacking or summing.
 
@@ -197,7 +191,6 @@ def _carry(
     Args:
         most_bytes: of buffers; where whole experts go directly, they grow to what is needed.
         dtypes: of the rows of the source and of all others on the wire.
-        adds: whether sums are added to the target's rows.
     """
     table, sums, held = chain.table, direction.sums, source
     stages = [direction.stages[move.link] for move in chain.moves]
@@ -226,7 +219,7 @@ def _carry(
                 yield stage.group if any(stages[at + 1 :]) else None
                 direction.count(stage, move.received_P, slots.shape[1] * dtype.itemsize)
             if sums:
-                table.add(arrives, arrived, into, adds=adds and move.is_last)
+                table.add(arrives, arrived, into, adds=move.is_last)
             elif not in_place:
                 table.unpack(arrives, arrived, into)
             held = into

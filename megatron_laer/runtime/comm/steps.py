@@ -65,12 +65,7 @@ class SideBySide:
 
 
 def one_launch(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[object]:
-    """Launch the block's collectives of one communicator as one kernel, where the backend can."""
-    if can_launch_together(group, device):
+    """Launch the block's collectives of one communicator as one kernel, as NCCL can."""
+    if getattr(group._get_backend(device), "supports_coalescing", False):
         return dist.distributed_c10d._coalescing_manager(group, device)
     return contextlib.nullcontext()
-
-
-def can_launch_together(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Return True with NCCL, whose groups of operations are one kernel."""
-    return bool(getattr(group._get_backend(device), "supports_coalescing", False))

@@ -56,7 +56,8 @@ def launch_exchange_kernels(
             for of_sum in summed:
                 # New sums of home experts lie one behind the other.
                 for offset in {0, of_sum.num_bytes % _ALIGNMENT}:
-                    table.add(_ROW, part, [_row(like, of_sum, offset)], adds=False)
+                    for adds in {False, target is None}:
+                        table.add(_ROW, part, [_row(like, of_sum, offset)], adds=adds)
             for target in targets:
                 table.add(_ROW, part, [target], adds=True)
 
