@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from benchmarks.costs import paper_costs
+from benchmarks.flexmoe import FlexMoEStrategy
 from benchmarks.rivals.eplb import Eplb
 from benchmarks.splits import (
     BalanceRow,
@@ -28,7 +29,6 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.rules import lays_out_freely
-from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 
 NODE_SIZE = 8
 CAPACITIES = (3, 4, 6)

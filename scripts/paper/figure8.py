@@ -43,7 +43,7 @@ EXPERIMENT = Experiment(
     toy_length=Length(7, 2),
     published=(END_TO_END,),
     notes=(
-        "FLEX (FlexMoE) has no counterpart in training; `simulate` has it.",
+        "FLEX (FlexMoE) has no counterpart in training; scripts/paper/simulated.py has it.",
         "fsep has none in the paper; compare it with LAER's row.",
         "Ours are of one data set, --data-prefix; give another its own --work-dir.",
     ),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.costs import paper_costs
+from benchmarks.flexmoe import FlexMoEStrategy
 from benchmarks.splits import split_evenly, split_exactly
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.forecast import WindowForecast
@@ -16,7 +17,6 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.static import StaticStrategy
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.traces.workloads import (
     NATURAL,
     PAPER,

@@ -64,7 +64,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Time of an iteration of stock EP, FSDP+EP, FlexMoE, LAER and FSEP for recorded or made-up "
+        "Time of an iteration of stock EP, FSDP+EP, LAER and FSEP for recorded or made-up "
         "routing, as a range over the cluster's constants, and whether FSEP is worth it.",
         _EXAMPLES,
     )

@@ -29,7 +29,6 @@ from megatron_laer.planner.traffic import Traffic
 from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.buffers import SUM_BYTES, buffers, library_bytes
-from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.work import (
     Exchange,
@@ -44,19 +43,18 @@ from megatron_laer.tools.simulator.replay import (
     decide,
 )
 
-STOCK, FSDP_EP, FLEXMOE, LAER, FSEP = "stock", "fsdp+ep", "flexmoe", "laer", "fsep"
-METHODS = (STOCK, FSDP_EP, FLEXMOE, LAER, FSEP)
+STOCK, FSDP_EP, LAER, FSEP = "stock", "fsdp+ep", "laer", "fsep"
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """Settings that methods are made from; `geometry` is of FSEP, LAER and FlexMoE.
+    """Settings that methods are made from; `geometry` is of those that lay out experts.
 
     With `holds_step` FSEP's experts stay restored over a step. `stock_group` is X of stock; None
     for the largest possible. With `flex` FSEP, with `stock_flex` stock sends a token once per node,
     pipelined. With `combined` all methods run Megatron's combined 1F1B. With `one_queue` exchanges
-    have the buffers of CUDA_DEVICE_MAX_CONNECTIONS=1. LAER and FlexMoE have FSEP's geometry without
-    the sharding.
+    have the buffers of CUDA_DEVICE_MAX_CONNECTIONS=1. The paper's methods have FSEP's geometry
+    without the sharding.
     """
 
     geometry: Geometry
@@ -107,20 +105,22 @@ class Method:
 
 
 def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
-    """Make a method by name, at the nominal rates."""
-    makers = {STOCK: _stock, FSDP_EP: _fsdp, FLEXMOE: _flexmoe, LAER: _laer, FSEP: _fsep}
-    if name not in makers:
-        raise ValueError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
+    """Make a method of `METHODS`, at the nominal rates."""
     if name != FSEP:
-        geometry = replace(settings.geometry, sharding=Sharding.ROWS)
-        flat = replace(
-            settings.costs,
-            restore_algorithm=ExchangeAlgorithm.FLAT,
-            by_layout=False,
-            tokens=BY_RANK,
+        settings = replace(
+            settings,
+            geometry=replace(settings.geometry, sharding=Sharding.ROWS),
+            costs=replace(
+                settings.costs,
+                restore_algorithm=ExchangeAlgorithm.FLAT,
+                by_layout=False,
+                tokens=BY_RANK,
+            ),
+            mode=PlanMode.FORECAST,
+            holds_step=False,
+            flex=False,
         )
-        settings = replace(settings, geometry=geometry, costs=flat)
-    return makers[name](settings, rates)
+    return METHODS[name](settings, rates)
 
 
 def _stock(settings: MethodSettings, rates: Rates) -> Method:
@@ -174,70 +174,61 @@ def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
             f"up to {geometry.capacity} each have none"
         )
     settings = replace(settings, geometry=replace(geometry, capacity=fits[0]))
-    return _relaid(FSDP_EP, settings, rates, StaticStrategy(settings.geometry))
-
-
-def _flexmoe(settings: MethodSettings, rates: Rates) -> Method:
-    strategy = FlexMoEStrategy(settings.geometry)
-    return _relaid(FLEXMOE, settings, rates, strategy)
+    return relaid(FSDP_EP, settings, rates, StaticStrategy(settings.geometry))
 
 
 def _laer(settings: MethodSettings, rates: Rates) -> Method:
     strategy = make_strategy("laer", geometry=settings.geometry, costs=settings.costs)
-    return _relaid(LAER, settings, rates, strategy)
-
-
-def _relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy) -> Method:
-    """Make a method of the paper's comparisons, which differ in their planner alone."""
-    geometry = settings.geometry
-    guard = Guard(PlanMode.FORECAST, settings.costs, geometry, split=Split.EVEN)
-    return Method(
-        name,
-        make_schedule(overlaps=settings.overlaps, by_parts=settings.combined),
-        one_stream=True,
-        layer_planner=lambda: _Relaid(
-            LayerPolicy(strategy, geometry.static_layout, by_newest=True), guard, rates
-        ),
-        experts_held=geometry.num_experts / geometry.num_ranks,
-        restored=geometry.capacity,
-        replicas=1,
-        fixed_bytes=buffers(geometry, settings.costs, rates.cluster.card, settings.one_queue),
-    )
+    return relaid(LAER, settings, rates, strategy)
 
 
 def _fsep(settings: MethodSettings, rates: Rates) -> Method:
-    geometry = settings.geometry
-    strategy = make_strategy(settings.strategy, geometry=geometry, costs=settings.costs)
-    guard = Guard(settings.mode, settings.costs, geometry)
+    planned = {"geometry": settings.geometry, "costs": settings.costs}
+    return relaid(FSEP, settings, rates, make_strategy(settings.strategy, **planned))
+
+
+def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy) -> Method:
+    """Make a method that lays out experts by a strategy: FSEP, or one of the paper's comparisons.
+
+    The latter differ in their planner alone. They plan by the newest counts, split evenly, look no
+    operation ahead, and parameters and gradients share a communicator.
+    """
+    geometry, costs, is_ours = settings.geometry, settings.costs, name == FSEP
+    holds_step = settings.holds_step
+    guard = Guard(settings.mode, costs, geometry, split=Split.EXACT if is_ours else Split.EVEN)
+
+    def layer_planner() -> LayerPlanner:
+        policy = LayerPolicy(strategy, geometry.static_layout, by_newest=not is_ours)
+        return _Relaid(policy, guard, rates, settings.flex, holds_step)
+
     return Method(
-        FSEP,
+        name,
         make_schedule(
             overlaps=settings.overlaps,
             after_gate=settings.mode == PlanMode.EXACT,
-            holds_step=settings.holds_step,
-            restores_following=True,
+            holds_step=holds_step,
+            restores_following=is_ours,
             by_parts=settings.combined,
         ),
-        one_stream=False,
-        layer_planner=lambda: _Relaid(
-            LayerPolicy(strategy, geometry.static_layout),
-            guard,
-            rates,
-            settings.flex,
-            settings.holds_step,
-        ),
+        one_stream=not is_ours,
+        layer_planner=layer_planner,
         experts_held=geometry.num_experts / geometry.num_ranks,
         restored=geometry.replica_slots,
         replicas=1,
         fixed_bytes=buffers(
-            geometry,
-            settings.costs,
-            rates.cluster.card,
-            settings.one_queue,
-            holds_step=settings.holds_step,
+            geometry, costs, rates.cluster.card, settings.one_queue, holds_step=holds_step
         ),
-        form=settings.costs.weights_form(geometry.sharding),
+        form=costs.weights_form(geometry.sharding),
     )
+
+
+# Makers of methods; a comparison with another planner adds its own, by `relaid`.
+METHODS: dict[str, Callable[[MethodSettings, Rates], Method]] = {
+    STOCK: _stock,
+    FSDP_EP: _fsdp,
+    LAER: _laer,
+    FSEP: _fsep,
+}
 
 
 @dataclass
