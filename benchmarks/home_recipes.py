@@ -132,10 +132,10 @@ def _rows(recipe: Recipe) -> Iterator[dict[str, Any]]:
         if flags and "--recompute full" in recipe.flags:
             continue
         words = [*recipe.words, *flags.split()]
-        (case,) = _simulated(words, BALANCED, STOCK)
+        case = _simulated(words, BALANCED, STOCK)
         balanced = case["methods"][STOCK]
         for workload in WORKLOADS:
-            (case,) = _simulated(words, workload, STOCK, FSEP)
+            case = _simulated(words, workload, STOCK, FSEP)
             stock, ours = (case["methods"][name] for name in (STOCK, FSEP))
             yield {
                 "recipe": recipe.name,
@@ -163,7 +163,7 @@ def _seconds(found: dict[str, Any]) -> float:
     return float(found["iteration_s"]["value"])
 
 
-def _simulated(words: Sequence[str], workload: str, *methods: str) -> list[dict[str, Any]]:
+def _simulated(words: Sequence[str], workload: str, *methods: str) -> dict[str, Any]:
     inputs = ["--workload", workload, "--cluster", CLUSTER, "--method", *methods]
     recompute = [] if "--recompute" in words else ["--recompute", "compute"]
     tokens = ["--token-exchange", "flex"]

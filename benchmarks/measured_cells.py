@@ -25,7 +25,8 @@ import numpy as np
 from benchmarks.end_to_end import KEEP_MEMORY
 from benchmarks.end_to_end_cases import HALF, QUICK, Configuration, Size, configurations
 from benchmarks.training_run import measure
-from megatron_laer.choices import PlanMode, Recompute
+from megatron_laer.choices import OverlapScheduler, PlanMode, Recompute
+from megatron_laer.config import FSEPConfig
 from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
@@ -185,7 +186,9 @@ def predicted_seconds(job: Job, rates: Rates) -> float:
     mode = PlanMode.ADAPTIVE
     if "--fsep-plan-mode" in flags:
         mode = PlanMode(flags[flags.index("--fsep-plan-mode") + 1])
-    settings = MethodSettings(geometry, costs, mode, overlaps="scheduler=off" not in flags)
+    scheduler = OverlapScheduler.OFF if "scheduler=off" in flags else OverlapScheduler.ON
+    config = FSEPConfig(plan_mode=mode, scheduler=scheduler)
+    settings = MethodSettings(geometry, costs, config)
     name = FSEP if "--expert-parallel-mode" in flags else STOCK
     trace = _trace(job)
     steps = len(set(trace.step_R.tolist())) - job.size.warm_up

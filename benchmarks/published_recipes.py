@@ -154,7 +154,7 @@ def model_file(name: str, length: int) -> Iterator[str]:
 
 def _compared(recipe: Recipe) -> dict[str, Any]:
     with model_file(recipe.model, recipe.length) as model:
-        (case,) = simulated(recipe.words(model))
+        case = simulated(recipe.words(model))
     found = case["methods"][STOCK]["iteration_s"]
     return {
         "recipe": recipe.name,

@@ -1,4 +1,4 @@
-"""Runs of `simulate` by benchmarks: the cases of its JSON."""
+"""Runs of `simulate` by benchmarks: its JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from unittest import mock
 
 from megatron_laer.tools import cli
-from megatron_laer.tools.cli import simulate_input
+from megatron_laer.tools.cli import prediction_input
 from megatron_laer.tools.simulator.iteration.rates import rate_sets
 
 
-def simulated(words: Sequence[str], *, ranges: bool = True) -> list[dict[str, Any]]:
-    """Return the cases of `simulate` with these words; without `ranges` in a fifth of the time.
+def simulated(words: Sequence[str], *, ranges: bool = True) -> dict[str, Any]:
+    """Return the JSON of `simulate` with these words; without `ranges` in a fifth of the time.
 
     Raises RuntimeError with what the command says if it fails.
     """
@@ -25,12 +25,12 @@ def simulated(words: Sequence[str], *, ranges: bool = True) -> list[dict[str, An
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(io.StringIO()) as said,
-        mock.patch.object(simulate_input, "rate_sets", sets),
+        mock.patch.object(prediction_input, "rate_sets", sets),
     ):
         path = Path(folder) / "simulated.json"
         with contextlib.redirect_stderr(said):
             status = cli.main(["simulate", *words, "--json", str(path)])
         if status != 0:
             raise RuntimeError(f"simulate {' '.join(words)}: {said.getvalue()}")
-        cases: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    return cases
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.command_line import program
 from benchmarks.published_files import FSDP, read_breakdown
 from benchmarks.simulated import simulated
-from megatron_laer.tools.cli import simulate_input
+from megatron_laer.tools.cli import prediction_input
 from megatron_laer.tools.cli.argument_types import path
 from megatron_laer.tools.cli.program import Parser
 from megatron_laer.tools.simulator.iteration.methods import FSDP_EP, STOCK
@@ -63,15 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.trace is None:
         about = ["--microbatches", "2", *about]
         sizes = ["--ranks", str(_RANKS), "--tokens", str(_TOKENS)]
-        (skewed,) = simulated(["--workload", PAPER, *sizes, *about])
+        skewed = simulated(["--workload", PAPER, *sizes, *about])
     else:
-        (skewed,) = simulated([str(options.trace), *about])
-    sizes = ["--ranks", str(skewed["ranks"]), "--tokens", str(skewed["tokens"])]
-    (even,) = simulated(["--workload", "W0", *sizes, *about])
+        skewed = simulated([str(options.trace), *about])
+    run = skewed["run"]
+    sizes = ["--ranks", str(run["ranks"]), "--tokens", str(run["tokens"])]
+    even = simulated(["--workload", "W0", *sizes, *about])
     model = read_model(options.model)
     if options.trace is None:
-        shape = skewed["ranks"], skewed["tokens"]
-        trace = simulate_input.workload(model, PAPER, *shape)
+        trace = prediction_input.workload(model, PAPER, run["ranks"], run["tokens"])
     else:
         trace = read_trace(options.trace, num_experts=model.num_experts)
     of_paper = published.get((options.model, FSDP))

@@ -97,7 +97,7 @@ def _predicted(model: str, workload: str, words: Sequence[str]) -> Mapping[str, 
     # Some runs of the paper fit their cards only by what is not simulated.
     run += ["--cluster", "a100-4x8-ib800", "--memory-gib", "1000", "--steps", str(_STEPS)]
     with mock.patch.dict(methods.METHODS, {FLEXMOE: flexmoe}):
-        (case,) = simulated([*run, *words], ranges=False)
+        case = simulated([*run, *words], ranges=False)
     return {name: {"title": name, **method} for name, method in case["methods"].items()}
 
 

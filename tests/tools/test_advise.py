@@ -14,7 +14,6 @@ from megatron_laer.choices import Recompute
 from megatron_laer.planner.cluster_files import cluster_content, load_cluster
 from megatron_laer.tools import cli
 from megatron_laer.tools.cli import run_flags
-from megatron_laer.tools.cli.advise import _DEFAULTS
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from tests.processes import python
 from tests.tools.plan_cases import drifting_trace, recording
@@ -56,7 +55,7 @@ def advised(model, tmp_path, capsys):
 @pytest.fixture
 def simulated(model, tmp_path, capsys):
     def run(*words):
-        return written("simulate", ["--model", model, *words], tmp_path / "x.json", capsys)["cases"]
+        return written("simulate", ["--model", model, *words], tmp_path / "x.json", capsys)
 
     return run
 
@@ -65,22 +64,21 @@ def value(found):
     return found["iteration_s"]["value"]
 
 
-def test_no_case_of_a_sweep_is_faster_and_times_are_those_of_simulate(advised, simulated):
+def test_no_setting_of_simulate_is_faster_and_times_are_its_own(advised, simulated):
     run = "--workload W1 --cluster h100-8"
     limit = "--memory-gib 36"
     found = advised(*f"{run} {limit} --gpus 16".split())
-    rows = "--ranks 8 16 --capacity 2 3 --sharding rows"
-    homes = "--ranks 4 8 --capacity 3 --sharding experts"
-    few = "--ranks 8 --capacity 2 --sharding experts"
+    rows = [f"--ranks {ranks} --capacity {slots}" for ranks in (8, 16) for slots in (2, 3)]
+    homes = [f"--ranks {ranks} --capacity {slots}" for ranks, slots in ((4, 3), (8, 3), (8, 2))]
+    sizes = [f"{of} --sharding rows" for of in rows] + [f"{of} --sharding experts" for of in homes]
     cases = [
-        case["methods"]["fsep"]
+        simulated(
+            *f"{run} {of} --world 16 --tokens 4096 --method fsep".split(),
+            *f"--token-exchange {tokens} {kept}".split(),
+        )["methods"]["fsep"]
         for tokens in ("rank", "node", "flex", "rank --overlap", "flex --overlap")
         for kept in ("--restore layer", "--restore step --mode forecast")
-        for swept in (rows, homes, few)
-        for case in simulated(
-            *f"{run} {swept} --world 16 --tokens 4096 --method fsep".split(),
-            *f"--token-exchange {tokens} {kept}".split(),
-        )
+        for of in sizes
     ]
     fitting = [case for case in cases if case["peak_bytes"] <= 36 * 2**30]
     assert 0 < len(fitting) < len(cases)  # the limit is one
@@ -94,7 +92,7 @@ def test_no_case_of_a_sweep_is_faster_and_times_are_those_of_simulate(advised, s
         min(
             (value(of), f"stock EP{of['group']}{more.replace(' --', ', ')}")
             for more in ("", " --overlap")
-            for of in [simulated(*f"{words}{more}".split())[0]["methods"]["stock"]]
+            for of in [simulated(*f"{words}{more}".split())["methods"]["stock"]]
         )
         for words in (stock, stock.replace("W1", "W0"))
     )
@@ -119,7 +117,7 @@ def test_balanced_routing_asks_for_stock(cluster, advised):
     assert found["printed"].count("--expert-parallel-mode fsep") == len(found["best"]) == 5
 
 
-def test_a_constant_that_reverses_the_answer_does_so(tmp_path, advised):
+def test_constants_that_could_reverse_the_answer_are_to_be_measured(tmp_path, advised):
     cluster = load_cluster("h100-8")
     wide = replace(dict(cluster.spreads)["host.gate"], high=500.0)  # only FSEP has a gate
     path = tmp_path / "wide.yaml"
@@ -129,11 +127,12 @@ def test_a_constant_that_reverses_the_answer_does_so(tmp_path, advised):
         return advised(*f"{GPUS} --workload W1 --cluster {path} --memory-gib 32".split())
 
     found = asked(replace(cluster, spreads=(("host.gate", wide),)))
-    turn = found["decides"]
-    assert (turn["constant"], turn["value"], turn["reverses"]) == ("host.gate", 500.0, True)
-    assert "\nMeasure first: host.gate. With host.gate at 500 instead of 1, " in found["printed"]
-    there = asked(cluster.with_constants({turn["constant"]: turn["value"]}))
-    assert there["takes_fsep"] != found["takes_fsep"]
+    assert found["takes_fsep"]
+    assert found["verdict"].endswith(" At the worst constants it is not worth it, so measure them.")
+    slow = cluster.with_constants({"host.gate": 500.0})
+    found = asked(replace(slow, spreads=(("host.gate", replace(wide, low=0.002, high=1.0)),)))
+    assert not found["takes_fsep"]
+    assert found["verdict"].endswith(" At the best constants it is worth it, so measure them.")
 
 
 def test_a_trace_has_the_tokens_and_microbatches_of_its_ranks(tmp_path, model, capsys):
@@ -188,7 +187,7 @@ def test_slots_fit_the_buffers_of_the_flags_back_end(model, tmp_path):
 
 
 def flags(**given):
-    return Namespace(**_DEFAULTS | given)
+    return Namespace(**run_flags.DEFAULTS | given)
 
 
 def test_flags_give_the_shape_of_the_run():

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_laer.choices import PlanMode, Recompute, Sharding
+from megatron_laer.choices import Recompute, Sharding
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.precision import Precision
@@ -32,8 +33,8 @@ from tests.tools.test_iteration_work import H100, TINY, predicted
 def test_experts_that_are_held_take_memory_of_all_layers_and_one_exchange_a_step():
     trace = drifting_trace()
     by_layer, by_step = (
-        predicted(trace, names=[FSEP], mode="forecast", holds_step=holds)[FSEP]
-        for holds in (False, True)
+        predicted(trace, names=[FSEP], mode="forecast", restore=restore)[FSEP]
+        for restore in ("layer", "step")
     )
     # All four layers' experts, and their gradient sums in four bytes.
     layer = 3 * TINY.expert_weights
@@ -47,7 +48,7 @@ def test_experts_that_are_held_take_memory_of_all_layers_and_one_exchange_a_step
 def test_replicas_that_are_held_take_memory_of_their_slots():
     trace = workload_trace("W1", WorkloadShape(8, 8, 2, 2**17), 4)  # enough tokens for replicas
     homes = {"names": [FSEP], "mode": "forecast", "sharding": Sharding.EXPERTS}
-    memory = predicted(trace, **homes, holds_step=True)[FSEP].memory_bytes
+    memory = predicted(trace, **homes, restore="step")[FSEP].memory_bytes
     replica_slots = 3 - trace.num_experts // trace.num_ranks
     slots = 4 * replica_slots * TINY.expert_weights
     assert memory["restored_experts"] == slots * 2
@@ -82,7 +83,7 @@ def of_layout(model, recompute=Recompute.NONE, **settings):
     costs = CostModel(
         H100, model.hidden, model.expert_ffn, True, 2, recompute, precision=model.precision
     )
-    settings = MethodSettings(HOMES, costs, PlanMode.FORECAST, **settings)
+    settings = MethodSettings(HOMES, costs, FSEPConfig(plan_mode="forecast", **settings))
 
     def planned(method):
         make = method.layer_planner
@@ -101,7 +102,7 @@ def of_layout(model, recompute=Recompute.NONE, **settings):
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_mxfp8_restores_a_form_for_each_direction(recompute, holds, overlaps):
     """Waits and memory of replicas, compared with those of a recipe with one form."""
-    settings = {"overlaps": overlaps, "holds_step": holds}
+    settings = {"scheduler": "on" if overlaps else "off", "restore": "step" if holds else "layer"}
     (one, one_s), (two, two_s) = (
         of_layout(replace(TINY, precision=recipe), recompute, **settings)
         for recipe in (Precision.BLOCKWISE, Precision.MXFP8)

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.flexmoe import FlexMoEStrategy
-from megatron_laer.choices import ExchangeAlgorithm, PlanMode, Recompute, Sharding, TokenExchange
+from megatron_laer.choices import ExchangeAlgorithm, Recompute, Sharding, TokenExchange
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.balance import stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
@@ -58,9 +59,9 @@ def predicted(trace, model=TINY, names=METHODS, rates=(RATES,), mode="adaptive",
     sharding = run.pop("sharding", Sharding.ROWS)
     geometry = Geometry(trace.num_ranks, trace.num_experts, 3, trace.num_ranks // 2, sharding)
     routing = Routing(trace, trace.num_ranks, model.topk)
-    holds = {"holds_step": run.pop("holds_step", False)}
+    config = FSEPConfig(plan_mode=mode, restore=run.pop("restore", "layer"))
     costs = CostModel(CLUSTER, model.hidden, model.expert_ffn, model.gated, 2)
-    chosen = MethodSettings(geometry, costs, PlanMode(mode), **holds)
+    chosen = MethodSettings(geometry, costs, config)
     methods = [make_method(name, chosen, RATES) for name in names]
     sizes = {"tokens": round(routing.pairs / model.topk), "microbatches": 4} | run
     shape = RunShape(trace.num_ranks, geometry.node_size, **sizes)

@@ -77,7 +77,7 @@ def test_stock_is_megatrons_placement_and_restores_nothing(trace, rows):
     ]
     row = rows[STOCK, "-"]
     assert row.mean == pytest.approx(np.mean(expected))
-    assert (row.capacity, row.restored_bytes, row.plan_ms, row.replan_share) == (2, 0, 0, 0)
+    assert (row.capacity, row.restored_bytes, row.replan_share) == (2, 0, 0)
 
 
 def test_rows_are_in_the_order_that_was_asked_for(rows):
@@ -93,7 +93,7 @@ def test_modes_do_what_they_promise(rows):
     forecast, exact = rows["greedy", "forecast"], rows["greedy", "exact"]
     assert exact.load_over_bound == 1.0
     assert forecast.max > 1.05
-    assert (forecast.replan_share, forecast.fetched_bytes) == (0, 0)
+    assert forecast.replan_share == 0
     assert exact.replan_share > 0.9
     adaptive = rows["greedy", "adaptive"]
     assert adaptive.layer_ms <= min(forecast.layer_ms, exact.layer_ms)
@@ -103,12 +103,9 @@ def test_modes_do_what_they_promise(rows):
 
 
 def test_a_forward_pass_restores_all_slots_and_what_changed_after_the_gate(rows):
-    expert_bytes = 3 * 4096 * 14336 * 2
-    assert rows["greedy", "forecast"].restored_bytes == 3 * expert_bytes * 3 / 4
-    exact = rows["greedy", "exact"]
-    ahead = exact.restored_bytes - exact.fetched_bytes
-    assert ahead == pytest.approx(3 * expert_bytes * 3 / 4)
-    assert 0 < exact.fetched_bytes <= 3 * expert_bytes * 3 / 4
+    ahead_bytes = 3 * (3 * 4096 * 14336 * 2) * 3 / 4
+    assert rows["greedy", "forecast"].restored_bytes == ahead_bytes
+    assert ahead_bytes < rows["greedy", "exact"].restored_bytes <= 2 * ahead_bytes
 
 
 def cases_of(trace, **more):

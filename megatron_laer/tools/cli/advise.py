@@ -14,7 +14,7 @@ from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.rules import sharding_for
-from megatron_laer.tools.cli import routing_input, run_flags, simulate_input
+from megatron_laer.tools.cli import prediction_input, run_flags
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
     between,
@@ -27,7 +27,6 @@ from megatron_laer.tools.cli.megatron_flags import parsed
 from megatron_laer.tools.cli.outputs import bar, check_outputs
 from megatron_laer.tools.recipes.command_lines import script_flags
 from megatron_laer.tools.simulator.advisor import output
-from megatron_laer.tools.simulator.advisor.answer import decisive_turn
 from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run
 from megatron_laer.tools.simulator.advisor.search import search
 from megatron_laer.tools.simulator.advisor.settings import Dispatch, group_flags, group_sizes
@@ -40,31 +39,6 @@ from megatron_laer.tools.traces.workloads import NATURAL
 _STEPS = 3
 # Exit status if nothing fits in memory.
 _NOTHING_FITS = 1
-# Flags that are assumed where none are given, and are printed with the others; Megatron's defaults
-# of those that `run_flags` reads.
-_ASSUMED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
-_DEFAULTS = {
-    **dict.fromkeys(
-        "micro_batch_size seq_length global_batch_size pipeline_model_parallel_layout "
-        "num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
-        "recompute_granularity fp8".split()
-    ),
-    **dict.fromkeys(
-        "pipeline_model_parallel_size tensor_model_parallel_size context_parallel_size "
-        "expert_model_parallel_size".split(),
-        1,
-    ),
-    **dict.fromkeys(
-        "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split bf16 fp16 "
-        "use_megatron_fsdp moe_shared_expert_overlap overlap_moe_expert_parallel_comm "
-        "moe_permute_fusion".split(),
-        False,
-    ),
-    **dict.fromkeys(("use_distributed_optimizer", "overlap_grad_reduce"), True),
-    "optimizer": "adam",
-    "moe_token_dispatcher_type": "flex",
-    "moe_flex_dispatcher_backend": "deepep",
-}
 
 _EXAMPLES = """\
 examples:
@@ -84,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Megatron's flags after -- give the shape of the run.",
         _EXAMPLES,
     )
-    simulate_input.add_inputs(parser)
+    prediction_input.add_inputs(parser)
     option(parser, "--gpus N", "of the whole run", between(2, MOST_RANKS), required=True)
     shared(parser, "--memory-gib X", "the card's less 1")
     shared(parser, "--json FILE")
@@ -95,26 +69,25 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is None and args.workload is None:
         args.workload = NATURAL
     args.ranks = args.gpus  # a workload has the ranks of each group
-    routing_input.check(args, "advise on")
+    prediction_input.check_routing(args, "advise on")
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
     check_outputs({"--json": args.json}, inputs, args.trace)
-    cluster = simulate_input.cluster_of(args)
-    model = simulate_input.model_of(args)
-    most_gib = simulate_input.most_gib(args, cluster)
+    cluster = prediction_input.cluster_of(args)
+    model = prediction_input.model_of(args)
+    most_gib = prediction_input.most_gib(args, cluster)
     if most_gib is None:
         raise ValueError(f"--cluster {cluster.name} has no card; give --memory-gib")
     words = script_flags(args.flags)
-    settings = parsed(words) if words else Namespace(**_DEFAULTS)
+    settings = parsed(words) if words else Namespace(**run_flags.DEFAULTS)
     model = run_flags.model_with(settings, model)
     asked, balanced = _runs(args, cluster, model, settings, most_gib)
-    common = [] if words else list(_ASSUMED)
+    common = [] if words else list(run_flags.ASSUMED)
     if words:
         asked = replace(asked, allow=_allowed(args, asked, words))
     predictor = Predictor(asked)
     results = search(
         predictor, Predictor(balanced), lambda title, items: bar(title, leave=False)(items)
     )
-    decided = decisive_turn(predictor, results)
     shape = asked.shape
     routing = f"workload {args.workload}" if args.trace is None else str(args.trace)
     title = (
@@ -123,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
         f"{shape.stages} x {shape.chunks}; recompute {shape.recompute}"
     )
     if args.json is not None:
-        content = {"title": title} | output.content(asked, results, decided, common)
+        content = {"title": title} | output.content(asked, results, common)
         write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
-    print(output.text(one_line(title), asked, results, decided, common))
-    return 0 if results.best or results.stocks else _NOTHING_FITS
+    print(output.text(one_line(title), asked, results, common))
+    return 0 if results.best.found or results.stocks.found else _NOTHING_FITS
 
 
 def _allowed(args: argparse.Namespace, asked: Run, words: list[str]) -> tuple[Unproven, ...]:
@@ -147,7 +120,7 @@ def _runs(
 ) -> tuple[Run, Run]:
     """Return the run, and the same with perfectly balanced counts."""
     trace = None
-    tokens, microbatches = model.sequence, simulate_input.WORKLOAD_MICROBATCHES
+    tokens, microbatches = model.sequence, prediction_input.WORKLOAD_MICROBATCHES
     if args.workload is None:
         trace = read_trace(args.trace, num_experts=model.num_experts)
         tokens = Routing(trace, trace.num_ranks, model.topk).tokens(model.topk)
@@ -177,7 +150,7 @@ def _runs(
         shape=shape,
         sizes=tuple(sizes),
         node_size=min(cluster.ranks_per_node, max(sizes)),
-        rates=simulate_input.rates_of(model, cluster),
+        rates=prediction_input.rates_of(model, cluster),
         trace_of=_trace_of(model, args.workload, shape.tokens, trace),
         tokens=None if trace is None else shape.tokens,
         steps=_STEPS,
@@ -199,4 +172,4 @@ def _trace_of(
     """Return a function of the group's ranks: the trace that was read, or a workload's."""
     if trace is not None:
         return lambda ranks: trace
-    return lambda ranks: simulate_input.workload(model, workload, ranks, tokens)
+    return lambda ranks: prediction_input.workload(model, workload, ranks, tokens)

@@ -36,7 +36,7 @@ from megatron_laer.tools.cli.argument_types import (
     path,
 )
 from megatron_laer.tools.model_flags import MAX_WIDTH, ExpertSizes, model_sizes
-from megatron_laer.tools.simulator.iteration_output import not_given
+from megatron_laer.tools.simulator.output import not_given
 
 if TYPE_CHECKING:
     from megatron_laer.tools.calibration.sampling import Job

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, TokenExchange
 from megatron_laer.config import FSEPConfig
-from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line
+from megatron_laer.files.writing import write_output
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.rules import lays_out_freely
-from megatron_laer.tools.cli import plan_homes, routing_input
+from megatron_laer.tools.cli import plan_homes, prediction_input
 from megatron_laer.tools.cli.argument_types import (
     MAX_TOKENS,
     MOST_RANKS,
@@ -26,25 +28,27 @@ from megatron_laer.tools.cli.argument_types import (
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar, check_outputs
-from megatron_laer.tools.cli.prediction_settings import (
+from megatron_laer.tools.cli.prediction_input import (
     DEFAULT_CLUSTER,
     prediction_settings,
 )
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.recorded import check_same_run
 from megatron_laer.tools.report.run_files import metrics_beside
-from megatron_laer.tools.simulator import plan_output
 from megatron_laer.tools.simulator.comparison import (
     BASELINES,
     MODES,
+    STOCK,
     TOLERANCE,
+    PlanRow,
     chosen_cases,
     simulate,
 )
+from megatron_laer.tools.simulator.output import aligned
 from megatron_laer.tools.simulator.replay import check_memory
 from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
-from megatron_laer.tools.traces.workloads import TITLES, WorkloadShape, workload_trace
+from megatron_laer.tools.traces.workloads import TITLES, WorkloadShape
 
 _DEFAULT_TOLERANCE = 0.05
 # Maximum of --every: more than any trace has records.
@@ -55,8 +59,33 @@ _WORKLOAD_ONLY = {
     "--tokens": ("T", MAX_TOKENS, 4096, "tokens of a rank"),
     "--steps": ("M", 10**5, 32, "steps, of a microbatch each"),
 }
-# Bytes per count of a workload: 8 to make it, 4 to keep it.
-_BYTES_PER_COUNT = 12
+
+_MIB = 2**20
+_COLUMNS = (
+    ("strategy", lambda row: row.strategy),
+    ("mode", lambda row: row.mode),
+    ("C", lambda row: f"{row.capacity}"),
+    ("split", lambda row: row.split),
+    ("mean", lambda row: f"{row.mean:.4f}"),
+    ("p95", lambda row: f"{row.p95:.4f}"),
+    ("p99", lambda row: f"{row.p99:.4f}"),
+    ("max", lambda row: f"{row.max:.3f}"),
+    ("load/bound", lambda row: f"{row.load_over_bound:.4f}"),
+    ("off-node", lambda row: f"{row.off_node_share:.1%}"),
+    ("replans", lambda row: f"{row.replan_share:.1%}"),
+    ("restored MiB", lambda row: f"{row.restored_bytes / _MIB:.1f}"),
+    ("layer ms", lambda row: f"{row.layer_ms:.3f}"),
+    ("time/bound", lambda row: f"{row.time_over_bound:.3f}"),
+)
+_WORDS = (0, 1, 3)  # columns of text
+
+_LEGEND = """\
+mean, p95, p99, max: of max/mean tokens per rank. load/bound: largest load / ceil(tokens/N), mean.
+off-node: tokens computed on another node than their own. replans: microbatches whose layout was
+made after the gate. restored MiB: received by the busiest rank in one forward pass. layer ms:
+predicted, forward and backward, with the cost of replans, and of home experts' replicas as far as
+it is not hidden; rows are taken to be restored unseen, and stock's tokens go by rank. time/bound:
+the same / a lower bound for C slots."""
 
 _EXAMPLES = """\
 examples:
@@ -76,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a named workload.",
         _EXAMPLES,
     )
-    routing_input.add_arguments(parser)
+    prediction_input.add_routing(parser)
     option(parser, "--experts E", "for workloads", between(1, MAX_EXPERTS))
     for flag, (letter, high, usual, text) in _WORKLOAD_ONLY.items():
         text = f"of a workload: {text}; default: {usual}"
@@ -173,8 +202,9 @@ def run(args: argparse.Namespace) -> int:
     }
     # The file first: a reader of the table that stops early would end the command.
     if args.json is not None:
-        plan_output.write_json(args.json, about, rows)
-    print(f"{plan_output.shortest(rows)}\n")
+        content = {**about, "rows": [asdict(row) for row in rows]}
+        write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
+    print(f"{_shortest(rows)}\n")
     said = "steps", "layers", "records", "experts"
     sizes_of_trace = ", ".join(f"{about[name]} {name}" for name in said)
     print(one_line(f"{source}: {sizes_of_trace}, {recorded.num_ranks} ranks"))
@@ -186,7 +216,8 @@ def run(args: argparse.Namespace) -> int:
         ),
         end="\n\n",
     )
-    print(plan_output.table_text(rows))
+    head = [name for name, _ in _COLUMNS]
+    print(aligned([head, *([text(row) for _, text in _COLUMNS] for row in rows)], _WORDS))
     print(
         f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts of the counts of "
         f"earlier steps.\nRows of {' and '.join(BASELINES)} are for comparison, always in mode "
@@ -196,7 +227,7 @@ def run(args: argparse.Namespace) -> int:
         print("laer leaves no expert at home: its rows are those of --sharding rows.")
     if trace.num_experts % num_ranks != 0:
         print(f"No row for stock EP, which needs {trace.num_experts} experts / {num_ranks} ranks.")
-    print(plan_output.LEGEND)
+    print(_LEGEND)
     return 0
 
 
@@ -211,13 +242,8 @@ def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Tr
         for flag, (_, _, default, _) in _WORKLOAD_ONLY.items()
     )
     shape = WorkloadShape(args.ranks, num_experts, topk, tokens)
-    memory.check_enough(
-        _BYTES_PER_COUNT * steps * args.ranks * num_experts,
-        f"{steps} steps of {args.ranks} ranks and {num_experts} experts",
-        "give fewer --steps",
-    )
     name = f"{args.workload} {TITLES[args.workload]}, top-{topk}, {tokens} tokens per rank"
-    return name, workload_trace(args.workload, shape, steps, progress=bar("drawing", leave=False))
+    return name, prediction_input.drawn(args.workload, shape, steps, way_out="give fewer --steps")
 
 
 def _check(args: argparse.Namespace, metrics: Path | None) -> None:
@@ -227,10 +253,10 @@ def _check(args: argparse.Namespace, metrics: Path | None) -> None:
             f"--tolerance {args.tolerance}: no effect without --mode {TOLERANCE}; add that mode, "
             "or leave the tolerance out"
         )
-    routing_input.check(args, "plan for")
+    prediction_input.check_routing(args, "plan for")
     plan_homes.check(args)
     if args.workload is None:
-        routing_input.refuse(args, tuple(_WORKLOAD_ONLY), "add --workload")
+        prediction_input.refuse(args, tuple(_WORKLOAD_ONLY), "add --workload")
     elif args.experts is None and args.config is None:
         raise ValueError(
             f"--workload {args.workload} has no experts of its own; give --experts or --config"
@@ -238,3 +264,16 @@ def _check(args: argparse.Namespace, metrics: Path | None) -> None:
     inputs = yaml_inputs(cluster=("cluster", args.cluster), config=("model", args.config))
     outputs = {"--homes": args.homes, "--json": args.json}
     check_outputs(outputs, [*inputs, metrics], args.trace)
+
+
+def _shortest(rows: Sequence[PlanRow]) -> str:
+    """Name the row with the shortest layer, and its gain over stock, if that is a row."""
+    best, first = min(rows, key=lambda row: row.layer_ms), rows[0]
+    named = best.strategy if best.mode == "-" else f"{best.strategy} {best.mode}"
+    found = f"Shortest layer: {named}, C = {best.capacity}, {best.layer_ms:.3f} ms"
+    if first.strategy != STOCK or best is first:
+        return f"{found}."
+    return (
+        f"{found}, {first.layer_ms / best.layer_ms:.2f} times as fast as stock EP; max/mean tokens "
+        f"per rank {best.mean:.3f}, where stock EP has {first.mean:.3f}."
+    )

@@ -15,9 +15,9 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.homes_file import read_homes, write_homes
 from megatron_laer.tools.cli.argument_types import option, path
 from megatron_laer.tools.cli.outputs import bar
-from megatron_laer.tools.cli.routing_input import refuse
+from megatron_laer.tools.cli.prediction_input import refuse
 from megatron_laer.tools.simulator.homes import LayerHomes, homes_by_pairs
-from megatron_laer.tools.simulator.rendering import aligned
+from megatron_laer.tools.simulator.output import aligned
 from megatron_laer.tools.traces.records import Trace
 
 _NO_EFFECT = (

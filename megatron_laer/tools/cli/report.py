@@ -17,7 +17,7 @@ from megatron_laer.tools.cli.argument_types import (
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar
-from megatron_laer.tools.cli.prediction_settings import prediction_settings
+from megatron_laer.tools.cli.prediction_input import prediction_settings
 from megatron_laer.tools.report.assessment import assess
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.recorded import recorded_run

@@ -23,13 +23,18 @@ _OF_MODEL = (
     "num_experts moe_ffn_hidden_size moe_router_topk moe_layer_freq mtp_num_layers vocab_size "
     "moe_shared_expert_intermediate_size multi_latent_attention swiglu hybrid_layer_pattern"
 ).split()
-# Sizes of the run, which are at least 1.
-_OF_RUN = (
-    *("pipeline_model_parallel_size", "tensor_model_parallel_size"),
-    *("context_parallel_size", "expert_model_parallel_size"),
-    *("micro_batch_size", "seq_length", "global_batch_size"),
-    *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
-)
+# Sizes of the run, which are at least 1, with Megatron's defaults.
+_OF_RUN = {
+    "pipeline_model_parallel_size": 1,
+    "tensor_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "micro_batch_size": None,
+    "seq_length": None,
+    "global_batch_size": None,
+    "num_virtual_stages_per_pipeline_rank": None,
+    "num_layers_per_virtual_pipeline_stage": None,
+}
 # Settings of FSEP that change no predicted time; `advise` chooses all others.
 _NOT_CHOSEN = frozenset(
     "allow_unproven late_plan cluster record_layouts record_trace pairs_interval sampled_sets "
@@ -41,6 +46,22 @@ _NOT_SIMULATED = (
     ("pipeline_model_parallel_layout", None, "give --num-virtual-stages-per-pipeline-rank"),
     ("use_megatron_fsdp", False, "leave it out, and what it needs"),
 )
+# Settings of a run without flags: `ASSUMED`, and Megatron's defaults.
+ASSUMED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+DEFAULTS = {
+    **_OF_RUN,
+    **{name: without for name, without, _ in _NOT_SIMULATED},
+    **dict.fromkeys(
+        "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split bf16 fp16 "
+        "moe_shared_expert_overlap overlap_moe_expert_parallel_comm moe_permute_fusion".split(),
+        False,
+    ),
+    **dict.fromkeys(("use_distributed_optimizer", "overlap_grad_reduce"), True),
+    **dict.fromkeys(("recompute_granularity", "fp8")),
+    "optimizer": "adam",
+    "moe_token_dispatcher_type": "flex",
+    "moe_flex_dispatcher_backend": "deepep",
+}
 
 
 def run_shape(

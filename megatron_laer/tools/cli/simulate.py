@@ -6,8 +6,6 @@ import argparse
 import json
 from dataclasses import asdict
 from functools import partial
-from itertools import product
-from typing import Any
 
 from tqdm import tqdm
 
@@ -15,6 +13,8 @@ from megatron_laer.choices import (
     Auto,
     ExchangeAlgorithm,
     OverlapScheduler,
+    PlanMode,
+    Recompute,
     Sharding,
     TokenExchange,
 )
@@ -24,14 +24,23 @@ from megatron_laer.files.writing import write_output
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import GUARD_MODES
+from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.sharding_choice import Candidate, choose_geometry
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.rules import lays_out_freely
-from megatron_laer.tools.cli import simulate_input
-from megatron_laer.tools.cli.argument_types import between, describe, option, shared
-from megatron_laer.tools.cli.prediction_settings import ROWS_IN_FP8
-from megatron_laer.tools.simulator import iteration_output as output
+from megatron_laer.tools.cli import prediction_input
+from megatron_laer.tools.cli.argument_types import (
+    MOST_RANKS,
+    between,
+    describe,
+    option,
+    refuse_repeated,
+    shared,
+    yaml_inputs,
+)
+from megatron_laer.tools.cli.outputs import check_outputs
+from megatron_laer.tools.cli.prediction_input import ROWS_IN_FP8
+from megatron_laer.tools.simulator import output
 from megatron_laer.tools.simulator.iteration.methods import (
     METHODS,
     STOCK,
@@ -40,23 +49,28 @@ from megatron_laer.tools.simulator.iteration.methods import (
     make_method,
 )
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
-from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
+from megatron_laer.tools.simulator.iteration.predict import (
+    Predict,
+    fastest_stock,
+    predict_iterations,
+)
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
-from megatron_laer.tools.simulator.iteration.stock_group import Predict, fastest_stock
-from megatron_laer.tools.simulator.iteration_output import Case
-from megatron_laer.tools.traces.records import Trace
+from megatron_laer.tools.simulator.run_settings import priced
+from megatron_laer.tools.traces import read_trace
 
-_MAX_STEPS = 10**5
+_MAX_COUNT, _MAX_STEPS = 2**16, 10**5
 _FLEX = "flex"
-_TOKENS = (*(exchange.value for exchange in TokenExchange), _FLEX, Auto.AUTO.value)
+_AUTO = Auto.AUTO.value
+# Word of --recompute for the module `moe` of Megatron's selective recomputation.
+_ALL_BUT_ATTENTION = "moe"
 
 _EXAMPLES = """\
 examples:
   %(prog)s traces/group-0.trace --model tiny-moe --cluster cpu-gloo
   %(prog)s traces --model my-model.yaml --cluster my-cluster.yaml --ranks 64 --json x.json
-  %(prog)s --workload W1 --model mixtral-8x7b-e8k2 --ranks 32 64 --capacity 2 3
+  %(prog)s --workload W1 --model mixtral-8x7b-e8k2 --ranks 32 --capacity 3
   %(prog)s --workload W6 --model mixtral-8x7b-e8k2 --ranks 8 --pipeline 4 --virtual-pipeline 2
 """
 
@@ -64,38 +78,71 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Time of an iteration of stock EP, FSDP+EP, LAER and FSEP for recorded or made-up "
-        "routing, as a range over the cluster's constants, and whether FSEP is worth it.",
+        "Time of an iteration of stock EP, FSDP+EP, LAER and FSEP for recorded or made-up routing, "
+        "as a range over the cluster's constants, and whether FSEP is worth it.",
         _EXAMPLES,
     )
-    simulate_input.add_inputs(parser)
-    simulate_input.add_sizes(parser)
-    swept = parser.add_argument_group("what is compared; several values are a sweep")
-    for flag, default in (
-        ("--ranks N", "as in the trace"),
-        ("--node-size G", "the cluster's"),
-        ("--capacity C", "as in training"),
-        ("--tokens T", "as in the trace, a sequence for a workload"),
+    prediction_input.add_inputs(parser)
+    run = parser.add_argument_group("the run")
+    shared(run, "--ranks N", "as in the trace")
+    shared(run, "--node-size G", "the cluster's")
+    shared(run, "--tokens T", "as in the trace, a sequence for a workload")
+    usual = prediction_input.WORKLOAD_MICROBATCHES
+    for flag, high, text in (
+        (
+            "--microbatches M",
+            _MAX_COUNT,
+            f"of an iteration; default: as in the trace, {usual} for a workload",
+        ),
+        ("--pipeline P", _MAX_COUNT, "pipeline stages, each with its own FSEP groups"),
+        ("--virtual-pipeline V", _MAX_COUNT, "model chunks of a stage (interleaved schedule)"),
+        ("--tensor-parallel T", MOST_RANKS, "ranks that share a sequence in attention"),
+        (
+            "--world W",
+            MOST_RANKS,
+            "ranks of a stage, which are several FSEP groups; default: one group's",
+        ),
+        (
+            "--stock-expert-parallel X",
+            MAX_EXPERTS,
+            "ranks among which stock EP has every expert once; default: the fastest, of a node or "
+            "more, or of all that fit the memory",
+        ),
     ):
-        shared(swept, flag, default, nargs="+")
-    text = "experts at home, or rows of each on every rank; default: auto, as in training"
-    shardings = [*(sharding.value for sharding in Sharding), Auto.AUTO.value]
-    option(swept, "--sharding", text, nargs="+", choices=shardings, default=[Auto.AUTO.value])
-    modes, text = [mode.value for mode in GUARD_MODES], "default: as in training"
-    option(swept, "--mode", text, nargs="+", choices=modes)
-    text = f"of {', '.join(METHODS)}; default: all"
-    option(swept, "--method", text, nargs="+", choices=METHODS, default=list(METHODS))
+        option(run, flag, text, between(1, high))
+    for flag, text in (
+        (
+            "--overlap",
+            "Megatron's combined 1F1B with delayed weight gradients, for stock and FSEP: tokens "
+            "travel during another microbatch's compute",
+        ),
+        (
+            "--account-for-embedding",
+            "the embedding counts as a layer of the pipeline's first chunk",
+        ),
+        ("--account-for-loss", "the LM head and loss count as a layer of the last chunk"),
+    ):
+        run.add_argument(flag, action="store_true", help=text)
+    again = "what backward computes again: nothing; all of a layer, token exchanges included; that"
+    again = f"{again} but attention (moe); or its compute alone"
     ours = parser.add_argument_group("FSEP")
-    algorithms = [*(algorithm.value for algorithm in ExchangeAlgorithm), Auto.AUTO.value]
-    fetched = "how experts are fetched; default: %(default)s"
-    for flag, choices, default, text in (
-        ("--strategy", strategy_names(), FSEPConfig().planner, "of the planner"),
-        ("--restore-algorithm", algorithms, Auto.AUTO.value, fetched),
-        ("--token-exchange", _TOKENS, Auto.AUTO.value, "as in training, or flex: DeepEP's"),
-        ("--restore", ("layer", "step"), "layer", "as in training"),
-        ("--scheduler", ("on", "off"), "on", "as in training"),
+    shared(ours, "--capacity C", "as in training")
+    option(ours, "--mode", "default: as in training", choices=[*map(str, GUARD_MODES)])
+    sent = "how stock sends tokens: a row per expert, or once per node as DeepEP"
+    for group, flag, words, default, text in (
+        (run, "--recompute", [*Recompute, _ALL_BUT_ATTENTION], Recompute.NONE.value, again),
+        (run, "--stock-dispatcher", ["alltoall", _FLEX], _FLEX, sent),
+        (ours, "--sharding", [*Sharding, _AUTO], _AUTO, "experts at home, or rows on every rank"),
+        (ours, "--strategy", strategy_names(), FSEPConfig().planner, "of the planner"),
+        (ours, "--restore-algorithm", [*ExchangeAlgorithm, _AUTO], _AUTO, "to fetch experts"),
+        (ours, "--token-exchange", [*TokenExchange, _FLEX, _AUTO], _AUTO, "flex: DeepEP's"),
+        (ours, "--restore", ["layer", "step"], "layer", "as in training"),
+        (ours, "--scheduler", [*OverlapScheduler], OverlapScheduler.ON.value, "as in training"),
     ):
-        option(ours, flag, text, choices=choices, default=default)
+        text = f"{text}; default: %(default)s"
+        option(group, flag, text, choices=[*map(str, words)], default=default)
+    text = f"of {', '.join(METHODS)}; default: all"
+    option(parser, "--method", text, nargs="+", choices=METHODS, default=list(METHODS))
     text = "of the trace that are simulated, spread over it; default: %(default)s"
     option(parser, "--steps S", text, between(1, _MAX_STEPS), default=3)
     shared(parser, "--memory-gib X", "the card's less 1")
@@ -103,191 +150,220 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    simulate_input.check(args)
-    cluster = simulate_input.cluster_of(args)
-    model = simulate_input.model_of(args)
-    rates = simulate_input.rates_of(model, cluster)
-    shardings = _shardings(args, model)
-    routing_of = simulate_input.routing_of(args, model)
-    # A trace has its ranks; a workload needs --ranks.
-    ranks = args.ranks or [routing_of(1, None).num_ranks]
+    _check(args)
+    cluster = prediction_input.cluster_of(args)
+    model = prediction_input.model_of(args)
+    rates = prediction_input.rates_of(model, cluster)
+    sharding = _sharding(args, model)
+    if args.workload is None:
+        trace = read_trace(args.trace, num_experts=model.num_experts)
+    else:
+        trace = prediction_input.workload(model, args.workload, args.ranks, args.tokens)
+    num_ranks = args.ranks or trace.num_ranks
     flag = "--node-size" if args.node_size else f"--node-size is not given, and {cluster.name}'s"
-    wanted = [
-        (
-            resolve_geometry(
-                model.num_experts,
-                num_ranks,
-                capacity,
-                node_size,
-                sharding=Sharding.ROWS if sharding == Auto.AUTO else Sharding(sharding),
-                flags=("--capacity", flag),
-            ),
-            FSEPConfig(
-                planner=args.strategy,
-                sharding=sharding,
-                capacity=capacity,
-                plan_mode=mode,
-                restore=args.restore,
-                scheduler=OverlapScheduler(args.scheduler),
-            ),
-        )
-        for num_ranks in ranks
-        for node_size in args.node_size or [min(cluster.ranks_per_node, num_ranks)]
-        for capacity, sharding, mode in product(
-            args.capacity or [None], shardings, args.mode or [None]
-        )
-    ]
-    cases = _Cases(args, model, rates)
-    made: dict[tuple[int, int | None], Trace] = {}
-    for geometry, config in wanted:
-        for tokens in args.tokens or [None]:
-            key = geometry.num_ranks, None if args.workload is None else tokens
-            if key not in made:
-                made = {key: routing_of(*key)}  # one at a time, for memory
-            cases.predict(geometry, config, tokens, made[key])
+    asked = resolve_geometry(
+        model.num_experts,
+        num_ranks,
+        args.capacity,
+        args.node_size or min(cluster.ranks_per_node, num_ranks),
+        sharding=Sharding.ROWS if sharding == Auto.AUTO else Sharding(sharding),
+        flags=("--capacity", flag),
+    )
+    config = FSEPConfig(
+        planner=args.strategy,
+        sharding=sharding,
+        capacity=args.capacity,
+        plan_mode=args.mode,
+        restore=args.restore,
+        scheduler=OverlapScheduler(args.scheduler),
+    )
+    scaled = args.tokens if args.workload is None else None
+    routing = Routing(trace, num_ranks, model.topk, scaled)
+    chosen = _chosen(args, model, rates[0], config, asked, routing)
+    microbatches = int(trace.microbatch_R.max()) + 1
+    shape = _run_shape(args, model, chosen.geometry, routing.tokens(model.topk), microbatches)
+    geometry = chosen.geometry
+    sizes = f"N={num_ranks} G={geometry.node_size} C={geometry.capacity}"
+    label = f"{sizes} {geometry.sharding} {config.mode} T={shape.tokens}"
+    most_gib = prediction_input.most_gib(args, cluster)
+    most_bytes = None if most_gib is None else most_gib * 2**30
+
+    predict = partial(predict_iterations, routing, model, shape, steps=args.steps)
+    settings = MethodSettings(
+        geometry,
+        chosen.costs,
+        config,
+        stock_group=args.stock_expert_parallel,
+        topk=model.topk,
+        flex=args.token_exchange == _FLEX,
+        stock_flex=args.stock_dispatcher == _FLEX,
+        combined=args.overlap,
+        one_queue=shape.tensor > 1,  # for which Megatron asks
+    )
+    methods, refused = _methods(args, settings, rates, predict, most_bytes)
+    layers = min(routing.layers, model.moe_layers)
+    total = min(args.steps, len(routing.steps())) * layers * shape.microbatches
+    with tqdm(desc=label, total=total, unit="microbatch", disable=None, leave=False) as bar:
+        found = predict(methods, rates, progress=bar.update)
+    predicted = {prediction.method: prediction for prediction in found}
+
+    sentence = output.advice(label, predicted, most_gib)
+    source = str(args.trace) if args.workload is None else f"workload {args.workload}"
     about = {
-        "trace": str(args.trace) if args.workload is None else f"workload {args.workload}",
+        "trace": source,
         "model": args.model,
         "cluster": cluster.name,
-        "run": asdict(cases.runs[0]),
+        "run": asdict(shape) | {"world": shape.world},
+        "capacity": geometry.capacity,
+        "sharding": geometry.sharding,
+        "mode": config.mode,
         "steps": args.steps,
-        "memory_gib": cases.most_gib,
+        "memory_gib": most_gib,
         "not_given": output.not_given(cluster),
+        "advice": sentence,
+        "methods": {name: output.content(of) for name, of in predicted.items()},
+        "refused": refused,
     }
-    sentence = output.advice(cases.predicted, cases.most_gib)
     if args.json is not None:
-        content = output.content(about, cases.predicted, cases.refused, sentence)
-        write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
-    _print(about, cases, sentence)
+        write_output(args.json, json.dumps(about, indent=1) + "\n", "--json")
+    limit = "" if most_gib is None else f" with {most_gib:g} GiB each"
+    print(sentence, end="\n\n")
+    if about["not_given"]:
+        print(one_line(str(about["not_given"])), end="\n\n")
+    print(one_line(f"{args.model} on {cluster.name}, {source}"))
+    print(
+        f"{label}: {shape.tokens} tokens per rank and microbatch, {shape.microbatches} "
+        f"microbatches; pipeline {shape.stages} x {shape.chunks}, {shape.world} ranks in all"
+        f"{limit}; recompute {shape.recompute}\n"
+    )
+    print(output.methods_text(predicted))
+    print("".join(f"no {name}: {why}\n" for name, why in refused.items()))
+    print(output.parts_text(predicted), end="\n\n")
+    print(output.LEGEND)
     return 0
 
 
-class _Cases:
-    """Predictions of all methods in each case of a sweep, and the reasons of those left out."""
-
-    def __init__(
-        self, args: argparse.Namespace, model: ModelShape, rates: tuple[Rates, ...]
-    ) -> None:
-        self.predicted: dict[Case, dict[str, IterationPrediction]] = {}
-        self.refused: dict[Case, dict[str, str]] = {}
-        self.runs: list[RunShape] = []
-        self.most_gib = simulate_input.most_gib(args, rates[0].cluster)
-        self.most_bytes = None if self.most_gib is None else self.most_gib * 2**30
-        self._args, self._model, self._rates = args, model, rates
-
-    def predict(
-        self, geometry: Geometry, config: FSEPConfig, tokens: int | None, trace: Trace
-    ) -> None:
-        """Predict a case; a workload's trace has the tokens of the case."""
-        args, model, num_ranks = self._args, self._model, geometry.num_ranks
-        scaled = tokens if args.workload is None else None
-        routing = Routing(trace, num_ranks, model.topk, scaled)
-        chosen = self._chosen(geometry, config, routing)
-        geometry, costs = chosen.geometry, chosen.costs
-        shape = simulate_input.run_shape(args, geometry, routing.tokens(model.topk), trace)
-        shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
-        sizes = num_ranks, geometry.node_size, geometry.capacity
-        case = Case(*sizes, geometry.sharding.value, config.mode.value, shape.tokens, shape.world)
-        predict = partial(predict_iterations, routing, model, shape, steps=args.steps)
-        settings = MethodSettings(
-            geometry,
-            costs,
-            config.mode,
-            args.strategy,
-            overlaps=args.scheduler == "on",
-            holds_step=args.restore == "step",
-            stock_group=args.stock_expert_parallel,
-            topk=model.topk,
-            flex=args.token_exchange == _FLEX,
-            stock_flex=args.stock_dispatcher == _FLEX,
-            combined=args.overlap,
-            one_queue=(args.tensor_parallel or 1) > 1,  # for which Megatron asks
+def _check(args: argparse.Namespace) -> None:
+    """Refuse contradictory flags, a routing that is missing, and a file that cannot be written."""
+    refuse_repeated(args, ["--method"])
+    if args.restore == "step" and args.mode not in (None, PlanMode.FORECAST):
+        raise ValueError(
+            f"--restore step keeps layouts over a step, got --mode {args.mode}; give --mode "
+            f"{PlanMode.FORECAST}, or leave it out"
         )
-        nominal = self._rates[:1]
-        methods, self.refused[case] = self._methods(
-            settings, lambda methods: predict(methods, nominal)
+    if args.overlap and args.token_exchange == TokenExchange.NODE:
+        raise ValueError(
+            "--overlap with --token-exchange node: inside a node tokens move with the experts' "
+            "compute, which hides none of them; give --token-exchange rank or flex"
         )
-        layers = min(routing.layers, model.moe_layers)
-        total = min(args.steps, len(routing.steps())) * layers * shape.microbatches
-        bar = tqdm(desc=case.label, total=total, unit="microbatch", disable=None, leave=False)
-        with bar:
-            found = predict(methods, self._rates, progress=bar.update)
-        self.predicted[case] = {prediction.method: prediction for prediction in found}
-        self.runs.append(shape)
-
-    def _chosen(self, geometry: Geometry, config: FSEPConfig, routing: Routing) -> Candidate:
-        """Return the sharding, slots and prices that training takes."""
-        args, topk = self._args, self._model.topk
-        recompute = simulate_input.recompute_of(args)
-        costs = self._model.costs(self._rates[0].cluster, recompute, routing.pairs)
-        word = args.restore_algorithm
-        algorithm = Auto.AUTO if word == Auto.AUTO else ExchangeAlgorithm(word)
-        tokens = max(round(routing.pairs) // topk, 1)
-
-        def priced(of: Geometry) -> CostModel:
-            sizes = of, topk, tokens
-            exchange = TokenExchange.NODE
-            if args.token_exchange == Auto.AUTO:
-                exchange = choose_token_exchange(costs, *sizes)
-                if args.overlap:  # which hides nothing of `node` inside nodes
-                    exchange = TokenExchange.RANK
-            elif args.token_exchange != _FLEX:  # whose rows are those of `node`
-                exchange = TokenExchange(args.token_exchange)
-            return with_token_exchange(costs, exchange, *sizes).with_exchange(algorithm, of)
-
-        shape = geometry.num_ranks, geometry.num_experts, geometry.node_size
-        chosen, _ = choose_geometry(config, shape, 1, topk, priced)
-        return chosen
-
-    def _methods(
-        self, settings: MethodSettings, predict: Predict
-    ) -> tuple[list[Method], dict[str, str]]:
-        methods, refused, nominal = [], {}, self._rates[0]
-        for name in self._args.method:
-            try:
-                if name == STOCK:
-                    methods.append(fastest_stock(settings, nominal, predict, self.most_bytes))
-                else:
-                    methods.append(make_method(name, settings, nominal))
-            except ValueError as error:
-                if name == STOCK and settings.stock_group is not None:
-                    raise
-                refused[name] = str(error)
-        if not methods:
-            raise ValueError("; ".join(refused.values()))
-        return methods, refused
+    prediction_input.check_routing(args, "simulate")
+    inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
+    check_outputs({"--json": args.json}, inputs, args.trace)
 
 
-def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | Auto]:
-    """Return the asked shardings, `auto` as the only one where there is no choice."""
+def _sharding(args: argparse.Namespace, model: ModelShape) -> Sharding | Auto:
+    """Return the asked sharding, or the only one that fp8 allows."""
     at_home = model.precision.is_quantised
-    if lays_out_freely(args.strategy) and (at_home or Sharding.EXPERTS in args.sharding):
+    if lays_out_freely(args.strategy) and (at_home or args.sharding == Sharding.EXPERTS):
         of = "fp8 needs" if at_home else "--sharding experts asks for"
         raise ValueError(
             f"--strategy {args.strategy}: moves every expert, so it does not run with experts at "
             f"home, which {of}; use another strategy"
         )
-    if not at_home:
-        return [Auto.AUTO if word == Auto.AUTO else Sharding(word) for word in args.sharding]
-    if Sharding.ROWS in args.sharding:
+    if at_home and args.sharding == Sharding.ROWS:
         raise ValueError(ROWS_IN_FP8)
-    return [Sharding.EXPERTS]
+    if at_home:
+        return Sharding.EXPERTS
+    return Auto.AUTO if args.sharding == Auto.AUTO else Sharding(args.sharding)
 
 
-def _print(about: dict[str, Any], cases: _Cases, sentence: str) -> None:
-    predicted, shape = cases.predicted, cases.runs[0]
-    first = next(iter(predicted))
-    sizes = f"{shape.tokens} tokens per rank and microbatch, {shape.microbatches} microbatches"
-    parallel = f"pipeline {shape.stages} x {shape.chunks}, {shape.world} ranks in all"
-    if about["memory_gib"] is not None:
-        parallel += f" with {about['memory_gib']:g} GiB each"
-    print(sentence, end="\n\n")
-    if about["not_given"]:
-        print(one_line(about["not_given"]), end="\n\n")
-    print(one_line(f"{about['model']} on {about['cluster']}, {about['trace']}"))
-    print(f"{first.label}: {sizes}; {parallel}; recompute {shape.recompute}\n")
-    print(output.table_text(predicted[first], cases.refused[first]), end="\n\n")
-    print(output.parts_text(predicted[first]), end="\n\n")
-    if len(predicted) > 1:
-        print(output.sweep_text(predicted), end="\n\n")
-    print(output.LEGEND)
+def _recompute(args: argparse.Namespace) -> Recompute:
+    """Return the recomputation of layers with experts."""
+    return Recompute.FULL if args.recompute == _ALL_BUT_ATTENTION else Recompute(args.recompute)
+
+
+def _chosen(
+    args: argparse.Namespace,
+    model: ModelShape,
+    rates: Rates,
+    config: FSEPConfig,
+    asked: Geometry,
+    routing: Routing,
+) -> Candidate:
+    """Return the sharding, slots and prices that training takes."""
+    costs = model.costs(rates.cluster, _recompute(args), routing.pairs)
+    exchange = args.token_exchange
+    if exchange == _FLEX:  # whose rows are those of `node`
+        exchange = TokenExchange.NODE
+    elif args.overlap and exchange == Auto.AUTO:  # which hides nothing of `node` inside nodes
+        exchange = TokenExchange.RANK
+    tokens = max(round(routing.pairs) // model.topk, 1)
+
+    def priced_for(geometry: Geometry) -> CostModel:
+        sizes = geometry, model.topk, tokens
+        return priced(costs, sizes, exchange, args.restore_algorithm)
+
+    shape = asked.num_ranks, asked.num_experts, asked.node_size
+    chosen, _ = choose_geometry(config, shape, 1, model.topk, priced_for)
+    return chosen
+
+
+def _run_shape(
+    args: argparse.Namespace,
+    model: ModelShape,
+    geometry: Geometry,
+    tokens: int,
+    recorded_microbatches: int,
+) -> RunShape:
+    ranks, usual = geometry.num_ranks, recorded_microbatches
+    if args.workload is not None:
+        usual = prediction_input.WORKLOAD_MICROBATCHES
+    replicas, left = divmod(args.world or ranks, ranks)
+    if left:
+        of = f"the trace's {ranks} ranks" if args.ranks is None else f"--ranks {ranks}"
+        raise ValueError(f"--world {args.world} is no multiple of {of}")
+    shape = RunShape(
+        ranks=ranks,
+        node_size=geometry.node_size,
+        tokens=tokens,
+        microbatches=args.microbatches or usual,
+        stages=args.pipeline or 1,
+        chunks=args.virtual_pipeline or 1,
+        replicas=replicas,
+        tensor=args.tensor_parallel or 1,
+        recompute=_recompute(args),
+        attention_again=args.recompute != _ALL_BUT_ATTENTION,
+        embedding_counts=args.account_for_embedding,
+        loss_counts=args.account_for_loss,
+    )
+    if args.overlap and not shape.can_overlap:
+        raise ValueError(
+            "--overlap: not with --recompute full or moe, nor with --pipeline without "
+            "--virtual-pipeline; leave one out, or give --recompute compute"
+        )
+    shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
+    return shape
+
+
+def _methods(
+    args: argparse.Namespace,
+    settings: MethodSettings,
+    rates: tuple[Rates, ...],
+    predict: Predict,
+    most_bytes: float | None,
+) -> tuple[list[Method], dict[str, str]]:
+    """Return the methods, and the reasons of those that cannot run."""
+    methods, refused = [], {}
+    for name in args.method:
+        try:
+            if name == STOCK:
+                methods.append(fastest_stock(settings, rates[0], predict, most_bytes))
+            else:
+                methods.append(make_method(name, settings, rates[0]))
+        except ValueError as error:
+            if name == STOCK and settings.stock_group is not None:
+                raise
+            refused[name] = str(error)
+    if not methods:
+        raise ValueError("; ".join(refused.values()))
+    return methods, refused

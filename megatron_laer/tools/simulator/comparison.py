@@ -7,22 +7,20 @@ Legend: N ranks, E experts, R records.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
+from megatron_laer.arrays import Int64
 from megatron_laer.choices import PlanMode, Sharding, Split
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Guard
-from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.outcome import Outcome, price
 from megatron_laer.planner.placed import Placed
-from megatron_laer.planner.strategies import Strategy, make_strategy
+from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.planner.token_prices import BY_RANK
 from megatron_laer.rules import lays_out_freely
 from megatron_laer.tools.simulator.replay import (
@@ -30,7 +28,6 @@ from megatron_laer.tools.simulator.replay import (
     Observed,
     busiest_rank,
     changed_traffic,
-    decide,
     layer_steps,
     restored_bytes,
     walk,
@@ -49,10 +46,9 @@ BASELINES = ("static", "laer")
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One strategy and mode over all cases; `plan_output.LEGEND` explains the columns.
+    """One strategy and mode over all cases; the legend of `plan` explains them.
 
-    Cases are microbatches of one layer, with tokens and an earlier step. `fetched_bytes` are the
-    part of `restored_bytes` that is fetched after the gate; both are means.
+    Cases are microbatches of one layer, with tokens and an earlier step.
     """
 
     strategy: str
@@ -67,99 +63,73 @@ class PlanRow:
     load_over_bound: float
     off_node_share: float
     replan_share: float
-    plan_ms: float
-    gate_ms: float
     restored_bytes: float
-    fetched_bytes: float
     layer_ms: float
     time_over_bound: float
 
 
-class _Case(NamedTuple):
-    """Figures of one outcome, whose arrays would not fit in memory for all cases."""
-
-    ratio: float
-    load_over_bound: float
-    tokens: int
-    off_node: int
-    layer_s: float
-    bound_s: float
-    replanned: bool
-    fetched_bytes: int
-    gate_s: float
-
-    @classmethod
-    def of(cls, guard: Guard, outcome: Outcome) -> _Case:
-        decision, tokens_N, of = outcome.decision, outcome.tokens_N, price(guard, outcome)
-        tokens = int(tokens_N.sum())
-        least = -(-tokens // tokens_N.size)
-        fetched = busiest_rank(changed_traffic(guard, decision)) if decision.replanned else 0
-        return cls(
-            ratio=outcome.ratio,
-            load_over_bound=int(tokens_N.max()) / least,
-            tokens=tokens,
-            off_node=int(outcome.totals.far_S.sum()),
-            layer_s=of.layer_s,
-            bound_s=of.bound_s,
-            replanned=decision.replanned,
-            fetched_bytes=fetched,
-            gate_s=outcome.decide_s,
-        )
-
-
 class _Planner:
-    """Strategy (None for stock EP) with its layouts by layer, and the cases of each mode."""
+    """Strategy, or stock EP, with its layouts by layer, and the cases of each mode."""
 
     def __init__(
-        self, name: str, strategy: Strategy | None, geometry: Geometry, guards: Mapping[str, Guard]
+        self, name: str, costs: CostModel, geometry: Geometry, guards: Mapping[str, Guard]
     ) -> None:
-        self.name, self.geometry, self.guards = name, geometry, guards
-        self.cases: dict[str, list[_Case]] = {mode: [] for mode in guards}
-        self.plan_s: list[float] = []
-        self.restored_bytes: list[int] = []
+        self._name, self._costs, self._geometry, self._guards = name, costs, geometry, guards
+        self._cases: dict[str, list[tuple[float, ...]]] = {mode: [] for mode in guards}
+        strategy = None
+        if name != STOCK:
+            strategy = make_strategy(name, geometry=geometry, costs=costs)
         self._layers: defaultdict[int, LayerPolicy] = defaultdict(
             lambda: LayerPolicy(strategy, geometry.static_layout, lays_out_freely(name))
         )
+        self._planned, self._ahead_bytes = geometry.static_layout, 0
 
-    def plan(self, layer: int, observed: Observed, costs: CostModel) -> ExpertLayout:
-        policy = self._layers[layer]
-        start_s = time.perf_counter()
-        layout = policy.plan(observed)
-        if policy.strategy is not None:
-            self.plan_s.append(time.perf_counter() - start_s)
-            self.restored_bytes.append(restored_bytes(Placed(layout, self.geometry), costs))
-        return layout
+    def plan(self, layer: int, observed: Observed) -> None:
+        """Plan the layout of a layer's step."""
+        self._planned = self._layers[layer].plan(observed)
+        if self._name != STOCK:
+            placed = Placed(self._planned, self._geometry)
+            self._ahead_bytes = restored_bytes(placed, self._costs)
+
+    def decide(self, counts_NE: Int64) -> None:
+        """Decide on a microbatch of that step."""
+        for mode, guard in self._guards.items():
+            outcome = Outcome(guard.decide(counts_NE, self._planned))
+            decision, tokens_N, of = outcome.decision, outcome.tokens_N, price(guard, outcome)
+            moved_bytes = self._ahead_bytes
+            if decision.replanned:
+                moved_bytes += busiest_rank(changed_traffic(guard, decision))
+            least = -(-int(tokens_N.sum()) // tokens_N.size)
+            self._cases[mode].append(
+                (
+                    *(outcome.ratio, int(tokens_N.max()) / least),
+                    *(int(tokens_N.sum()), int(outcome.totals.far_S.sum())),
+                    *(decision.replanned, moved_bytes, of.layer_s, of.bound_s),
+                )
+            )
 
     def rows(self) -> Iterator[PlanRow]:
-        for mode in self.guards:
-            yield self._row(mode)
-
-    def _row(self, mode: str) -> PlanRow:
-        cases = self.cases[mode]
-        ratios = np.array([case.ratio for case in cases])
-        fetched_bytes = float(np.mean([case.fetched_bytes for case in cases]))
-        off_node = sum(case.off_node for case in cases)
-        seconds = sum(case.layer_s for case in cases)
-        return PlanRow(
-            strategy=self.name,
-            mode=mode,
-            split=self.guards[mode].split,
-            capacity=self.geometry.capacity,
-            cases=len(cases),
-            mean=float(ratios.mean()),
-            p95=float(np.percentile(ratios, 95)),
-            p99=float(np.percentile(ratios, 99)),
-            max=float(ratios.max()),
-            load_over_bound=float(np.mean([case.load_over_bound for case in cases])),
-            off_node_share=off_node / sum(case.tokens for case in cases),
-            replan_share=float(np.mean([case.replanned for case in cases])),
-            plan_ms=float(np.median(self.plan_s or [0.0])) * 1e3,
-            gate_ms=float(np.median([case.gate_s for case in cases])) * 1e3,
-            restored_bytes=float(np.mean(self.restored_bytes or [0])) + fetched_bytes,
-            fetched_bytes=fetched_bytes,
-            layer_ms=seconds / len(cases) * 1e3,
-            time_over_bound=seconds / sum(case.bound_s for case in cases),
-        )
+        for mode, cases in self._cases.items():
+            by_number = np.array(cases, dtype=np.float64).T
+            ratio, over_bound, tokens, off_node, replanned, moved, layer_s, bound_s = by_number
+            p95, p99 = np.percentile(ratio, [95, 99]).tolist()
+            yield PlanRow(
+                strategy=self._name,
+                mode=mode,
+                split=self._guards[mode].split,
+                capacity=self._geometry.capacity,
+                cases=len(cases),
+                mean=float(ratio.mean()),
+                p95=p95,
+                p99=p99,
+                max=float(ratio.max()),
+                load_over_bound=float(over_bound.mean()),
+                off_node_share=float(off_node.sum() / tokens.sum()),
+                replan_share=float(replanned.mean()),
+                restored_bytes=float(moved.mean()),
+                layer_ms=float(layer_s.mean()) * 1e3,
+                time_over_bound=float(layer_s.sum() / bound_s.sum()),
+            )
 
 
 def simulate(
@@ -182,7 +152,7 @@ def simulate(
         geometry.check_counts(trace.counts_RNE.shape[1:])
     cases = chosen_cases(trace, every)
     planners = [
-        (planner, costs)
+        planner
         for geometry, costs in priced.items()
         for planner in _planners(geometry, costs, strategies, modes, tolerance)
     ]
@@ -193,17 +163,16 @@ def simulate(
         chosen = [record for record in records if record in wanted]
         if not chosen or observed is None:
             continue
-        layouts = [planner.plan(layer, observed, costs) for planner, costs in planners]
+        for planner in planners:
+            planner.plan(layer, observed)
         for record in chosen:
             counts_NE = trace.counts_NE(record)
             next(bar)
-            for (planner, _), layout in zip(planners, layouts, strict=True):
-                for mode, guard in planner.guards.items():
-                    outcome = decide(guard, counts_NE, layout)
-                    planner.cases[mode].append(_Case.of(guard, outcome))
+            for planner in planners:
+                planner.decide(counts_NE)
     # The bar closes when it is exhausted.
     next(bar, None)
-    return [row for planner, _ in planners for row in planner.rows()]
+    return [row for planner in planners for row in planner.rows()]
 
 
 def chosen_cases(trace: Trace, every: int) -> list[int]:
@@ -229,13 +198,13 @@ def chosen_cases(trace: Trace, every: int) -> list[int]:
     return cases[::every]
 
 
-def _stock(geometry: Geometry, costs: CostModel) -> Iterator[tuple[_Planner, CostModel]]:
+def _stock(geometry: Geometry, costs: CostModel) -> Iterator[_Planner]:
     if geometry.num_experts % geometry.num_ranks == 0:
         capacity = geometry.num_experts // geometry.num_ranks
         stock = replace(geometry, capacity=capacity, sharding=Sharding.ROWS)
         by_rank = replace(costs, tokens=BY_RANK)
         guard = Guard(PlanMode.FORECAST, by_rank, stock, split=Split.EVEN)
-        yield _Planner(STOCK, None, stock, {"-": guard}), by_rank
+        yield _Planner(STOCK, by_rank, stock, {"-": guard})
 
 
 def _planners(
@@ -255,7 +224,7 @@ def _planners(
             mode: _guard(mode, costs, shape, split, tolerance)
             for mode in ([PlanMode.FORECAST.value] if is_papers or name == "static" else modes)
         }
-        yield _Planner(name, make_strategy(name, geometry=shape, costs=costs), shape, guards)
+        yield _Planner(name, costs, shape, guards)
 
 
 def _guard(

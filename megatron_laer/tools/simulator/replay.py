@@ -1,14 +1,13 @@
 """Replay of a recorded run with the forecast, planner and guard of training.
 
-`walk` gives each layer's steps with forecasts, of which `LayerPolicy` plans layouts. `decide` gives
-an `Outcome` as in training, and `planner.outcome` its price.
+`walk` gives each layer's steps with forecasts, of which `LayerPolicy` plans layouts. The guard's
+decision on them is an `Outcome` as in training, and `planner.outcome` has its price.
 
 Legend: N ranks, E experts, S slots.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +21,6 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import WINDOW, SmoothedForecast
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.outcome import Outcome
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import Strategy
 from megatron_laer.planner.traffic import Traffic
@@ -111,15 +109,6 @@ class LayerPolicy:
             counts_NE = observed.counts_NE(by_newest=self.by_newest)
             self.layout = self.strategy.plan(counts_NE, self.layout)
         return self.layout
-
-
-def decide(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
-    """Decide on a microbatch as in training, and measure that; `planned` is the step's layout."""
-    start_s = time.perf_counter()
-    decision = guard.decide(counts_NE, planned)
-    # Even splits are computed at this first use, so it is timed too.
-    _ = decision.quotas.loads_S
-    return Outcome(decision, time.perf_counter() - start_s)
 
 
 def changed_traffic(guard: Guard, decision: Decision) -> Traffic:

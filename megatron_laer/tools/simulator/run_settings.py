@@ -1,6 +1,6 @@
 """Settings of a run whose routing is replayed: prices, shape and tolerance.
 
-`tools/cli/prediction_settings.py` makes them of flags and of a recording, so that `plan`, `report`
+`tools/cli/prediction_input.py` makes them of flags and of a recording, so that `plan`, `report`
 and its what-if replay one run alike.
 """
 
@@ -12,13 +12,28 @@ from dataclasses import dataclass
 from megatron_laer.choices import Auto, ExchangeAlgorithm, Sharding, TokenExchange
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
-from megatron_laer.planner.token_exchange import (
-    choose_token_exchange,
-    with_token_exchange,
-)
+from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.telemetry.metrics_file import Shape
 from megatron_laer.tools.model_flags import ExpertSizes
 from megatron_laer.tools.traces.records import Trace
+
+
+def priced(
+    costs: CostModel, of: tuple[Geometry, int, int], token_exchange: str, restore_algorithm: str
+) -> CostModel:
+    """Return the prices of a geometry, top-k and a rank's tokens with the named exchanges.
+
+    `auto` stands for the exchange that training takes by itself.
+    """
+    exchange = (
+        choose_token_exchange(costs, *of)
+        if token_exchange == Auto.AUTO
+        else TokenExchange(token_exchange)
+    )
+    algorithm = (
+        Auto.AUTO if restore_algorithm == Auto.AUTO else ExchangeAlgorithm(restore_algorithm)
+    )
+    return with_token_exchange(costs, exchange, *of).with_exchange(algorithm, of[0])
 
 
 @dataclass(frozen=True)
@@ -32,8 +47,8 @@ class RunSettings:
 
     sizes: ExpertSizes
     costs: CostModel
-    restore_algorithm: ExchangeAlgorithm | Auto
-    token_exchange: TokenExchange | Auto
+    restore_algorithm: str
+    token_exchange: str
     sharding: Sharding
     tolerance: float | None
     has_flag_cluster: bool
@@ -48,23 +63,17 @@ class RunSettings:
         on = self.costs.cluster.name
         return f"experts of {self.sizes.widths}, {numbers}{sent}{home}, on {on}"
 
-    def top_k(self, trace: Trace) -> int:
-        return min(self.sizes.top_k, trace.num_experts)
-
     def priced(self, trace: Trace, geometries: Iterable[Geometry]) -> dict[Geometry, CostModel]:
         """Return geometries as training plans them, each with its own prices."""
-        top_k = self.top_k(trace)
-        tokens = trace.tokens_per_rank(top_k)
-        found = {}
-        for geometry in geometries:
-            sizes = geometry, top_k, tokens
-            if self.token_exchange == Auto.AUTO:
-                exchange = choose_token_exchange(self.costs, *sizes)
-            else:
-                exchange = TokenExchange(self.token_exchange)
-            costs = with_token_exchange(self.costs, exchange, *sizes)
-            found[geometry] = costs.with_exchange(self.restore_algorithm, geometry)
-        return found
+        top_k = min(self.sizes.top_k, trace.num_experts)
+        tokens, exchanges = (
+            trace.tokens_per_rank(top_k),
+            (self.token_exchange, self.restore_algorithm),
+        )
+        return {
+            geometry: priced(self.costs, (geometry, top_k, tokens), *exchanges)
+            for geometry in geometries
+        }
 
     def geometries(
         self, num_ranks: int, num_experts: int, capacities: Sequence[int], node_size: int | None

@@ -110,6 +110,16 @@ class Trace:
         summed_NE: Int64 = part_RNE.sum(axis=0, dtype=np.int64)
         return summed_NE
 
+    def part(self, records: slice | Bool) -> Trace:
+        """Return the trace of some records alone, without pairs and sets."""
+        return Trace(
+            self.layers,
+            self.step_R[records],
+            self.layer_R[records],
+            self.microbatch_R[records],
+            self.counts_RNE[records],
+        )
+
     def tokens_per_rank(self, top_k: int) -> int:
         """Return the mean tokens of a rank and microbatch, at least 1."""
         pairs = int(self.counts_RNE.sum(dtype=np.int64))

@@ -14,7 +14,7 @@ Legend: N ranks, E experts, T tokens of a rank, K experts of a token, M steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -175,13 +175,20 @@ def workload_trace(
     shape: WorkloadShape,
     steps: int,
     seed: int = 0,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    *,
+    layers: int = 1,
+    microbatches: int = 1,
+    progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> Trace:
-    """Make a trace of one layer, with one microbatch per step."""
-    counts_MNE = np.stack(
-        [workload_counts(name, shape, step, seed) for step in progress(range(steps))]
+    """Make a trace of layers, each drawn with a seed of its own."""
+    axes = np.indices((steps, layers, microbatches), dtype=np.int64)
+    step_R, layer_R, microbatch_R = (axis.reshape(-1) for axis in axes)
+    drawn_R = step_R * microbatches + microbatch_R
+    counts_RNE = np.stack(
+        [
+            workload_counts(name, shape, int(drawn_R[record]), seed + int(layer_R[record]))
+            for record in progress(range(len(drawn_R)))
+        ]
     )
-    zeros_M = np.zeros(steps, dtype=np.int64)
-    return Trace(
-        ("layer 1",), np.arange(steps), zeros_M, zeros_M.copy(), counts_MNE.astype(np.int32)
-    )
+    names = tuple(f"layer {layer + 1}" for layer in range(layers))
+    return Trace(names, step_R, layer_R, microbatch_R, counts_RNE.astype(np.int32))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.choices import ExchangeAlgorithm, Sharding, TokenExchange
+from megatron_laer.config import FSEPConfig
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
@@ -96,7 +97,8 @@ def test_workspaces_are_those_of_the_exchanges(
     ranks: RankPools,
 ) -> None:
     costs = replace(COSTS, restore_algorithm=way, precision=precision)
-    settings = MethodSettings(geometry, costs, one_queue=one_queue, holds_step=holds)
+    config = FSEPConfig(restore="step" if holds else "layer")
+    settings = MethodSettings(geometry, costs, config, one_queue=one_queue)
     method = make_method(FSEP, settings, Rates(costs.cluster, 2))
     (allocated,) = ranks(1).run(allocated_bytes, geometry, way, costs, one_queue, holds)
     assert allocated == method.fixed_bytes["workspaces"]

@@ -5,24 +5,21 @@ Legend: N ranks of a group, L layers, M microbatches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_laer.choices import (
     Auto,
     ExchangeAlgorithm,
-    Restore,
     Sharding,
-    TokenExchange,
     Unproven,
 )
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.tools.simulator.advisor.settings import Dispatch, Setting
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import (
@@ -38,14 +35,13 @@ from megatron_laer.tools.simulator.iteration.predict import (
     StepWorks,
     price_steps,
     replay_steps,
+    stock_sizes,
 )
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.routing import Routing, Step
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
-from megatron_laer.tools.simulator.iteration.stock_group import stock_sizes
+from megatron_laer.tools.simulator.run_settings import priced
 from megatron_laer.tools.traces.records import Trace
-
-Floats = npt.NDArray[np.float64]
 
 # Sizes of a shortened run: layers without a pipeline, stages of one, recorded layers, recorded
 # microbatches of a layer, and steps.
@@ -101,6 +97,17 @@ class Candidate:
         return self.method.schedule.by_parts
 
     @property
+    def shape(self) -> Hashable:
+        """Return the geometry, of which one candidate is predicted in full; the label for stock."""
+        return self.label if self.setting is None else self.setting.geometry
+
+    @property
+    def kind(self) -> Hashable:
+        """Return size and sharding of the group, of which one is shown; the label for stock."""
+        of = self.setting
+        return self.label if of is None else (self.num_ranks, of.geometry.sharding)
+
+    @property
     def label(self) -> str:
         if self.setting is None:
             return f"stock EP{self.method.group}{', overlap' if self.combined else ''}"
@@ -114,7 +121,7 @@ class Predictor:
     run: Run
     _traces: dict[int, Trace] = field(default_factory=dict)
     _routings: dict[tuple[int, bool], Routing] = field(default_factory=dict)
-    _priced: dict[tuple[Geometry, TokenExchange], CostModel] = field(default_factory=dict)
+    _priced: dict[tuple[Geometry, str, str], CostModel] = field(default_factory=dict)
     _walked: dict[tuple[int, bool], list[Step]] = field(default_factory=dict)
     _works: dict[tuple[Setting | int, bool], list[StepWorks]] = field(default_factory=dict)
 
@@ -129,14 +136,12 @@ class Predictor:
         ]
 
     def fsep(self, setting: Setting) -> Candidate:
-        geometry, topk = setting.geometry, self.run.model.topk
-        costs = self._costs(geometry, setting.tokens).with_exchange(setting.algorithm, geometry)
+        geometry = setting.geometry
         settings = MethodSettings(
             geometry,
-            costs,
-            setting.mode,
-            holds_step=setting.restore == Restore.STEP,
-            topk=topk,
+            self._costs(geometry, setting.tokens, setting.algorithm),
+            FSEPConfig(restore=setting.restore),
+            topk=self.run.model.topk,
             flex=setting.is_flex,
             combined=setting.combined,
             one_queue=self.run.shape.tensor > 1,  # for which Megatron asks
@@ -146,8 +151,7 @@ class Predictor:
 
     def automatic(self, geometry: Geometry, tokens: Dispatch) -> ExchangeAlgorithm:
         """Return the exchange of experts that training takes by itself."""
-        costs = self._costs(geometry, tokens)
-        return costs.with_exchange(Auto.AUTO, geometry).restore_algorithm
+        return self._costs(geometry, tokens, Auto.AUTO).restore_algorithm
 
     def stock(self, group: int, combined: bool) -> Candidate:
         """Return stock in groups of X ranks, simulated on the ranks of whole nodes."""
@@ -165,13 +169,15 @@ class Predictor:
         )
         return Candidate(ranks, make_method(STOCK, settings, run.rates[0]))
 
-    def _costs(self, geometry: Geometry, tokens: Dispatch) -> CostModel:
-        key = geometry, tokens.exchange
+    def _costs(
+        self, geometry: Geometry, tokens: Dispatch, algorithm: ExchangeAlgorithm | Auto
+    ) -> CostModel:
+        key = geometry, tokens.exchange, algorithm
         if key not in self._priced:
-            run, routing = self.run, self._routing(geometry.num_ranks)
-            sizes = geometry, run.model.topk, routing.tokens(run.model.topk)
+            topk, routing = self.run.model.topk, self._routing(geometry.num_ranks)
+            sizes = geometry, topk, routing.tokens(topk)
             costs = self._prices(geometry.num_ranks)
-            self._priced[key] = with_token_exchange(costs, tokens.exchange, *sizes)
+            self._priced[key] = priced(costs, sizes, tokens.exchange, algorithm)
         return self._priced[key]
 
     def _prices(self, num_ranks: int) -> CostModel:
@@ -184,10 +190,6 @@ class Predictor:
         sizes = [size for size in self.run.sizes if size % group == 0]
         return min(sizes, key=lambda size: (size % self.run.node_size != 0, size))
 
-    def fits(self, candidate: Candidate) -> bool:
-        """Return False only if the candidate needs more memory under any routing."""
-        return self.least_bytes(candidate) <= self.run.most_bytes
-
     def least_bytes(self, candidate: Candidate) -> float:
         """Return a lower bound on a rank's memory: some rank has the mean tokens."""
         routing = self._routing(candidate.num_ranks)
@@ -195,27 +197,20 @@ class Predictor:
         parts = memory_bytes(self.run.model, shape, candidate.method, routing.pairs)
         return sum(parts.values())
 
-    def roughly(self, candidate: Candidate, sets: Sequence[Rates]) -> Floats:
-        """Return the seconds of an iteration by rates, from a run with fewer layers and stages.
+    def roughly(self, candidate: Candidate) -> float:
+        """Return the seconds of an iteration, from a run with fewer layers and stages.
 
         Layers, microbatches and the pipeline's bubbles are scaled up. Only the LM head is then
         counted wrongly, in all candidates alike.
         """
         full = self.run.of_group(candidate.num_ranks)
         model, shape, factor = _shortened(self.run.model, full)
-        replayed = self._replayed(candidate, model, 2 * shape.stages, _STEPS, short=True)
-
-        def seconds(microbatches: int) -> Floats:
-            of = replace(shape, microbatches=microbatches)
-            (found,) = price_steps(replayed, model, of, [candidate.method], sets)
-            return np.array(found.by_rates_s)
-
-        many_s, few_s = seconds(2 * shape.stages), seconds(shape.stages)
-        each_s = (many_s - few_s) / shape.stages
         # A bubble per further stage takes as long as one of a stage's chunks.
-        more = full.microbatches - shape.stages + (full.stages - shape.stages) / full.chunks
-        found_s: Floats = factor * (few_s + more * each_s)
-        return found_s
+        wanted = full.microbatches + (full.stages - shape.stages) / full.chunks
+        microbatches = shape.stages, 2 * shape.stages, wanted
+        replayed = self._replayed(candidate, model, 2 * shape.stages, _STEPS, short=True)
+        sets = self.run.rates[:1]
+        return factor * _extended(replayed, model, shape, candidate, sets, microbatches).iteration_s
 
     def fully(self, candidate: Candidate, sets: Sequence[Rates]) -> IterationPrediction:
         """Predict all layers and stages, and microbatches until further ones are alike."""
@@ -226,16 +221,8 @@ class Predictor:
         if shape.microbatches <= few + many:
             many = shape.microbatches
         replayed = self._replayed(candidate, run.model, many, run.steps, short=False)
-
-        def predicted(microbatches: int) -> IterationPrediction:
-            of = replace(shape, microbatches=microbatches)
-            (found,) = price_steps(replayed, run.model, of, [candidate.method], sets)
-            return found
-
-        by_many = predicted(many)
-        if many == shape.microbatches:
-            return by_many
-        return _extended(predicted(few), by_many, (few, many, shape.microbatches))
+        microbatches = few, many, shape.microbatches
+        return _extended(replayed, run.model, shape, candidate, sets, microbatches)
 
     def _replayed(
         self, candidate: Candidate, model: ModelShape, microbatches: int, steps: int, *, short: bool
@@ -290,21 +277,31 @@ def _short_trace(trace: Trace) -> Trace:
     chosen_R = np.isin(trace.layer_R, kept) & (trace.microbatch_R < _RECORDED_MICROBATCHES)
     if chosen_R.all():
         return trace
-    return Trace(
-        tuple(trace.layers[int(layer)] for layer in kept),
-        trace.step_R[chosen_R],
-        np.searchsorted(kept, trace.layer_R[chosen_R]).astype(np.int64),
-        trace.microbatch_R[chosen_R],
-        trace.counts_RNE[chosen_R],
-    )
+    part = trace.part(chosen_R)
+    names = tuple(trace.layers[int(layer)] for layer in kept)
+    return replace(part, layers=names, layer_R=np.searchsorted(kept, part.layer_R))
 
 
 def _extended(
-    few: IterationPrediction, many: IterationPrediction, microbatches: tuple[int, int, int]
+    replayed: Sequence[StepWorks],
+    model: ModelShape,
+    shape: RunShape,
+    candidate: Candidate,
+    sets: Sequence[Rates],
+    microbatches: tuple[int, int, float],
 ) -> IterationPrediction:
-    """Extend two predictions to more microbatches, each of which adds as much."""
-    at_few, at_many, wanted = microbatches
-    share = (wanted - at_many) / (at_many - at_few)
+    """Predict few and many microbatches, and more of them, each of which adds as much."""
+
+    def predicted(number: int) -> IterationPrediction:
+        of = replace(shape, microbatches=number)
+        (found,) = price_steps(replayed, model, of, [candidate.method], sets)
+        return found
+
+    few, many, wanted = microbatches
+    by_many = predicted(many)
+    if many == wanted:
+        return by_many
+    by_few, share = predicted(few), (wanted - many) / (many - few)
 
     def line(start: Any, end: Any) -> Any:
         if isinstance(end, Mapping):
@@ -314,5 +311,5 @@ def _extended(
         return end + (end - start) * share
 
     spent = ("by_rates_s", "tokens", "flops", "waiting_s", "compute_s", "exposed_s")
-    lines = {name: (getattr(few, name), getattr(many, name)) for name in spent}
-    return replace(many, **{name: line(*ends) for name, ends in lines.items()})
+    lines = {name: line(getattr(by_few, name), getattr(by_many, name)) for name in spent}
+    return replace(by_many, **lines)

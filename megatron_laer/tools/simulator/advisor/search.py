@@ -1,29 +1,28 @@
 """Search for the fastest settings of FSEP that fit in memory, and for the fastest stock.
 
-All settings are predicted roughly, and the best in full.
+All candidates are predicted roughly, and the best in full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from megatron_laer.choices import Sharding
-from megatron_laer.planner.geometry import Geometry
 from megatron_laer.tools.simulator.advisor.predictor import Candidate, Predictor
-from megatron_laer.tools.simulator.advisor.settings import Setting, geometries, settings_of
+from megatron_laer.tools.simulator.advisor.settings import geometries, settings_of
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
+from megatron_laer.tools.simulator.output import WORTH, Option, gain, verdict
 
-# Best settings that are shown, and geometries of which close ones are predicted in full.
-SHOWN, _IN_FULL = 5, 10
+# Settings of FSEP and groups of stock that are shown, and shapes of which close ones are predicted
+# in full.
+_SHOWN, _STOCKS, _IN_FULL = 5, 2, 10
 # Rough times up to this factor of the best's may be the best in full.
 _CLOSE = 1.05
-# Rough times up to this factor count as equal, and the setting nearer to training's defaults wins.
+# Rough times up to this factor count as equal, and the one nearer to training's defaults wins.
 _EQUAL = 1.002
-# Fastest groups of stock that are kept: other constants may reverse their order.
-_STOCKS = 2
 
 # Wraps items that are worked on, under a title.
 Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
@@ -42,33 +41,57 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Results:
-    """Results of a search, each best first.
+class Ranking:
+    """Fastest candidates that fit in memory, one of each kind, best first.
 
-    `stocks` and `balanced`, stock under perfectly balanced counts, fit in memory; if none does,
-    `balanced` is the fastest of all. `tried` and `too_large` count settings of FSEP, and
-    `least_bytes` are the fewest that a setting and a stock need, which are named.
+    `tried` and `too_large` count candidates; `least` has the label and bytes of the smallest.
     """
 
-    best: tuple[Found, ...]
-    stocks: tuple[Found, ...]
-    balanced: Found
+    found: tuple[Found, ...]
     tried: int
     too_large: int
-    least_bytes: tuple[tuple[str, float], ...]
+    least: tuple[str, float]
+
+    @property
+    def option(self) -> Option | None:
+        """Return the fastest one; None if none fits."""
+        if not self.found:
+            return None
+        return Option(self.found[0].candidate.label, self.found[0].prediction)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rankings of FSEP and of stock, and the fastest stock under perfectly balanced counts.
+
+    The latter fits in memory where one does.
+    """
+
+    best: Ranking
+    stocks: Ranking
+    balanced: Found
+
+    @property
+    def takes_fsep(self) -> bool:
+        """Return True if FSEP's best is worth it at the cluster's constants."""
+        ours, theirs = self.best.option, self.stocks.option
+        if ours is None or theirs is None:
+            return ours is not None
+        return gain(ours.prediction, theirs.prediction).times >= WORTH
+
+    def share(self, of: Found) -> float:
+        """Return the share of perfectly balanced speed."""
+        return self.balanced.seconds / of.seconds
+
+    def verdict(self, most_gib: float) -> str:
+        """Return the verdict with its reason, in one paragraph."""
+        least_bytes = self.best.least, self.stocks.least
+        return verdict(self.best.option, self.stocks.option, least_bytes, most_gib)
 
 
 def search(predictor: Predictor, balanced: Predictor, progress: Progress) -> Results:
     """Search all settings of a run; `balanced` predicts it with perfectly balanced counts."""
     run = predictor.run
-    nominal = run.rates[:1]
-    stocks, small_stock = _stocks(predictor, progress)
-    of_balanced = balanced.stocks()
-    fitting = [each for each in of_balanced if balanced.fits(each)] or of_balanced
-    forced = [
-        Found(each, balanced.fully(each, nominal))
-        for each in progress("stock under balanced counts", fitting)
-    ]
     settings = [
         setting
         for size in run.sizes
@@ -83,72 +106,59 @@ def search(predictor: Predictor, balanced: Predictor, progress: Progress) -> Res
             run.overlaps,
         )
     ]
-    rough: dict[Setting, float] = {}
-    least = ("", float("inf"))
-    for setting in progress("settings, roughly", settings):
-        candidate = predictor.fsep(setting)
-        least = min(least, (setting.label, predictor.least_bytes(candidate)), key=lambda of: of[1])
-        if predictor.fits(candidate):
-            rough[setting] = float(predictor.roughly(candidate, nominal)[0])
-    best, refused = _best(predictor, rough, progress)
-    return Results(
-        best=tuple(_with_ranges(predictor, best, progress)),
-        stocks=tuple(_with_ranges(predictor, stocks[:_STOCKS], progress)),
-        balanced=min(forced, key=lambda found: found.seconds),
-        tried=len(settings),
-        too_large=len(settings) - len(rough) + refused,
-        least_bytes=(least, small_stock),
-    )
+    ours = [predictor.fsep(setting) for setting in settings]
+    best = _rank(predictor, "FSEP", ours, progress, _SHOWN)
+    stocks = _rank(predictor, "stock", predictor.stocks(), progress, _STOCKS)
+    forced = _rank(balanced, "balanced", balanced.stocks(), progress, 1)
+    if not forced.found:
+        forced = _rank(balanced, "balanced", balanced.stocks(), progress, 1, math.inf)
+    best, stocks = (_with_ranges(predictor, ranking, progress) for ranking in (best, stocks))
+    return Results(best, stocks, forced.found[0])
 
 
-def _stocks(predictor: Predictor, progress: Progress) -> tuple[list[Found], tuple[str, float]]:
-    """Return the groups of stock that fit, the fastest first, and the memory of the smallest."""
-    run = predictor.run
-    found, least = [], ("", float("inf"))
-    for candidate in progress("stock", predictor.stocks()):
+def _rank(
+    predictor: Predictor,
+    title: str,
+    candidates: Sequence[Candidate],
+    progress: Progress,
+    shown: int,
+    most_bytes: float | None = None,
+) -> Ranking:
+    """Rank candidates, training's defaults first: roughly, and in full those close to the best."""
+    limit = predictor.run.most_bytes if most_bytes is None else most_bytes
+    fastest: dict[Hashable, tuple[float, Candidate]] = {}  # roughly, by shape
+    least, too_large = ("", math.inf), 0
+    for candidate in progress(f"{title}, roughly", candidates):
         needed = predictor.least_bytes(candidate)
-        if needed <= run.most_bytes:
-            prediction = predictor.fully(candidate, run.rates[:1])
-            needed = prediction.peak_bytes
-            if needed <= run.most_bytes:
-                found.append(Found(candidate, prediction))
         least = min(least, (candidate.label, needed), key=lambda of: of[1])
-    return sorted(found, key=lambda each: each.seconds), least
-
-
-def _best(
-    predictor: Predictor, rough: dict[Setting, float], progress: Progress
-) -> tuple[list[Found], int]:
-    """Return the fastest setting of each group size and sharding, and the number that do not fit.
-
-    The best of each is predicted in full, and all others that are close to the best of all.
-    """
-    chosen: dict[Geometry, Setting] = {}
-    for setting, seconds in rough.items():  # training's defaults come first
-        known = chosen.get(setting.geometry)
-        if known is None or seconds * _EQUAL < rough[known]:
-            chosen[setting.geometry] = setting
-    order = sorted(chosen.values(), key=lambda setting: rough[setting])
-    found: dict[tuple[int, Sharding], Found] = {}
-    tried, refused = 0, 0
-    for setting in progress("the best, in full", order):
-        kind = setting.geometry.num_ranks, setting.geometry.sharding
-        is_close = rough[setting] <= _CLOSE * rough[order[0]] and tried < _IN_FULL
-        if not is_close and (kind in found or len(found) >= SHOWN):
+        if needed > limit:
+            too_large += 1
             continue
-        candidate = predictor.fsep(setting)
+        seconds = predictor.roughly(candidate)
+        known = fastest.get(candidate.shape)
+        if known is None or seconds * _EQUAL < known[0]:
+            fastest[candidate.shape] = seconds, candidate
+    order = sorted(fastest.values(), key=lambda of: of[0])
+    found: dict[Hashable, Found] = {}
+    tried = 0
+    for seconds, candidate in progress(f"{title}, in full", order):
+        is_close = seconds <= _CLOSE * order[0][0] and tried < _IN_FULL
+        if not is_close and (candidate.kind in found or len(found) >= shown):
+            continue
         prediction = predictor.fully(candidate, predictor.run.rates[:1])
         tried += 1
-        if prediction.peak_bytes > predictor.run.most_bytes:
-            refused += 1
-        elif kind not in found or prediction.iteration_s < found[kind].seconds:
-            found[kind] = Found(candidate, prediction)
-    return sorted(found.values(), key=lambda each: each.seconds)[:SHOWN], refused
+        known_kind = found.get(candidate.kind)
+        if prediction.peak_bytes > limit:
+            too_large += 1
+        elif known_kind is None or prediction.iteration_s < known_kind.seconds:
+            found[candidate.kind] = Found(candidate, prediction)
+    ranked = sorted(found.values(), key=lambda each: each.seconds)[:shown]
+    return Ranking(tuple(ranked), len(candidates), too_large, least)
 
 
-def _with_ranges(predictor: Predictor, found: Sequence[Found], progress: Progress) -> list[Found]:
-    rates = predictor.run.rates
-    return [
-        replace(each, prediction=predictor.fully(each.candidate, rates))
-        for each in progress("ranges", found)
+def _with_ranges(predictor: Predictor, ranking: Ranking, progress: Progress) -> Ranking:
+    found = [
+        replace(each, prediction=predictor.fully(each.candidate, predictor.run.rates))
+        for each in progress("ranges", ranking.found)
     ]
+    return replace(ranking, found=tuple(found))

@@ -13,7 +13,6 @@ from megatron_laer.choices import (
     Auto,
     Choice,
     ExchangeAlgorithm,
-    PlanMode,
     Restore,
     Sharding,
     TokenExchange,
@@ -26,7 +25,6 @@ from megatron_laer.support.arguments import buffer_problems
 # Slots beyond the least that always allow balance.
 _MORE_SLOTS = 2
 _DEFAULTS = FSEPConfig()
-_MODES = {restore: FSEPConfig(restore=restore).mode for restore in Restore}
 
 
 class Dispatch(Choice):
@@ -51,11 +49,6 @@ class Setting:
     algorithm: ExchangeAlgorithm | Auto = Auto.AUTO
     tokens: Dispatch = Dispatch.RANK
     combined: bool = False
-
-    @property
-    def mode(self) -> PlanMode:
-        """Return the plan mode that training takes by default."""
-        return _MODES[self.restore]
 
     @property
     def changes(self) -> dict[str, str]:

@@ -11,30 +11,20 @@ from itertools import chain, pairwise
 
 import numpy as np
 
-from megatron_laer.tools.simulator.iteration.chunk import (
-    Following,
-    LayerTimes,
-    backward,
-    forward,
-)
+from megatron_laer.planner.state_bytes import GRADIENT_BYTES, OPTIMIZER_BYTES
+from megatron_laer.tools.simulator.iteration.chunk import Following, LayerTimes, backward, forward
 from megatron_laer.tools.simulator.iteration.chunk import run as run_passes
-from megatron_laer.tools.simulator.iteration.clocks import (
-    KINDS,
-    WAITING,
-    Clocks,
-    Flight,
-)
+from megatron_laer.tools.simulator.iteration.clocks import KINDS, WAITING, Clocks, Flight
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
-from megatron_laer.tools.simulator.iteration.memory_parts import stage_weights
+from megatron_laer.tools.simulator.iteration.memory_parts import stage_state
 from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.pipeline import Operation, Operations, order, sweep
 from megatron_laer.tools.simulator.iteration.rates import slowest_pace
 from megatron_laer.tools.simulator.iteration.work import LayerWork
 
-# Bytes per weight: main weight, gradient and two moments read; main weight, moments and the bf16
-# weight written.
-_OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 2
-_GRADIENT_BYTES = 4
+# Bytes that the optimizer moves per weight: main weight, gradient and two moments read; main
+# weight, moments and the bf16 weight written.
+_MOVED_BYTES = 4 * 4 + 3 * 4 + 2
 # Collectives for the gradients' norm and the number of tokens.
 _STEP_COLLECTIVES = 2
 
@@ -106,8 +96,9 @@ def _finish(method: Method, timing: Timing, stages: Sequence[Clocks]) -> None:
     run, rates = timing.run, timing.rates
     for stage, clocks in enumerate(stages):
         if not run.overlaps_data_parallel:
-            exchanged = _exchanged(method, timing, stage)
+            layers = run.stage_layers(len(timing.model.layer_has_experts), stage)
             clocks.meet()
+            exchanged = (data_parallel(method, timing, layer) for layer in layers)
             clocks.work("data_parallel", sum(map(sum, exchanged)))
         clocks.wait("data_parallel", clocks.scattered_s)
         clocks.meet()
@@ -116,23 +107,11 @@ def _finish(method: Method, timing: Timing, stages: Sequence[Clocks]) -> None:
     for stage, clocks in enumerate(stages):
         clocks.wait("pipeline", last_s)
         clocks.work("optimizer", _STEP_COLLECTIVES * latency_s)
-        weights = stage_weights(timing.model, run, method, stage)
-        dense_copies = run.data_parallel if run.shards_optimizer else 1
-        copies = method.replicas * run.replicas if run.shards_optimizer else 1
-        held = weights.dense / dense_copies + weights.expert / copies
-        clocks.work("optimizer", rates.memory_seconds(held * _OPTIMIZER_BYTES))
+        held = stage_state(timing.model, run, method, stage).optimizer / OPTIMIZER_BYTES
+        clocks.work("optimizer", rates.memory_seconds(held * _MOVED_BYTES))
     end_s = max(float(clocks.now_N.max()) for clocks in stages)
     for clocks in stages:
         clocks.wait(WAITING, end_s)
-
-
-def _exchanged(method: Method, timing: Timing, stage: int) -> list[tuple[float, float]]:
-    run = timing.run
-    by_chunk = run.layers_by_chunk(len(timing.model.layer_has_experts))
-    layers = [
-        layer for chunk in range(run.chunks) for layer in by_chunk[chunk * run.stages + stage]
-    ]
-    return [data_parallel(method, timing, layer) for layer in layers]
 
 
 def data_parallel(method: Method, timing: Timing, layer: int) -> tuple[float, float]:
@@ -143,8 +122,8 @@ def data_parallel(method: Method, timing: Timing, layer: int) -> tuple[float, fl
     """
     model, run = timing.model, timing.run
     has_experts = model.layer_has_experts[layer]
-    dense = model.attention_weights + model.dense_weights(has_experts)
-    scatter_s, gather_s = _ring_seconds(timing, dense / run.tensor, run.data_parallel, run.tensor)
+    dense = model.layer_weights(has_experts) / run.tensor
+    scatter_s, gather_s = _ring_seconds(timing, dense, run.data_parallel, run.tensor)
     if not has_experts:
         return gather_s, scatter_s
     experts = method.experts_held * model.expert_weights
@@ -157,7 +136,7 @@ def _ring_seconds(timing: Timing, weights: float, copies: int, stride: int) -> t
     """Return the times of exchanging the gradients of weights, and of gathering the weights."""
     run, rates = timing.run, timing.rates
     ring = copies, run.node_size, stride
-    reduced_s = rates.ring_seconds(weights * _GRADIENT_BYTES, *ring)
+    reduced_s = rates.ring_seconds(weights * GRADIENT_BYTES, *ring)
     if not run.shards_optimizer:
         return 2 * reduced_s, 0.0
     return reduced_s, rates.ring_seconds(weights * timing.model.bytes_per_element, *ring)

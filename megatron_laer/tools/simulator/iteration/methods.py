@@ -14,12 +14,21 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import ExchangeAlgorithm, PlanMode, Sharding, Split, TokenExchange
+from megatron_laer.choices import (
+    ExchangeAlgorithm,
+    OverlapScheduler,
+    PlanMode,
+    Restore,
+    Sharding,
+    Split,
+    TokenExchange,
+)
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.outcome import Outcome
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.static import StaticStrategy
 from megatron_laer.planner.strategies import Strategy, make_strategy
@@ -40,7 +49,6 @@ from megatron_laer.tools.simulator.replay import (
     LayerPolicy,
     Observed,
     changed_traffic,
-    decide,
 )
 
 STOCK, FSDP_EP, LAER, FSEP = "stock", "fsdp+ep", "laer", "fsep"
@@ -50,19 +58,15 @@ STOCK, FSDP_EP, LAER, FSEP = "stock", "fsdp+ep", "laer", "fsep"
 class MethodSettings:
     """Settings that methods are made from; `geometry` is of those that lay out experts.
 
-    With `holds_step` FSEP's experts stay restored over a step. `stock_group` is X of stock; None
-    for the largest possible. With `flex` FSEP, with `stock_flex` stock sends a token once per node,
-    pipelined. With `combined` all methods run Megatron's combined 1F1B. With `one_queue` exchanges
-    have the buffers of CUDA_DEVICE_MAX_CONNECTIONS=1. The paper's methods have FSEP's geometry
-    without the sharding.
+    The paper's methods have FSEP's without the sharding, and of `config` only the scheduler.
+    `stock_group` is X of stock; None for the largest possible. With `flex` FSEP, with `stock_flex`
+    stock sends a token once per node, pipelined. With `combined` all methods run Megatron's
+    combined 1F1B. With `one_queue` exchanges have the buffers of CUDA_DEVICE_MAX_CONNECTIONS=1.
     """
 
     geometry: Geometry
     costs: CostModel
-    mode: PlanMode = PlanMode.ADAPTIVE
-    strategy: str = FSEPConfig().planner
-    overlaps: bool = True
-    holds_step: bool = False
+    config: FSEPConfig = field(default_factory=FSEPConfig)
     stock_group: int | None = None
     topk: int = 1
     flex: bool = False
@@ -116,8 +120,7 @@ def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
                 by_layout=False,
                 tokens=BY_RANK,
             ),
-            mode=PlanMode.FORECAST,
-            holds_step=False,
+            config=FSEPConfig(plan_mode=PlanMode.FORECAST, scheduler=settings.config.scheduler),
             flex=False,
         )
     return METHODS[name](settings, rates)
@@ -183,8 +186,9 @@ def _laer(settings: MethodSettings, rates: Rates) -> Method:
 
 
 def _fsep(settings: MethodSettings, rates: Rates) -> Method:
-    planned = {"geometry": settings.geometry, "costs": settings.costs}
-    return relaid(FSEP, settings, rates, make_strategy(settings.strategy, **planned))
+    planner = settings.config.planner
+    strategy = make_strategy(planner, geometry=settings.geometry, costs=settings.costs)
+    return relaid(FSEP, settings, rates, strategy)
 
 
 def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy) -> Method:
@@ -193,9 +197,10 @@ def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy
     The latter differ in their planner alone. They plan by the newest counts, split evenly, look no
     operation ahead, and parameters and gradients share a communicator.
     """
-    geometry, costs, is_ours = settings.geometry, settings.costs, name == FSEP
-    holds_step = settings.holds_step
-    guard = Guard(settings.mode, costs, geometry, split=Split.EXACT if is_ours else Split.EVEN)
+    geometry, costs, config = settings.geometry, settings.costs, settings.config
+    is_ours = name == FSEP
+    holds_step = config.restore == Restore.STEP
+    guard = Guard(config.mode, costs, geometry, split=Split.EXACT if is_ours else Split.EVEN)
 
     def layer_planner() -> LayerPlanner:
         policy = LayerPolicy(strategy, geometry.static_layout, by_newest=not is_ours)
@@ -204,8 +209,8 @@ def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy
     return Method(
         name,
         make_schedule(
-            overlaps=settings.overlaps,
-            after_gate=settings.mode == PlanMode.EXACT,
+            overlaps=config.scheduler == OverlapScheduler.ON,
+            after_gate=config.mode == PlanMode.EXACT,
             holds_step=holds_step,
             restores_following=is_ours,
             by_parts=settings.combined,
@@ -272,7 +277,7 @@ class _Relaid:
 
     def work(self, counts_NE: Int64) -> LayerWork:
         guard, costs = self.guard, self.guard.costs
-        outcome = decide(guard, counts_NE, self.policy.layout)
+        outcome = Outcome(guard.decide(counts_NE, self.policy.layout))
         decision = outcome.decision
         restore, reduce = self.exchanges
         change, solve_s = None, 0.0

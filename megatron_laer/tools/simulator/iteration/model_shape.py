@@ -95,6 +95,10 @@ class ModelShape:
             return self._ffn_weights(self.dense_ffn)
         return self._ffn_weights(self.shared_ffn) + self.hidden * self.num_experts
 
+    def layer_weights(self, has_experts: bool) -> int:
+        """Count the weights of a layer that all tokens use."""
+        return self.attention_weights + self.dense_weights(has_experts)
+
     @property
     def core_flops_per_token(self) -> int:
         """Count the FLOPs of causal attention itself, scores and values: half of all pairs."""
@@ -108,7 +112,7 @@ class ModelShape:
         """Count a token's FLOPs in one forward pass: two per weight used, and attention's core."""
         weights = self.prediction_heads * self.head_weights
         for has_experts in self.layer_has_experts:
-            weights += self.attention_weights + self.dense_weights(has_experts)
+            weights += self.layer_weights(has_experts)
             weights += self.topk * self.expert_weights if has_experts else 0
         return 2 * weights + len(self.layer_has_experts) * self.core_flops_per_token
 

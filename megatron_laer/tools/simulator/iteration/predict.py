@@ -5,8 +5,9 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,12 @@ from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAI
 from megatron_laer.tools.simulator.iteration.iterate import Iteration, run_iteration
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
-from megatron_laer.tools.simulator.iteration.methods import Method
+from megatron_laer.tools.simulator.iteration.methods import (
+    STOCK,
+    Method,
+    MethodSettings,
+    make_method,
+)
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.routing import Routing, Step
@@ -24,6 +30,8 @@ from megatron_laer.tools.simulator.iteration.work import LayerWork
 
 # A token's FLOPs in forward and backward, over those of forward.
 _TRAINING_PASSES = 3
+
+Predict = Callable[[Sequence[Method], Sequence[Rates]], Sequence["IterationPrediction"]]
 
 
 @dataclass(frozen=True)
@@ -220,3 +228,34 @@ def _prediction(
         replan_share=float(np.mean(found.replans)),
         group=method.group,
     )
+
+
+def stock_sizes(num_ranks: int, num_experts: int) -> list[int]:
+    """Return the sizes of groups that divide N and E."""
+    both = math.gcd(num_ranks, num_experts)
+    return [size for size in range(1, both + 1) if both % size == 0]
+
+
+def fastest_stock(
+    settings: MethodSettings, rates: Rates, predict: Predict, most_bytes: float | None
+) -> Method:
+    """Return stock in the group that was given, else in the fastest of those that fit in memory.
+
+    Groups smaller than a node only count under a limit of memory: without one, each rank could hold
+    all experts. If none fits, it is the group that needs least.
+    """
+    geometry = settings.geometry
+    groups = stock_sizes(geometry.num_ranks, geometry.num_experts)
+    if most_bytes is None:
+        in_node = max(size for size in groups if size <= geometry.node_size)
+        groups = [size for size in groups if size >= in_node]
+    if settings.stock_group is not None:
+        groups = [settings.stock_group]
+    made = [make_method(STOCK, replace(settings, stock_group=group), rates) for group in groups]
+    if len(made) == 1:
+        return made[0]
+    found = predict([replace(method, name=f"{STOCK} EP{method.group}") for method in made], [rates])
+    order = sorted(range(len(made)), key=lambda place: found[place].iteration_s)
+    fits = [place for place in order if most_bytes is None or found[place].peak_bytes <= most_bytes]
+    least = min(order, key=lambda place: found[place].peak_bytes)
+    return made[(fits or [least])[0]]

@@ -9,7 +9,6 @@ Legend: N ranks, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 
@@ -59,15 +58,7 @@ class Routing:
 
     def counts_NE(self, record: int) -> Int64:
         """Return the counts of one record, int64 [N, E]."""
-        part = slice(record, record + 1)
-        trace = self._trace
-        alone = replace(
-            trace,
-            step_R=trace.step_R[part],
-            layer_R=trace.layer_R[part],
-            microbatch_R=trace.microbatch_R[part],
-            counts_RNE=trace.counts_RNE[part],
-        )
+        alone = self._trace.part(slice(record, record + 1))
         counts_NE = alone.with_ranks(self.num_ranks).counts_NE(0)
         if self._factor == 1.0:
             return counts_NE

@@ -61,6 +61,11 @@ class RunShape:
         return self.stages > 1 and self.chunks == 1
 
     @property
+    def can_overlap(self) -> bool:
+        """Return True if Megatron takes combined 1F1B with this recompute and pipeline."""
+        return self.recompute != Recompute.FULL and not self.synchronises
+
+    @property
     def data_parallel(self) -> int:
         """Return the number of ranks that hold the same dense weights."""
         return self.ranks * self.replicas // self.tensor
@@ -82,3 +87,7 @@ class RunShape:
             min(max(-(-counted * part // parts) - first, 0), layers) for part in range(parts + 1)
         ]
         return [list(range(*pair)) for pair in pairwise(bounds)]
+
+    def stage_layers(self, layers: int, stage: int) -> list[int]:
+        """Return the layers of a stage, chunk after chunk."""
+        return [layer for of in self.layers_by_chunk(layers)[stage :: self.stages] for layer in of]

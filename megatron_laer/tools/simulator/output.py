@@ -1,0 +1,207 @@
+"""Predictions as tables, verdicts and JSON, for `plan`, `simulate` and `advise`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from megatron_laer.planner.clusters import Cluster
+from megatron_laer.tools.simulator.iteration.methods import FSDP_EP, FSEP, STOCK
+from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
+
+# Minimum gain: a smaller one is not worth another library, nor beyond the error of constants.
+WORTH = 1.02
+# Said where the range of constants has the other answer too.
+_MEASURE = " At the {} constants it is {}worth it, so measure them."
+
+_GIB = 2**30
+_COLUMNS: Mapping[str, Callable[[IterationPrediction], str]] = {
+    "s/iteration": lambda found: _s(found.iteration_s),
+    "low": lambda found: _s(found.low_s),
+    "high": lambda found: _s(found.high_s),
+    "tokens/s": lambda found: f"{found.tokens_per_s:,.0f}",
+    "MFU": lambda found: f"{found.mfu:.1%}",
+    "max/mean": lambda found: f"{found.max_over_mean:.3f}",
+    "waiting": lambda found: _s(found.waiting_s),
+    "exposed": lambda found: _s(sum(found.exposed_s.values())),
+    "memory GiB": lambda found: f"{found.peak_bytes / _GIB:.2f}",
+}
+# Column of a prediction's speed over stock's.
+_OVER_STOCK = "x stock"
+_SIMULATED = (
+    *("s/iteration", "low", "high", _OVER_STOCK, "tokens/s", "MFU", "max/mean"),
+    *("waiting", "exposed", "memory GiB"),
+)
+
+LEGEND = """\
+s/iteration at the cluster's constants, and from their fastest to their slowest. x stock: how many
+times as fast as stock, with the same range; EP8: its fastest groups, of 8 ranks. MFU: FLOPs of the
+model over the peak's. waiting: for ranks that compute longer; exposed: exchanges, counts and
+bubbles that compute waits for; both are means over ranks. memory: with estimates for CUDA and NCCL,
+without the allocator's loss."""
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """Return a table as text, with the columns of `left` left-aligned, others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place in left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def not_given(cluster: Cluster) -> str:
+    """Name constants without which a prediction leaves something out; "" if there are none."""
+    lacks = []
+    if cluster.card is None:
+        lacks.append("no card, so only --memory-gib limits memory")
+    if cluster.host is None:
+        lacks.append("no host, so no layer waits for it")
+    return f"{cluster.name} has {' and '.join(lacks)}." if lacks else ""
+
+
+def predictions_text(
+    title: str,
+    rows: Mapping[str, IterationPrediction],
+    stock: IterationPrediction | None,
+    columns: Sequence[str],
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """Return a table of predictions by their labels; `more` are the cells of further columns."""
+
+    def over_stock(found: IterationPrediction) -> str:
+        # A prediction at the nominal constants alone has no range.
+        if stock is None or len(found.by_rates_s) < len(stock.by_rates_s):
+            return "-"
+        return str(gain(found, stock)).replace(" times", "")
+
+    cells = {**_COLUMNS, _OVER_STOCK: over_stock}
+    by_column = [[title, *rows]]
+    for name in columns:
+        by_column.append([name, *map(cells[name], rows.values())])
+    by_column += [[name, *of_column] for name, of_column in (more or {}).items()]
+    return aligned([*zip(*by_column, strict=True)])
+
+
+def methods_text(methods: Mapping[str, IterationPrediction]) -> str:
+    rows = {found.title: found for found in methods.values()}
+    return predictions_text("method", rows, methods.get(STOCK), _SIMULATED)
+
+
+def parts_text(methods: Mapping[str, IterationPrediction]) -> str:
+    """Return seconds by kind and memory by part, with a column for each method."""
+    found = list(methods.values())
+    lines = [("", *(of.title for of in found))]
+    for kind in found[0].compute_s:
+        lines.append((f"compute {kind} s", *(_s(of.compute_s[kind]) for of in found)))
+    for kind in found[0].exposed_s:
+        if any(of.exposed_s[kind] for of in found):
+            lines.append((f"exposed {kind} s", *(_s(of.exposed_s[kind]) for of in found)))
+    lines.append(("waiting s", *(_s(of.waiting_s) for of in found)))
+    for part in dict.fromkeys(part for of in found for part in of.memory_bytes):
+        sizes = (of.memory_bytes.get(part, 0.0) / _GIB for of in found)
+        lines.append((f"memory {part} GiB", *(f"{size:.2f}" for size in sizes)))
+    return aligned(lines)
+
+
+def advice(label: str, methods: Mapping[str, IterationPrediction], most_gib: float | None) -> str:
+    """Return the verdict on FSEP, whose settings the label names."""
+    ours, rival = methods.get(FSEP), methods.get(STOCK) or methods.get(FSDP_EP)
+    if ours is None or rival is None:
+        return "No advice: FSEP and stock EP were not both simulated."
+    named = f"stock EP in groups of {rival.group}"
+    both = Option(label, ours), Option("FSDP+EP" if rival.method == FSDP_EP else named, rival)
+    fits = [most_gib is None or of.prediction.peak_bytes <= most_gib * _GIB for of in both]
+    least_bytes = [(of.label, of.prediction.peak_bytes) for of in both]
+    mine, theirs = (of if of_fits else None for of, of_fits in zip(both, fits, strict=True))
+    return verdict(mine, theirs, least_bytes, most_gib)
+
+
+class Option(NamedTuple):
+    """A way to train, and its predicted iteration."""
+
+    label: str
+    prediction: IterationPrediction
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Speed of one method over another's, with its range over the rates."""
+
+    times: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.times:.2f} times ({self.low:.2f} to {self.high:.2f})"
+
+
+def gain(method: IterationPrediction, over: IterationPrediction) -> Gain:
+    """Compare two methods at each set of rates, since both run on the same machine."""
+    ratios = [
+        theirs / ours for ours, theirs in zip(method.by_rates_s, over.by_rates_s, strict=True)
+    ]
+    return Gain(ratios[0], min(ratios), max(ratios))
+
+
+def _reason(ours: IterationPrediction, theirs: IterationPrediction, *, gains: bool) -> str:
+    """Return the part of an iteration that shrinks most with FSEP, or that grows most."""
+    less = {"waiting for the slowest rank": theirs.waiting_s - ours.waiting_s}
+    less |= {kind: theirs.exposed_s[kind] - seconds for kind, seconds in ours.exposed_s.items()}
+    kind = (max if gains else min)(less, key=lambda kind: less[kind])
+    return f"{kind} takes {abs(less[kind]):.3g} s {'less' if gains else 'more'}"
+
+
+def verdict(
+    ours: Option | None,
+    theirs: Option | None,
+    least_bytes: Sequence[tuple[str, float]],
+    most_gib: float | None,
+) -> str:
+    """Compare the best of FSEP with the best of stock; None does not fit in memory.
+
+    `least_bytes` name FSEP's and stock's ways that need the least memory.
+    """
+    limit = "" if most_gib is None else f"{most_gib:.3g} GiB"
+    needs = [(label, f"{size / 2**30:.3g}") for label, size in least_bytes]
+    if ours is None and theirs is None:
+        of_both = " and ".join(f"{label} {size}" for label, size in needs)
+        return (
+            f"Nothing fits {limit} of a rank: the least need is of {of_both} GiB. Recompute more, "
+            "or spread the model over more pipeline stages, tensor-parallel ranks or GPUs."
+        )
+    if ours is None or theirs is None:
+        label, size = needs[ours is not None]
+        need = f"{limit}; the least need is of {label}, {size} GiB."
+        if theirs is not None:
+            return f"Take {theirs.label}: no setting of FSEP fits {need}"
+        assert ours is not None
+        return f"Use FSEP ({ours.label}): stock does not fit {need}"
+    found = gain(ours.prediction, theirs.prediction)
+    gains = found.times >= WORTH
+    reason = _reason(ours.prediction, theirs.prediction, gains=gains)
+    compared = f"it is {found} as fast as {theirs.label}; {reason}."
+    if gains:
+        more = "" if found.low >= WORTH else _MEASURE.format("worst", "not ")
+        return f"Use FSEP ({ours.label}): {compared}{more}"
+    more = "" if found.high < WORTH else _MEASURE.format("best", "")
+    fastest = f"of its settings {ours.label} is the fastest, and {compared}{more}"
+    return f"Take {theirs.label}, not FSEP: {fastest}"
+
+
+def content(found: IterationPrediction) -> dict[str, Any]:
+    """Return a prediction as in JSON files."""
+    shown = asdict(found)
+    for name in ("method", "tokens", "flops", "peak_flops_per_s"):
+        del shown[name]
+    first: dict[str, Any] = {"iteration_s": found.range_s, "by_rates_s": found.by_rates_s}
+    first |= {"tokens_per_s": found.tokens_per_s, "mfu": found.mfu}
+    return first | shown | {"peak_bytes": found.peak_bytes}
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.4g}"
