@@ -6,7 +6,8 @@ Legend: N ranks of a group, L layers, M microbatches.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from megatron_laer.choices import (
     Auto,
     ExchangeAlgorithm,
     Sharding,
+    TokenExchange,
     Unproven,
 )
 from megatron_laer.config import FSEPConfig
@@ -114,16 +116,37 @@ class Candidate:
         return self.setting.label
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class _Extent:
+    """Simulated part of a run in groups of some size: all of it, or a shortened one.
+
+    Iterations of `few` and `many` microbatches are extended to `wanted`, and then by `factor`.
+    """
+
+    model: ModelShape
+    shape: RunShape
+    routing: Routing
+    steps: int
+    few: int
+    many: int
+    wanted: float
+    factor: float = 1.0
+
+    @cached_property
+    def walked(self) -> list[Step]:
+        """Return the steps with FSEP's forecasts, which are those of any number of microbatches."""
+        return list(self.routing.walk(self.steps, self.many))
+
+
 class Predictor:
     """Predictions of a run's settings, which share its routing and prices."""
 
-    run: Run
-    _traces: dict[int, Trace] = field(default_factory=dict)
-    _routings: dict[tuple[int, bool], Routing] = field(default_factory=dict)
-    _priced: dict[tuple[Geometry, str, str], CostModel] = field(default_factory=dict)
-    _walked: dict[tuple[int, bool], list[Step]] = field(default_factory=dict)
-    _works: dict[tuple[Setting | int, bool], list[StepWorks]] = field(default_factory=dict)
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._trace = cache(run.trace_of)
+        self._extent = cache(self._new_extent)
+        self._costs = cache(self._priced)
+        self._works: dict[tuple[Setting | int, bool], list[StepWorks]] = {}
 
     def stocks(self) -> list[Candidate]:
         """Return stock in each group that divides the ranks and the experts, as it may overlap."""
@@ -135,11 +158,29 @@ class Predictor:
             for combined in (self.run.overlaps if group > 1 else (False,))
         ]
 
+    def stock(self, group: int, combined: bool) -> Candidate:
+        """Return stock in groups of X ranks, simulated on the ranks of whole nodes.
+
+        Where a node's are too many, they are the most that whole groups make.
+        """
+        run, experts = self.run, self.run.model.num_experts
+        sizes = [size for size in run.sizes if size % group == 0]
+        ranks = min(sizes, key=lambda size: (size % run.node_size != 0, size))
+        settings = MethodSettings(
+            Geometry(ranks, experts, experts, min(run.node_size, ranks)),
+            self._by_rank(ranks),
+            stock_group=group,
+            topk=run.model.topk,
+            stock_flex=run.stock_flex,
+            combined=combined,
+        )
+        return Candidate(ranks, make_method(STOCK, settings, run.rates[0]))
+
     def fsep(self, setting: Setting) -> Candidate:
         geometry = setting.geometry
         settings = MethodSettings(
             geometry,
-            self._costs(geometry, setting.tokens, setting.algorithm),
+            self._costs(geometry, setting.tokens.exchange, setting.algorithm),
             FSEPConfig(restore=setting.restore),
             topk=self.run.model.topk,
             flex=setting.is_flex,
@@ -151,51 +192,13 @@ class Predictor:
 
     def automatic(self, geometry: Geometry, tokens: Dispatch) -> ExchangeAlgorithm:
         """Return the exchange of experts that training takes by itself."""
-        return self._costs(geometry, tokens, Auto.AUTO).restore_algorithm
-
-    def stock(self, group: int, combined: bool) -> Candidate:
-        """Return stock in groups of X ranks, simulated on the ranks of whole nodes."""
-        run = self.run
-        ranks = self._stock_ranks(group)
-        experts = run.model.num_experts
-        geometry = Geometry(ranks, experts, experts, min(run.node_size, ranks))
-        settings = MethodSettings(
-            geometry,
-            self._prices(ranks),
-            stock_group=group,
-            topk=run.model.topk,
-            stock_flex=run.stock_flex,
-            combined=combined,
-        )
-        return Candidate(ranks, make_method(STOCK, settings, run.rates[0]))
-
-    def _costs(
-        self, geometry: Geometry, tokens: Dispatch, algorithm: ExchangeAlgorithm | Auto
-    ) -> CostModel:
-        key = geometry, tokens.exchange, algorithm
-        if key not in self._priced:
-            topk, routing = self.run.model.topk, self._routing(geometry.num_ranks)
-            sizes = geometry, topk, routing.tokens(topk)
-            costs = self._prices(geometry.num_ranks)
-            self._priced[key] = priced(costs, sizes, tokens.exchange, algorithm)
-        return self._priced[key]
-
-    def _prices(self, num_ranks: int) -> CostModel:
-        """Return prices of a group's planner, for tokens that travel by rank."""
-        run, pairs = self.run, self._routing(num_ranks).pairs
-        return run.model.costs(run.rates[0].cluster, run.shape.recompute, pairs)
-
-    def _stock_ranks(self, group: int) -> int:
-        """Return the fewest ranks of whole nodes, or the most below a node, with whole groups."""
-        sizes = [size for size in self.run.sizes if size % group == 0]
-        return min(sizes, key=lambda size: (size % self.run.node_size != 0, size))
+        return self._costs(geometry, tokens.exchange, Auto.AUTO).restore_algorithm
 
     def least_bytes(self, candidate: Candidate) -> float:
         """Return a lower bound on a rank's memory: some rank has the mean tokens."""
-        routing = self._routing(candidate.num_ranks)
+        of = self._extent(candidate.num_ranks, False)
         shape = self.run.of_group(candidate.num_ranks)
-        parts = memory_bytes(self.run.model, shape, candidate.method, routing.pairs)
-        return sum(parts.values())
+        return sum(memory_bytes(of.model, shape, candidate.method, of.routing.pairs).values())
 
     def roughly(self, candidate: Candidate) -> float:
         """Return the seconds of an iteration, from a run with fewer layers and stages.
@@ -203,56 +206,77 @@ class Predictor:
         Layers, microbatches and the pipeline's bubbles are scaled up. Only the LM head is then
         counted wrongly, in all candidates alike.
         """
-        full = self.run.of_group(candidate.num_ranks)
-        model, shape, factor = _shortened(self.run.model, full)
-        # A bubble per further stage takes as long as one of a stage's chunks.
-        wanted = full.microbatches + (full.stages - shape.stages) / full.chunks
-        microbatches = shape.stages, 2 * shape.stages, wanted
-        replayed = self._replayed(candidate, model, 2 * shape.stages, _STEPS, short=True)
-        sets = self.run.rates[:1]
-        return factor * _extended(replayed, model, shape, candidate, sets, microbatches).iteration_s
+        of = self._extent(candidate.num_ranks, True)
+        return of.factor * self._predicted(candidate, self.run.rates[:1], rough=True).iteration_s
 
     def fully(self, candidate: Candidate, sets: Sequence[Rates]) -> IterationPrediction:
         """Predict all layers and stages, and microbatches until further ones are alike."""
-        run, shape = self.run, self.run.of_group(candidate.num_ranks)
-        recorded = int(self._trace(candidate.num_ranks).microbatch_R.max()) + 1
-        few = 2 * shape.stages
-        many = few + shape.stages * -(-recorded // shape.stages)
-        if shape.microbatches <= few + many:
-            many = shape.microbatches
-        replayed = self._replayed(candidate, run.model, many, run.steps, short=False)
-        microbatches = few, many, shape.microbatches
-        return _extended(replayed, run.model, shape, candidate, sets, microbatches)
+        return self._predicted(candidate, sets, rough=False)
 
-    def _replayed(
-        self, candidate: Candidate, model: ModelShape, microbatches: int, steps: int, *, short: bool
-    ) -> list[StepWorks]:
-        """Return the candidate's work, which is the same whether tokens overlap or not."""
-        setting, method = candidate.setting, candidate.method
-        same = method.group if setting is None else replace(setting, combined=False)
-        assert same is not None
-        if (same, short) not in self._works:
-            key = candidate.num_ranks, short
-            routing = self._routing(candidate.num_ranks, short=short)
-            if key not in self._walked:  # FSEP's forecast is that of any number of microbatches
-                self._walked[key] = list(routing.walk(steps, microbatches))
-            sizes = self._walked[key], model, [method], microbatches
-            self._works[same, short] = list(replay_steps(routing, *sizes))
-        return self._works[same, short]
+    def _predicted(
+        self, candidate: Candidate, sets: Sequence[Rates], *, rough: bool
+    ) -> IterationPrediction:
+        """Predict few and many microbatches, and more of them, each of which adds as much."""
+        of, method = self._extent(candidate.num_ranks, rough), candidate.method
+        # Work is the same whether tokens overlap or not.
+        setting = candidate.setting
+        key = method.group if setting is None else replace(setting, combined=False)
+        assert key is not None
+        if (key, rough) not in self._works:
+            replayed = replay_steps(of.routing, of.walked, of.model, [method], of.many)
+            self._works[key, rough] = list(replayed)
 
-    def _trace(self, num_ranks: int) -> Trace:
-        if num_ranks not in self._traces:
-            self._traces[num_ranks] = self.run.trace_of(num_ranks)
-        return self._traces[num_ranks]
+        def predicted(number: int) -> IterationPrediction:
+            shape = replace(of.shape, microbatches=number)
+            (found,) = price_steps(self._works[key, rough], of.model, shape, [method], sets)
+            return found
 
-    def _routing(self, num_ranks: int, *, short: bool = False) -> Routing:
-        key = num_ranks, short
-        if key not in self._routings:
-            trace = self._trace(num_ranks)
-            if short:
-                trace = _short_trace(trace)
-            self._routings[key] = Routing(trace, num_ranks, self.run.model.topk, self.run.tokens)
-        return self._routings[key]
+        by_many = predicted(of.many)
+        if of.many == of.wanted:
+            return by_many
+        by_few, share = predicted(of.few), (of.wanted - of.many) / (of.many - of.few)
+
+        def line(start: Any, end: Any) -> Any:
+            if isinstance(end, Mapping):
+                return {kind: line(start[kind], value) for kind, value in end.items()}
+            if isinstance(end, tuple):
+                return tuple(map(line, start, end))
+            return end + (end - start) * share
+
+        spent = ("by_rates_s", "tokens", "flops", "waiting_s", "compute_s", "exposed_s")
+        lines = {name: line(getattr(by_few, name), getattr(by_many, name)) for name in spent}
+        return replace(by_many, **lines)
+
+    def _new_extent(self, num_ranks: int, rough: bool) -> _Extent:
+        """Return the whole run, or a rough one with fewer layers, stages and records."""
+        run, full, trace = self.run, self.run.of_group(num_ranks), self._trace(num_ranks)
+        topk, stages = run.model.topk, full.stages
+        if rough:
+            model, shape, factor = _shortened(run.model, full)
+            routing = Routing(_short_trace(trace), num_ranks, topk, run.tokens)
+            few = shape.stages
+            # A bubble per further stage takes as long as one of a stage's chunks.
+            wanted = full.microbatches + (stages - few) / full.chunks
+            return _Extent(model, shape, routing, _STEPS, few, 2 * few, wanted, factor)
+        routing = Routing(trace, num_ranks, topk, run.tokens)
+        recorded, few = int(trace.microbatch_R.max()) + 1, 2 * stages
+        many = few + stages * -(-recorded // stages)
+        if full.microbatches <= few + many:
+            many = full.microbatches
+        return _Extent(run.model, full, routing, run.steps, few, many, full.microbatches)
+
+    def _by_rank(self, num_ranks: int) -> CostModel:
+        """Return prices of a group's planner, for tokens that travel by rank."""
+        run, pairs = self.run, self._extent(num_ranks, False).routing.pairs
+        return run.model.costs(run.rates[0].cluster, run.shape.recompute, pairs)
+
+    def _priced(
+        self, geometry: Geometry, tokens: TokenExchange, algorithm: ExchangeAlgorithm | Auto
+    ) -> CostModel:
+        topk = self.run.model.topk
+        routing = self._extent(geometry.num_ranks, False).routing
+        sizes = geometry, topk, routing.tokens(topk)
+        return priced(self._by_rank(geometry.num_ranks), sizes, tokens, algorithm)
 
 
 def _shortened(model: ModelShape, run: RunShape) -> tuple[ModelShape, RunShape, float]:
@@ -280,36 +304,3 @@ def _short_trace(trace: Trace) -> Trace:
     part = trace.part(chosen_R)
     names = tuple(trace.layers[int(layer)] for layer in kept)
     return replace(part, layers=names, layer_R=np.searchsorted(kept, part.layer_R))
-
-
-def _extended(
-    replayed: Sequence[StepWorks],
-    model: ModelShape,
-    shape: RunShape,
-    candidate: Candidate,
-    sets: Sequence[Rates],
-    microbatches: tuple[int, int, float],
-) -> IterationPrediction:
-    """Predict few and many microbatches, and more of them, each of which adds as much."""
-
-    def predicted(number: int) -> IterationPrediction:
-        of = replace(shape, microbatches=number)
-        (found,) = price_steps(replayed, model, of, [candidate.method], sets)
-        return found
-
-    few, many, wanted = microbatches
-    by_many = predicted(many)
-    if many == wanted:
-        return by_many
-    by_few, share = predicted(few), (wanted - many) / (many - few)
-
-    def line(start: Any, end: Any) -> Any:
-        if isinstance(end, Mapping):
-            return {kind: line(start[kind], of) for kind, of in end.items()}
-        if isinstance(end, tuple):
-            return tuple(map(line, start, end))
-        return end + (end - start) * share
-
-    spent = ("by_rates_s", "tokens", "flops", "waiting_s", "compute_s", "exposed_s")
-    lines = {name: line(getattr(by_few, name), getattr(by_many, name)) for name in spent}
-    return replace(by_many, **lines)
