@@ -17,10 +17,10 @@ _GIB, _WIDTH = 2**30, 100
 _COLUMNS = ("s/iteration", "low", "high", "x stock", "max/mean", "memory GiB")
 
 LEGEND = """\
-Each row has the fastest slots and exchanges of its group size and sharding. share: time of stock
-under perfectly balanced counts, in its fastest group that fits, over the row's time under the given
-routing. x stock: how many times as fast as the first stock, with the range over the constants.
-EP: ranks of a group; C: slots per rank; overlap: Megatron's combined 1F1B."""
+Each row has the fastest slots, exchange of tokens and restore of its group size and sharding.
+share: time of stock under perfectly balanced counts, in its fastest group that fits, over the row's
+time under the given routing. x stock: how many times as fast as the first stock, with the range
+over the constants. EP: ranks of a group; C: slots per rank; overlap: Megatron's combined 1F1B."""
 
 
 def text(title: str, run: Run, results: Results, common: Sequence[str]) -> str:

@@ -12,13 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_laer.choices import (
-    Auto,
-    ExchangeAlgorithm,
-    Sharding,
-    TokenExchange,
-    Unproven,
-)
+from megatron_laer.choices import Auto, Sharding, TokenExchange, Unproven
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -180,7 +174,7 @@ class Predictor:
         geometry = setting.geometry
         settings = MethodSettings(
             geometry,
-            self._costs(geometry, setting.tokens.exchange, setting.algorithm),
+            self._costs(geometry, setting.tokens.exchange),
             FSEPConfig(restore=setting.restore),
             topk=self.run.model.topk,
             flex=setting.is_flex,
@@ -189,10 +183,6 @@ class Predictor:
         )
         method = make_method(FSEP, settings, self.run.rates[0])
         return Candidate(geometry.num_ranks, method, setting)
-
-    def automatic(self, geometry: Geometry, tokens: Dispatch) -> ExchangeAlgorithm:
-        """Return the exchange of experts that training takes by itself."""
-        return self._costs(geometry, tokens.exchange, Auto.AUTO).restore_algorithm
 
     def least_bytes(self, candidate: Candidate) -> float:
         """Return a lower bound on a rank's memory: some rank has the mean tokens."""
@@ -270,13 +260,12 @@ class Predictor:
         run, pairs = self.run, self._extent(num_ranks, False).routing.pairs
         return run.model.costs(run.rates[0].cluster, run.shape.recompute, pairs)
 
-    def _priced(
-        self, geometry: Geometry, tokens: TokenExchange, algorithm: ExchangeAlgorithm | Auto
-    ) -> CostModel:
+    def _priced(self, geometry: Geometry, tokens: TokenExchange) -> CostModel:
+        """Return prices with training's choice of the exchange of experts."""
         topk = self.run.model.topk
         routing = self._extent(geometry.num_ranks, False).routing
         sizes = geometry, topk, routing.tokens(topk)
-        return priced(self._by_rank(geometry.num_ranks), sizes, tokens, algorithm)
+        return priced(self._by_rank(geometry.num_ranks), sizes, tokens, Auto.AUTO)
 
 
 def _shortened(model: ModelShape, run: RunShape) -> tuple[ModelShape, RunShape, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from megatron_laer.tools.simulator.advisor.predictor import Candidate, Predictor
@@ -98,12 +97,7 @@ def search(predictor: Predictor, balanced: Predictor, progress: Progress) -> Res
         if size > 1
         for geometry in geometries(run.model.num_experts, size, run.node_size, run.shardings)
         for setting in settings_of(
-            geometry,
-            run.dispatches,
-            run.model.topk,
-            partial(predictor.automatic, geometry),
-            run.flex_backend,
-            run.overlaps,
+            geometry, run.dispatches, run.model.topk, run.flex_backend, run.overlaps
         )
     ]
     ours = [predictor.fsep(setting) for setting in settings]

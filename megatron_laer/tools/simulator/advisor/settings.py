@@ -6,17 +6,11 @@ Legend: N ranks of a group, E experts, C slots per rank, G ranks per node.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
-from megatron_laer.choices import (
-    Auto,
-    Choice,
-    ExchangeAlgorithm,
-    Restore,
-    Sharding,
-    TokenExchange,
-)
+from megatron_laer.choices import Choice, Restore, Sharding, TokenExchange
 from megatron_laer.config import FSEPConfig, flag_name, setting
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.layout import default_capacity
@@ -46,20 +40,15 @@ class Setting:
 
     geometry: Geometry
     restore: Restore = Restore.LAYER
-    algorithm: ExchangeAlgorithm | Auto = Auto.AUTO
     tokens: Dispatch = Dispatch.RANK
     combined: bool = False
 
     @property
     def changes(self) -> dict[str, str]:
         """Return the fields of `FSEPConfig` that differ from its defaults, with their words."""
-        words = {
-            "restore": self.restore,
-            "restore_algorithm": self.algorithm,
-            "token_exchange": (
-                TokenExchange.NODE if self.tokens == Dispatch.NODE else TokenExchange.RANK
-            ),
-        }
+        by_node = self.tokens == Dispatch.NODE
+        exchange = TokenExchange.NODE if by_node else TokenExchange.RANK
+        words = {"restore": self.restore, "token_exchange": exchange}
         return {
             name: word.value for name, word in words.items() if word != getattr(_DEFAULTS, name)
         }
@@ -68,9 +57,8 @@ class Setting:
     def label(self) -> str:
         geometry = self.geometry
         sizes = f"EP{geometry.num_ranks} {geometry.sharding} C={geometry.capacity}"
-        more = {"tokens": self.tokens, "restore": self.restore, "exchange": self.algorithm}
-        words = [f"{name} {word}" for name, word in more.items()]
-        return ", ".join([sizes, *words, *["overlap"] * self.combined])
+        words = [sizes, f"tokens {self.tokens}", f"restore {self.restore}"]
+        return ", ".join([*words, *["overlap"] * self.combined])
 
     @property
     def flags(self) -> list[str]:
@@ -140,28 +128,20 @@ def settings_of(
     geometry: Geometry,
     dispatches: Sequence[Dispatch],
     topk: int,
-    automatic: Callable[[Dispatch], ExchangeAlgorithm],
     flex_backend: str,
     overlaps: Sequence[bool],
 ) -> Iterator[Setting]:
     """Yield the settings of a geometry, training's defaults first.
 
-    Homes have the faster exchange for each layout. Rows have the `automatic` one for all layouts,
-    so that the other may be the faster in a whole run. `overlaps` are possible values of combined
-    1F1B, which would hide nothing of what `node` sends inside nodes.
+    Training chooses the exchange of experts. `overlaps` are possible values of combined 1F1B, which
+    would hide nothing of what `node` sends inside nodes.
     """
     for tokens in dispatches:
         if tokens == Dispatch.FLEX and _flex_problems(geometry, topk, flex_backend):
             continue
-        algorithms: list[ExchangeAlgorithm | Auto] = [Auto.AUTO]
-        if geometry.num_nodes > 1 and geometry.sharding == Sharding.ROWS:
-            taken = automatic(tokens)
-            algorithms += [algorithm for algorithm in ExchangeAlgorithm if algorithm != taken]
-        for restore in Restore:
-            for algorithm in algorithms:
-                for combined in overlaps:
-                    if not (combined and tokens == Dispatch.NODE):
-                        yield Setting(geometry, restore, algorithm, tokens, combined)
+        for restore, combined in product(Restore, overlaps):
+            if not (combined and tokens == Dispatch.NODE):
+                yield Setting(geometry, restore, tokens, combined)
 
 
 def _flex_problems(geometry: Geometry, topk: int, backend: str) -> list[str]:
