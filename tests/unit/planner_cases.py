@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Sharding
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 
@@ -62,3 +63,11 @@ def geometries(
     capacity = draw(st.integers(least, min(num_experts, least + spare)))
     node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
     return Geometry(num_ranks, num_experts, capacity, node_size)
+
+
+@st.composite
+def home_geometries(draw: st.DrawFn, most_experts: int = 24) -> Geometry:
+    num_ranks, node_size = draw(st.sampled_from([(2, 1), (2, 2), (3, 3), (4, 2), (6, 3), (8, 4)]))
+    home = draw(st.integers(1, max(most_experts // num_ranks, 1)))
+    capacity = min(num_ranks * home, home + draw(st.integers(1, 3)))
+    return Geometry(num_ranks, num_ranks * home, capacity, node_size, Sharding.EXPERTS)

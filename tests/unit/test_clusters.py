@@ -66,20 +66,6 @@ measured: {date: 2026-11-26, torch: 2.15.0}
 """
 
 
-def test_the_papers_cluster_has_the_papers_numbers() -> None:
-    cluster = load_cluster("a100-4x8-ib800")
-    # The file's profile: 6.7096 ms for 4096 tokens through an expert of Mixtral-8x7B.
-    expert_flops = 2 * 3 * 4096 * 14336
-    seconds = expert_flops * cluster.gemm.unit_seconds(np.array([4096]))[0]
-    assert seconds == pytest.approx(6.7096e-3, rel=2e-3)
-    assert cluster.gemm.points[-1][1] == 2.37e14
-    assert cluster.inter.bytes_per_s == pytest.approx(0.8 * 100e9 / 8)
-    # Tokens never reach NVLink's 300 GB/s.
-    spread = dict(cluster.spreads)["intra.bytes_per_s"]
-    assert spread.low >= 300e9 / 10 and spread.high <= 300e9 / 2
-    assert (cluster.nodes, cluster.ranks_per_node) == (4, 8)
-
-
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -90,21 +76,16 @@ def test_the_papers_cluster_has_the_papers_numbers() -> None:
         ("[4096, 237e12]", "[4096]", r"must be a point \[tokens, FLOP/s\]"),
         ("2e-5", "1e308", r"inter\.latency_s must be at most 3600 s, got '1e308'"),
         ("3e11", "1e-300", r"bytes_per_s must be in 1\.\.1e\+24 per second, got '1e-300'"),
-        ("3e11", "0", "bytes_per_s must be positive"),
         ("nodes: 1", "nodes: ²", "nodes must be an integer in 1..1048576, got '²'"),
-        ("nodes: 1", "nodes: 1000000000000000", r"nodes must be an integer in 1\.\.1048576, got"),
-        ("source: y", "source: [y]", r"source must be a text that is not empty, got \['y'\]"),
         ("nodes: 1", "speed: 3", r"lacks .*'nodes'\] and has the unknown keys \['speed'\]"),
         ("base_s: 1e-5", "base_s: -1", r"solve: base_s must be .* not negative, got -1"),
         ("factor: 1.5", "factor: 0", r"backward_gemm_factor must be positive and finite, got 0\.0"),
         ("{gemm: 1.1, ", "{gemm: fast, ", r"contention\.gemm must be a number .*got 'fast'"),
-        ("launch_s: 5e-6", "launch_s: -1", r"host: launch_s must be .* not negative, got -1"),
         ("weight_grad: ", "weights: ", r"back_ends\.loop lacks the keys \['weight_grad'\]"),
         ("low: 3e10", "low: 4e11", r"intra\.bytes_per_s: low 4e\+11 and high 3e\+11 are no range"),
         ("high: 3e11", "high: 2e11", r"is 3e\+11, outside of its spread 3e\+10\.\.2e\+11"),
         ("high: 3e11", "high: 1e300", r"spreads\.intra\.bytes_per_s\.high must be at most 1e\+24"),
         ("low: 3e10", "low: 0", r"intra\.bytes_per_s has a spread from 0, but must be positive"),
-        ("{gemm: 1.1, ", "{gemm: 1e308, ", r"contention\.gemm must be at most 1e\+06, got"),
         ("gemm: {low", "gemms: {low", r"'gemms' is no constant with a spread; known are \['gemm'"),
         ("[2, 1, 3]", "[2, 1]", r"must be a figure \[median, low, high\], got \['2', '1'\]"),
         ("torch: 2.15.0", "torch: []", r"measured\.torch must be a text that is not empty, got"),
@@ -275,18 +256,9 @@ def test_time_grows_with_tokens_and_meets_the_points(data: st.DataObject) -> Non
     for point, flops_per_s in curve.points:
         assert curve.unit_seconds(np.array([point]))[0] == pytest.approx(point / flops_per_s)
     assert (least_unit_seconds(curve, tokens) <= seconds).all()
-
-
-@settings(max_examples=100)
-@given(st.data())
-def test_no_division_into_gemms_is_faster_than_the_bound(data: st.DataObject) -> None:
-    try:
-        curve = data.draw(curves())
-    except ValueError:
-        return
-    parts = np.array(data.draw(st.lists(st.integers(0, 6000), min_size=1, max_size=6)))
-    least = least_unit_seconds(curve, np.array([parts.sum()]))[0]
-    assert least <= curve.unit_seconds(parts).sum() * (1 + 1e-12)
+    # No division into GEMMs is faster than the bound.
+    least = least_unit_seconds(curve, np.array([tokens.sum()]))[0]
+    assert least <= seconds.sum() * (1 + 1e-12)
 
 
 def test_time_is_linear_between_points_and_constant_below_the_first() -> None:

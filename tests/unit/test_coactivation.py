@@ -6,7 +6,6 @@ Legend: T tokens, E experts, K top-k, M nodes.
 from __future__ import annotations
 
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from megatron_laer.planner import coactivation
 from megatron_laer.planner.coactivation import place_together
 from megatron_laer.planner.crossings import Crossings
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.homes_file import read_homes, write_homes
 from tests.traces import pairs_of
 
 
@@ -53,13 +51,6 @@ def test_homes_are_a_permutation_and_repeatable(data: st.DataObject) -> None:
     order_E = place_together(pairs_EE, geometry)
     assert order_E.dtype == np.int64 and sorted(order_E.tolist()) == [*range(experts)]
     assert place_together(pairs_EE, geometry).tolist() == order_E.tolist()
-
-
-def test_homes_go_into_a_file_for_training(tmp_path: Path) -> None:
-    order_E = place_together(pairs_of(topic_sets(8, 2, 300, 3, seed=0), 8), Geometry(4, 8, 2, 2))
-    write_homes(tmp_path / "homes.json", 4, {"layer 1": order_E})
-    homes = read_homes(tmp_path / "homes.json").by_layer["layer 1"]
-    np.testing.assert_array_equal(homes.expert_E, order_E)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -231,23 +231,6 @@ def test_tolerance_keeps_what_is_good_enough_and_never_takes_what_is_worse(
         assert after <= 1 + tolerance
 
 
-@pytest.mark.parametrize("mode", GUARD_MODES)
-def test_no_token_and_one_token_keep_or_spread_as_well_as_can_be(mode: str) -> None:
-    geometry = Geometry(4, 6, 3, 2)
-    planned = ExpertLayout.static(4, 3, 6)
-    guard = Guard(mode, make_costs(), geometry)
-    idle = guard.decide(np.zeros((4, 6), dtype=np.int64), planned)
-    assert idle.max_over_mean_after == 1.0 and idle.quotas.loads_S.sum() == 0
-    one_token_NE = counts_of("one token", geometry, 9)
-    single = guard.decide(one_token_NE, planned)
-    assert single.max_over_mean_after == 4.0
-    if mode != PlanMode.EXACT:
-        assert single.layout is planned
-    tolerant = Guard(PlanMode.ADAPTIVE, make_costs(), geometry, 0.05).decide(one_token_NE, planned)
-    assert not tolerant.solved
-    assert tolerant.reason == "kept forecast: max/mean 4.00, the least for so few tokens"
-
-
 HOT_NE = np.array([[90, 2, 2, 2], [90, 2, 2, 2], [90, 2, 2, 2], [90, 2, 2, 2]])
 
 
