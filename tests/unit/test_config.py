@@ -22,27 +22,41 @@ def parse(*words: str) -> argparse.Namespace:
     return add_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args(words)
 
 
-def test_defaults_and_values_of_flags_reach_their_fields() -> None:
+FSEP = "--expert-parallel-mode fsep"
+PRICED = {"sharding": "rows", "capacity": 3, "restore_algorithm": "flat", "plan_mode": "exact"}
+
+
+def test_without_the_mode_there_is_no_configuration() -> None:
     assert config_from_args(parse()) is None
     assert config_from_args(parse("--expert-parallel-mode", "standard")) is None
-    assert config_from_args(parse("--expert-parallel-mode", "fsep")) == FSEPConfig()
-    words = "--expert-parallel-mode fsep --fsep-capacity 3 --fsep-set plan_lag=2"
-    given = parse(*words.split())
-    assert config_from_args(given) == FSEPConfig(capacity=3, plan_lag=2)
-    with pytest.raises(ValueError, match=r"--fsep-capacity 3.*no effect"):
-        config_from_args(parse("--fsep-capacity", "3"))
 
 
-def test_all_that_does_not_go_together_is_told_in_one_text() -> None:
-    with pytest.raises(
-        ValueError, match=r"^\(1\) --fsep-plan-mode exact with .*\(2\) --fsep-set pairs_in"
-    ):
-        FSEPConfig(restore="step", plan_mode="exact", pairs_interval=5)
-    flags = "--fsep-plan-mode exact --fsep-planner laer --fsep-set plan_lag=2"
-    with pytest.raises(
-        ValueError, match=r"\(1\) --fsep-planner laer with .*\(2\) --fsep-set plan_lag=2"
-    ):
-        config_from_args(parse("--expert-parallel-mode", "fsep", *flags.split()))
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ("", {}),
+        ("--fsep-capacity auto", {}),
+        ("--fsep-capacity 3 --fsep-set plan_lag=2", {"capacity": 3, "plan_lag": 2}),
+        (
+            "--fsep-set plan_lag=2 split=even --fsep-set plan_lag=3",
+            {"split": "even", "plan_lag": 3},
+        ),
+        ("--fsep-set cluster=a=b", {"cluster": "a=b"}),
+        ("--fsep-restore step --fsep-restore 1.5", {"restore": 1.5}),
+        ("--fsep-restore 1.5 --fsep-restore step", {"restore": "step"}),
+        ("--fsep-record d", {"record_trace": "d", "record_metrics": "d"}),
+        ("--fsep-record d --fsep-record e trace", {"record_trace": "e", "record_metrics": "d"}),
+        ("--fsep-record trace layouts", {"record_layouts": "trace"}),
+        # Constants of hardware decide nothing else but how tokens go.
+        (
+            " ".join(setting(name, value) for name, value in PRICED.items())
+            + " --fsep-set cluster=cpu-gloo --fsep-token-exchange auto",
+            PRICED | {"cluster": "cpu-gloo", "token_exchange": "auto"},
+        ),
+    ],
+)
+def test_values_of_flags_reach_their_fields(flags: str, wanted: dict[str, Any]) -> None:
+    assert config_from_args(parse(*f"{FSEP} {flags}".split())) == FSEPConfig(**wanted)
 
 
 def test_a_preset_sets_what_the_paper_does_and_no_flag_may_contradict_it() -> None:
@@ -62,22 +76,6 @@ def test_a_preset_sets_what_the_paper_does_and_no_flag_may_contradict_it() -> No
         FSEPConfig(preset=Preset.LAER, restore="step", plan_lag=2)
 
 
-def test_settings_without_flags_of_their_own_are_given_by_name() -> None:
-    fsep = "--expert-parallel-mode fsep --fsep-set plan_lag=2 split=even"
-    config = config_from_args(parse(*f"{fsep} --fsep-set plan_lag=3 cluster=a=b".split()))
-    assert config == FSEPConfig(plan_lag=3, split="even", cluster="a=b")
-    for flags, wanted in (
-        ("--fsep-restore step --fsep-restore 1.5", {"restore": 1.5}),
-        ("--fsep-restore 1.5 --fsep-restore step", {"restore": "step"}),
-        ("--fsep-record d", {"record_trace": "d", "record_metrics": "d"}),
-        ("--fsep-record d --fsep-record e trace", {"record_trace": "e", "record_metrics": "d"}),
-        ("--fsep-record trace layouts", {"record_layouts": "trace"}),
-    ):
-        assert config_from_args(parse(*f"--expert-parallel-mode fsep {flags}".split())) == (
-            FSEPConfig(**wanted)
-        )
-
-
 def test_every_setting_is_given_once_in_the_help_and_by_its_form() -> None:
     text = add_arguments(argparse.ArgumentParser(prog="x")).format_help()
     for field in dataclasses.fields(FSEPConfig):
@@ -89,50 +87,6 @@ def test_every_setting_is_given_once_in_the_help_and_by_its_form() -> None:
         if f"--fsep-{field.name.replace('_', '-')}" != flag:
             with pytest.raises(ValueError, match=f"no such flag; give {flag_name(field.name)}"):
                 check_known([f"--fsep-{field.name.replace('_', '-')}=1", "other"])
-
-
-def test_slots_may_be_left_to_predicted_time_by_name() -> None:
-    fsep = ["--expert-parallel-mode", "fsep"]
-    assert config_from_args(parse(*fsep, "--fsep-capacity", "auto")) == FSEPConfig()
-    assert config_from_args(parse(*fsep, "--fsep-capacity", "3")) == FSEPConfig(capacity=3)
-    with pytest.raises(SystemExit):
-        parse(*fsep, "--fsep-capacity", "most")
-
-
-def test_constants_of_hardware_decide_how_tokens_go_if_nothing_else() -> None:
-    flags = "--fsep-sharding rows --fsep-capacity 3 --fsep-set restore_algorithm=flat"
-    flags += " --fsep-plan-mode exact"
-    words = ["--expert-parallel-mode", "fsep", *flags.split(), "--fsep-set", "cluster=cpu-gloo"]
-    with pytest.raises(ValueError, match="no effect"):
-        config_from_args(parse(*words, "--fsep-token-exchange", "node"))
-    assert config_from_args(parse(*words, "--fsep-token-exchange", "auto")) is not None
-
-
-@pytest.mark.parametrize(
-    ("words", "mode"),
-    [
-        ("", "adaptive"),
-        ("--fsep-planner static", "forecast"),
-        ("--fsep-planner random", "forecast"),
-        ("--fsep-planner laer --fsep-set split=even", "forecast"),
-        ("--fsep-planner static --fsep-plan-mode adaptive", "adaptive"),
-    ],
-)
-def test_the_plan_mode_by_default(words: str, mode: str) -> None:
-    config = config_from_args(parse("--expert-parallel-mode", "fsep", *words.split()))
-    assert config is not None and config.mode == mode
-
-
-def test_deterministic_mode_waits_for_plans() -> None:
-    assert deterministic(FSEPConfig()).late_plan == "wait"
-
-
-def test_experts_in_fp8_need_them_at_home() -> None:
-    flags = "--expert-parallel-mode fsep --fsep-allow-unproven fp8-experts".split()
-    assert config_from_args(parse(*flags)) is not None
-    says = "fp8-experts with --fsep-sharding rows: .*; but --fsep-planner laer"
-    with pytest.raises(ValueError, match=says):
-        config_from_args(parse(*flags, "--fsep-planner", "laer"))
 
 
 @pytest.mark.parametrize(
@@ -153,17 +107,23 @@ def test_values_out_of_range_are_quoted(name: str, wrong: list[object]) -> None:
             FSEPConfig(**{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("values", "follows"),
-    [
-        ({}, True),
-        ({"planner": "static"}, False),
-        ({"planner": "random"}, False),
-        ({"plan_mode": "exact"}, False),
-        ({"plan_mode": "announced"}, True),
-        ({"planner": "static", "restore": "step"}, True),
-        ({"planner": "static", "record_trace": "d"}, True),
-    ],
-)
-def test_what_happens_at_step_boundaries_only(values: dict[str, Any], follows: bool) -> None:
-    assert FSEPConfig(**values).follows_steps is follows
+# Settings, their plan mode, and whether something happens at step boundaries.
+MODES: list[tuple[dict[str, Any], str, bool]] = [
+    ({}, "adaptive", True),
+    ({"planner": "static"}, "forecast", False),
+    ({"planner": "random"}, "forecast", False),
+    ({"planner": "laer", "split": "even"}, "forecast", True),
+    ({"planner": "static", "plan_mode": "adaptive"}, "adaptive", False),
+    ({"plan_mode": "exact"}, "exact", False),
+    ({"plan_mode": "announced"}, "announced", True),
+    ({"planner": "static", "restore": "step"}, "forecast", True),
+    ({"planner": "static", "record_trace": "d"}, "forecast", True),
+]
+
+
+@pytest.mark.parametrize(("values", "mode", "follows"), MODES)
+def test_the_plan_mode_and_what_happens_at_step_boundaries_follow_from_the_settings(
+    values: dict[str, Any], mode: str, follows: bool
+) -> None:
+    config = FSEPConfig(**values)
+    assert (config.mode, config.follows_steps) == (mode, follows)

@@ -130,40 +130,6 @@ ON_CPU = {
         torch.cuda.set_rng_state(torch.cuda.get_rng_state())
         assert torch.equal(torch.rand(3), want)
     """,
-    "a draw for the GPU is no warning": """
-        import io, logging
-        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-        logging.basicConfig(stream=(said := io.StringIO()), force=True)
-        tracker = get_cuda_rng_tracker()
-        tracker.add("one", 1)
-        with tracker.fork("one"):
-            torch.rand(1)
-        logging.getLogger("megatron.core.tensor_parallel.random").warning("another")
-        assert said.getvalue().splitlines() == [
-            "WARNING:megatron.core.tensor_parallel.random:another"
-        ]
-    """,
-    "kernels for GPUs are not missed": """
-        import warnings
-        with warnings.catch_warnings(record=True) as seen:
-            # Without this process' -W ignore.
-            warnings.filters[:] = [kept for kept in warnings.filters if kept[1]]
-            for missing in ("Apex is", "Transformer Engine and Apex are", "NCCL is"):
-                warnings.warn(f"{missing} not installed. Falling back")
-        assert [str(warning.message)[:4] for warning in seen] == ["NCCL"]
-    """,
-    "the GPU's generator keeps its own state": """
-        torch.cuda.manual_seed(2)
-        state = torch.cuda.get_rng_state()
-        torch.cuda.manual_seed(3)
-        assert not torch.equal(torch.cuda.get_rng_state(), state)
-        torch.cuda.set_rng_state(state)
-        assert torch.equal(torch.cuda.default_generators[0].get_state(), state)
-    """,
-    "workers load data without a driver": """
-        loader = torch.utils.data.DataLoader(list(range(4)), num_workers=2, pin_memory=True)
-        assert sorted(batch.item() for batch in loader) == [0, 1, 2, 3]
-    """,
     "a norm carries the mark of sequence parallelism": """
         from megatron.core.transformer import TransformerConfig
         from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -173,27 +139,6 @@ ON_CPU = {
             config = TransformerConfig(**shape, **more)
             assert WrappedTorchNorm(config, 8).weight.sequence_parallel == bool(more)
             assert config.sequence_parallel == bool(more)
-    """,
-    "the hybrid optimizer sees a GPU next to the host": """
-        from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-        from tests.doubles import optimizer_offload
-        optimizer_offload.fix()
-        torch.manual_seed(1)
-        plain = [torch.nn.Parameter(torch.randn(8)) for _ in range(4)]
-        moved = [torch.nn.Parameter(p.detach().clone()) for p in plain]
-        adam = torch.optim.AdamW(plain, lr=0.1)
-        hybrid = HybridDeviceOptimizer(
-            [{"params": moved}], offload_fraction=0.5, param_update_in_fp32=True, lr=0.1,
-            cpu_optimizer_cls=torch.optim.AdamW, gpu_optimizer_cls=torch.optim.AdamW,
-        )
-        for optimizer, parameters in (adam, plain), (hybrid, moved):
-            for number, parameter in enumerate(parameters):
-                parameter.grad = torch.full_like(parameter, number - 1.5)
-            optimizer.step()
-        copies = list(hybrid.cpu_copys_map_gpu_param)
-        assert len(copies) == len(hybrid.gpu_optimizer.param_groups[0]["params"]) == 2
-        assert all(type(copy) is torch.Tensor and not copy.is_cuda for copy in copies)
-        assert all(map(torch.equal, moved, plain))
     """,
     "the dataset helper is not built where the wheel brings it": """
         import tempfile

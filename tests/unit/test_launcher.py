@@ -10,42 +10,37 @@ SLURM = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "ranks"),
+    ("environment", "devices", "expected"),
     [
-        ({}, None),
-        ({"LOCAL_WORLD_SIZE": "8"}, 8),
-        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 4),
-        ({"LOCAL_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 8),
-        (SLURM, 8),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "16"}, 16),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),4(x2)"}, 4),
+        ({"LOCAL_WORLD_SIZE": "8"}, 1, 8),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 1, 4),
+        ({"LOCAL_WORLD_SIZE": "8", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, 1, 8),
+        (SLURM, 1, 8),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "16"}, 1, 16),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2),4(x2)"}, 1, 4),
+        ({"LOCAL_WORLD_SIZE": "2"} | SLURM, 1, 2),
         # Its tasks are torchrun's, one on each node, and not the ranks.
-        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, None),
-        ({"LOCAL_WORLD_SIZE": "2"} | SLURM, 2),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, 16, 16),
+        ({}, 16, 16),
+        ({}, 1, 16),
+        ({}, None, 16),  # without GPUs
+        ({}, 8, "--fsep-node-size"),
+        ({"LOCAL_WORLD_SIZE": "17"}, 1, "LOCAL_WORLD_SIZE=17"),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x1),4(x2)"}, 1, "8(x1),4(x2): not the same"),
     ],
 )
-def test_the_ranks_of_a_node_are_as_the_launcher_says(
-    environment: dict[str, str], ranks: int | None
+def test_ranks_per_node_are_the_launchers_or_all_or_an_error(
+    environment: dict[str, str], devices: int | None, expected: int | str
 ) -> None:
-    told = launcher.told_ranks_per_node(environment, 16)
-    assert (None if told is None else told[1]) == ranks
-    assert told is None or told[0] in environment
+    def found() -> int:
+        return launcher.ranks_per_node(environment, 16, devices or 0, on_cuda=devices is not None)
 
-
-@pytest.mark.parametrize(
-    ("environment", "quoted"),
-    [
-        ({"LOCAL_WORLD_SIZE": "17"}, "LOCAL_WORLD_SIZE=17"),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x1),4(x2)"}, "8(x1),4(x2): not the same"),
-    ],
-)
-def test_what_cannot_be_the_ranks_of_a_node_is_quoted(
-    environment: dict[str, str], quoted: str
-) -> None:
+    if isinstance(expected, int):
+        assert found() == expected
+        return
     with pytest.raises(ValueError, match=r"srun|--fsep-node-size") as error:
-        launcher.told_ranks_per_node(environment, 16)
-    assert quoted in str(error.value)
-    assert len(str(error.value)) < 500
+        found()
+    assert expected in str(error.value) and len(str(error.value)) < 500
 
 
 def test_ranks_are_inside_their_world() -> None:

@@ -18,9 +18,8 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.choices import Auto, TokenExchange, Unproven
+from megatron_laer.choices import TokenExchange, Unproven
 from megatron_laer.config import FSEPConfig
-from megatron_laer.planner.geometry import Geometry
 from megatron_laer.releases import NEXT, NUMBERS
 from megatron_laer.rules import (
     PROVED,
@@ -32,9 +31,7 @@ from megatron_laer.rules import (
     Rule,
     said,
 )
-from megatron_laer.runtime.comm.agreement import describe_difference, summarise
 from megatron_laer.support import model as model_support
-from tests.costs import COSTS
 from tests.parity.rows import ROWS
 from tests.processes import python
 from tests.releases import FIELDS_BEFORE_NEXT, FIELDS_FROM_NEXT, refused_flags, release_of
@@ -197,14 +194,11 @@ class Warned(logging.Handler):
 logging.getLogger("megatron_laer").addHandler(Warned())
 warned = []
 
-def validated(line, script=(), parser=(), checkpoint=(), rank=0):
+def validated(line, script=(), checkpoint=(), rank=0):
     os.environ.update(RANK=str(rank), WORLD_SIZE="4")
     warned.clear()
     sys.argv = ["script", *REST, *line.split()]
     loaded = ({"args": argparse.Namespace(**dict(checkpoint)), "iteration": 1}, "", False, None)
-    def provider(found):
-        found.set_defaults(**dict(parser))
-        return found
     output = io.StringIO()
     with (
         contextlib.redirect_stdout(output),
@@ -217,7 +211,7 @@ def validated(line, script=(), parser=(), checkpoint=(), rank=0):
         mock.patch.object(arguments, "set_global_variables", lambda args: None),
     ):
         try:
-            args = arguments.parse_and_validate_args(provider, args_defaults=dict(script))
+            args = arguments.parse_and_validate_args(args_defaults=dict(script))
             current = session.current()
             words = [] if current is None else list(map(str, current.config.allow_unproven))
         except ValueError as error:
@@ -279,14 +273,13 @@ def completed(*said: str, **others: Any) -> dict[str, Any]:
 
 STOCK = {"dispatcher": "allgather", "etp": 2, "said": [], "words": [], "kept": None}
 STOCK |= {"warned": []}
-# Given flags; defaults of script and parser, or a checkpoint's arguments; and what follows: parts
-# of the arguments, or of a refusal.
+# Given flags; a script's defaults, or a checkpoint's arguments; and what follows: parts of the
+# arguments, or of a refusal.
 VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
     "mode alone": (FSEP, {}, completed(BOTH)),
     "Muon": (f"{FSEP} --optimizer muon", {}, completed(BOTH, MUON)),
     "given": (f"{DISPATCHER} alltoall --expert-tensor-parallel-size 1 {FSEP}", {}, completed()),
     "checkpoint's": (RESUMED, {"checkpoint": ALLTOALL}, completed(ETP)),
-    "checkpoint without": (RESUMED, {}, completed(BOTH)),
     "given over a checkpoint's": (
         f"{RESUMED} {DISPATCHER} alltoall",
         {"checkpoint": ALLGATHER},
@@ -297,7 +290,6 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
         {},
         completed(BOTH, f"FSEP leaves out {PADDING} --moe-router-padding-for-fp8, {IDLE}"),
     ),
-    "flex": (f"{DISPATCHER} flex {FSEP}", {}, completed(ETP, dispatcher="flex")),
     "checkpoint's sharding": (RESUMED, {"checkpoint": SAVED_ROWS}, completed(BOTH, GOES_ON)),
     "sharding over a checkpoint's": (
         f"{RESUMED} --fsep-sharding experts",
@@ -310,18 +302,12 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
         completed(BOTH),
     ),
     "stock": ("", {}, STOCK),
-    "stock from a checkpoint": (
-        "--use-checkpoint-args --load there",
-        {"checkpoint": ALLTOALL},
-        STOCK,
-    ),
     "given otherwise": (f"{FSEP} {DISPATCHER}=allgather", {}, "allgather"),
     "script's defaults": (
         FSEP,
         {"script": {"expert_tensor_parallel_size": 2}},
         "cannot run: --expert-tensor-parallel-size 2",
     ),
-    "script's parser": (FSEP, {"parser": ALLGATHER}, f"cannot run: {DISPATCHER} allgather"),
     "checkpoint's allgather": (RESUMED, {"checkpoint": ALLGATHER}, "allgather"),
     "graphs": (
         f"{GRAPHED} {ALLOW_GRAPHS}",
@@ -492,18 +478,15 @@ def test_every_field_and_recompute_called_proved_is_set_by_a_row_of_the_parity_t
     assert given | {"core_attn"} >= {*recompute.accepted}
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
+def test_a_model_that_works_is_taken_without_a_warning() -> None:
+    for config in (
         Config(moe_router_topk=4, moe_grouped_gemm=True),
         Config(fp8=False, delay_wgrad_compute=None),
         Config(moe_flex_dispatcher_backend=None),
         Config(recompute_granularity="full", recompute_modules=["core_attn", "mhc"]),
-    ],
-)
-def test_a_model_that_works_is_taken_without_a_warning(config: Config) -> None:
-    model_support.check(config, FSEPConfig())
-    assert model_support.warnings_of(config) == []
+    ):
+        model_support.check(config, FSEPConfig())
+        assert model_support.warnings_of(config) == []
 
 
 @pytest.mark.parametrize(
@@ -511,11 +494,7 @@ def test_a_model_that_works_is_taken_without_a_warning(config: Config) -> None:
     [
         (Config(fp8=True), Unproven.DENSE_FP8, "fp8=True: restored experts"),
         (Config(fp8="hybrid", fp8_param=True), Unproven.DENSE_FP8, "fp8_param=True"),
-        (
-            Config(fp8="hybrid"),
-            Unproven.FP8_EXPERTS,
-            "--fp8-recipe delayed with --fp8-format hybrid",
-        ),
+        (Config(fp8="hybrid"), Unproven.FP8_EXPERTS, "delayed with --fp8-format hybrid"),
         (Config(fp8="e4m3", use_kitchen=True), Unproven.FP8_EXPERTS, "use_kitchen=True: replicas"),
         (Config(cuda_graph_impl="transformer_engine"), Unproven.TE_GRAPHS, "_modules=[]: layouts"),
         (Config(), Unproven.TE_GRAPHS, "--fsep-allow-unproven te-graphs: no effect"),
@@ -546,34 +525,16 @@ def test_fields_that_no_test_covers_are_named_in_one_warning_of_the_first_rank(
     assert "moe_teleport_targets=['moon']" in targets
     assert untried.startswith("gdp_num_householder=2: no test sets this field")
     assert "warp_experts=True" in warp and "does not know" in warp
-
-
-def test_all_that_a_token_exchange_cannot_work_with_is_listed_in_one_text() -> None:
-    config = Config(moe_token_dispatcher_type="flex", moe_permute_fusion=True)
-    for exchange in (TokenExchange.RANK, Auto.AUTO):
-        model_support.check(config, FSEPConfig(token_exchange=exchange))
-    with pytest.raises(ValueError, match="cannot run") as raised:
-        model_support.check(config, FSEPConfig(token_exchange=TokenExchange.NODE))
-    first, *others = str(raised.value).splitlines()
-    assert first == "FSEP cannot run this model:" and len(others) == 2
-    assert all(line.startswith("  --fsep-token-exchange node with --moe-") for line in others)
-
-
-def test_tokens_that_the_combined_schedule_leaves_exposed_are_warned_of(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    model_support._warn_once.cache_clear()
-    config = Config(overlap_moe_expert_parallel_comm=True)
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
-        model_support.check(config, FSEPConfig())
-        assert caplog.records == []
-        model_support.check(config, FSEPConfig(token_exchange=TokenExchange.NODE))
-    (warning,) = (record.getMessage() for record in caplog.records)
-    assert warning.startswith(f"--fsep-token-exchange node with {OVERLAP}: inside a node")
+        for exchange in (TokenExchange.RANK, TokenExchange.NODE):
+            overlapped = Config(overlap_moe_expert_parallel_comm=True)
+            model_support.check(overlapped, FSEPConfig(token_exchange=exchange))
+    (exposed,) = (record.getMessage() for record in caplog.records)
+    assert exposed.startswith(f"--fsep-token-exchange node with {OVERLAP}: inside a node")
 
 
-def test_words_come_in_one_order_and_once_and_are_the_same_on_all_ranks() -> None:
+def test_words_come_in_one_order_and_once() -> None:
     def words(given: Any) -> FSEPConfig:
         return FSEPConfig(allow_unproven=given)
 
@@ -583,9 +544,3 @@ def test_words_come_in_one_order_and_once_and_are_the_same_on_all_ranks() -> Non
     for bad in ("graphs", ["te-graphs", "graphs"], [None], 5, ""):
         with pytest.raises(ValueError, match=r"--fsep-allow-unproven .*: must be one of te-graphs"):
             words(bad)
-    plain, allows = (
-        summarise(config, Geometry(2, 8, 5, 2), COSTS, seed=1) for config in (FSEPConfig(), both)
-    )
-    text = describe_difference([plain, allows], [0, 1])
-    assert text is not None and "--fsep-allow-unproven is " in text
-    assert "dense-fp8 te-graphs on rank 1" in text and "none on rank 0" in text

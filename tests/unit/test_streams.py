@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_laer import session
 from megatron_laer.config import FSEPConfig
-from megatron_laer.runtime.comm import launcher, process_groups, streams
+from megatron_laer.runtime.comm import streams
 from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.support import arguments, triton_needs
@@ -74,36 +73,6 @@ def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCapt
     # Megatron's imports may also have warned.
     ours = [record for record in caplog.records if record.name.startswith("megatron_laer.")]
     assert [record.getMessage() for record in ours] == ["FSEP: it crawls"]
-
-
-SLURM_8 = {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_NUM_TASKS": "16"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "devices", "backend", "expected"),
-    [
-        (SLURM_8, 1, "nccl", 8),
-        (SLURM_8 | {"SLURM_STEP_NUM_TASKS": "2"}, 16, "nccl", 16),  # tasks start several ranks
-        ({}, 1, "nccl", 16),
-        ({}, 0, "gloo", 16),
-        ({}, 8, "cpu:gloo,cuda:nccl", None),
-    ],
-)
-def test_ranks_per_node_are_the_launchers_or_all_or_an_error(
-    environment: dict[str, str], devices: int, backend: str, expected: int | None
-) -> None:
-    kept = {k: v for k, v in os.environ.items() if k not in (*launcher.PER_NODE, *SLURM_8)}
-    with (
-        mock.patch.dict(os.environ, kept | environment, clear=True),
-        mock.patch.object(dist, "get_world_size", return_value=16),
-        mock.patch.object(dist, "get_backend", return_value=backend),
-        mock.patch.object(torch.cuda, "device_count", return_value=devices),
-    ):
-        if expected is not None:
-            assert process_groups.ranks_per_node() == expected
-            return
-        with pytest.raises(ValueError, match="--fsep-node-size"):
-            process_groups.ranks_per_node()
 
 
 @pytest.mark.parametrize("exchanged", ["parameters", "counts"])
