@@ -19,8 +19,8 @@ from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState
 from tests.placed import placed
-from tests.unit import test_restored_experts as one_direction
-from tests.unit.test_restored_experts import CPU, ROWS, compute, ones
+from tests.unit.test_restored_experts import CPU, compute, ones, restored_experts
+from tests.unit.test_restored_experts import streams as streams
 
 FACTOR = 10.0
 SUMS = 2 * 8 * 3 * 0.5, 2 * 8 * 3 * 0.25  # of both experts' elements in each matrix
@@ -34,19 +34,8 @@ class Directed(Slices):
         return Slices(others, self.rows)
 
 
-streams = one_direction.streams
-
-
-def directed(streams: ExchangeStreams) -> RestoredExperts:
-    parameters = tuple(
-        torch.nn.Parameter(torch.full((2, *shape), value))
-        for shape, value in (((8, 3), 0.5), ((3, 8), 0.25))
-    )
-    for parameter in parameters:
-        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-    index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
-    share = Directed(parameters, ROWS)
-    return RestoredExperts("layer 1", share, index, streams)
+def directed(streams: ExchangeStreams, *kinds: Kind) -> RestoredExperts:
+    return restored_experts(streams, values=(0.5, 0.25), kind_of_share=Directed, kinds=kinds)
 
 
 def follow(
@@ -156,10 +145,8 @@ def test_a_forward_fetches_the_weights_of_its_own_backward_at_once(
 
 @pytest.mark.parametrize("reruns", [False, True], ids=["plain", "re-run"])
 def test_a_step_holds_weights_of_both_directions(streams: ExchangeStreams, reruns: bool) -> None:
-    share = directed(streams)._share
-    index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
-    held = RestoredExperts("layer 1", share, index, streams, frozenset({Kind.STEP}))
-    count = streams.exchange.count
+    held, count = directed(streams, Kind.STEP), streams.exchange.count
+    index = held.index
     for number in range(2):
         held.begin_step(index, 2)
         for _ in range(2):

@@ -1,11 +1,13 @@
-"""Restored experts go through their states in order and free their memory in time."""
+"""Restored experts go through their states in order, and free their memory in time or keep it."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.streams import CommStream, StreamTimes, Task, make_comm_stream
 from megatron_laer.runtime.weights.autograd import placeholder
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams, KeptWeights
 from megatron_laer.runtime.weights.layer import LateGrads, Slices
 from megatron_laer.runtime.weights.layer_experts import check_main_grads
 from megatron_laer.runtime.weights.restored import RestoredExperts
@@ -69,21 +71,26 @@ def restored_experts(
     streams: ExchangeStreams,
     *,
     trained: tuple[bool, bool] = (True, True),
+    values: tuple[float, float] | None = None,
+    kind_of_share: type[Slices] = Slices,
     kinds: tuple[Kind, ...] = (),
     late: LateGrads | None = None,
 ) -> RestoredExperts:
     """Make two experts of 8 × 3 and 3 × 8; trained matrices have main gradients."""
     generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(2, *shape, generator=generator) for shape in ((8, 3), (3, 8))]
+    if values is not None:
+        matrices = [matrix.fill_(value) for matrix, value in zip(matrices, values, strict=True)]
     parameters = tuple(
-        torch.nn.Parameter(torch.randn(2, *shape, generator=generator), requires_grad=is_trained)
-        for shape, is_trained in zip(((8, 3), (3, 8)), trained, strict=True)
+        torch.nn.Parameter(matrix, requires_grad=is_trained)
+        for matrix, is_trained in zip(matrices, trained, strict=True)
     )
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
-    slices = Slices(parameters, ROWS)
-    return RestoredExperts("layer 1", slices, index, streams, frozenset(kinds), late)
+    share = kind_of_share(parameters, ROWS)
+    return RestoredExperts("layer 1", share, index, streams, frozenset(kinds), late)
 
 
 class Scaled(torch.autograd.Function):
@@ -179,18 +186,6 @@ def test_whatever_needs_gradients_the_weights_are_freed_and_only_trained_ones_ge
         assert not is_trained or parameter.main_grad.any()  # type: ignore[attr-defined]
 
 
-def test_no_weights_are_fetched_in_backward_for_a_layer_that_it_does_not_reach(
-    streams: ExchangeStreams,
-) -> None:
-    frozen = restored_experts(streams, trained=(False, False))
-    compute(frozen, ones(needs_grad=False), ones(needs_grad=False))
-    restored = restored_experts(streams)
-    restored.previous = frozen
-    compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
-    assert streams.weights.in_use == 0
-    assert streams.exchange.count.restores == 3
-
-
 @pytest.mark.parametrize("slots", [[0, 1], [1, 0]], ids=["one layout", "two layouts"])
 def test_passes_through_one_layer_hand_on_its_weights(
     streams: ExchangeStreams, slots: list[int]
@@ -244,28 +239,6 @@ def test_memory_is_lent_again_only_when_the_restore_into_it_is_over(
     assert restored.state.weights is WeightState.SHARDED
 
 
-@pytest.mark.parametrize("has_main_grads", [False, True], ids=["autograd", "main gradients"])
-def test_a_flat_bias_is_lent_as_a_matrix_of_one_column(
-    streams: ExchangeStreams, has_main_grads: bool
-) -> None:
-    matrix = torch.nn.Parameter(torch.ones(2, 8, 3))
-    bias = torch.nn.Parameter(torch.arange(16.0))
-    for parameter in (matrix, bias) if has_main_grads else ():
-        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-    slices = Slices((matrix, bias), (8, 8))
-    assert slices.columns == (3, 1)
-    index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
-    restored = RestoredExperts("layer 1", slices, index, streams)
-    lent_CR1 = restored.weights.matrix(1)
-    assert torch.equal(lent_CR1, torch.arange(16.0).view(2, 8, 1))
-
-    compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
-    grad = bias.main_grad if has_main_grads else bias.grad  # type: ignore[attr-defined]
-    # `Scaled` gives every element the sum of its input: four times the matrix's sum.
-    assert torch.equal(grad, torch.full((16,), 4.0 * 48))
-    assert streams.grads.in_use == 0
-
-
 def test_a_reduce_waits_for_the_tokens_gradients(streams: ExchangeStreams) -> None:
     restored = restored_experts(streams)
     restored.make_wait()
@@ -277,16 +250,6 @@ def test_a_reduce_waits_for_the_tokens_gradients(streams: ExchangeStreams) -> No
     experts(restored, tokens * 1, ones(needs_grad=True)).sum().backward()
     assert seen == [GradState.DEFERRED, GradState.REDUCING]
     assert restored.state.grads is GradState.NONE
-
-
-def test_delayed_gradients_are_waited_for_after_the_dispatch(streams: ExchangeStreams) -> None:
-    late = LateGrads()
-    restored = restored_experts(streams, kinds=(Kind.DELAYED,), late=late)
-    tokens = restored.dispatch(restored.gate(ones(needs_grad=True) * 2)) * 1
-    tokens.register_hook(lambda _: late.computes.popleft()())  # next to the dispatch
-    experts(restored, tokens, ones(needs_grad=True)).sum().backward()
-    assert restored.state == ExpertsState("layer 1") and streams.grads.in_use == 0
-    assert all(part.main_grad.any() for part in restored._share.parameters)  # type: ignore[attr-defined]
 
 
 def test_delayed_gradients_of_two_passes_are_computed_oldest_first(
@@ -355,16 +318,55 @@ def test_a_pass_without_replicas_leaves_no_wait_behind(streams: ExchangeStreams)
     assert not restored._waits
 
 
-def slices(dtype: torch.dtype = torch.float32) -> Slices:
-    shapes = [(4, 4, 3), (4, 2, 4)]
-    parameters = tuple(torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
-    return Slices(parameters, (8, 3))
-
-
-def test_parameters_without_main_gradients_are_refused() -> None:
-    held = slices()
+def test_parameters_without_main_gradients_are_refused(streams: ExchangeStreams) -> None:
+    share = restored_experts(streams)._share
+    check_main_grads("layer 1", share)
+    del share.parameters[1].main_grad  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"step, layer 1: .*DistributedDataParallel"):
-        check_main_grads("layer 1", held)
-    for parameter in held.parameters:
-        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-    check_main_grads("layer 1", held)
+        check_main_grads("layer 1", share)
+
+
+def test_weights_are_kept_up_to_the_last_byte_and_their_memory_is_given_back() -> None:
+    kept, one, other = KeptWeights(5), Mock(), Mock()
+    one.free, other.free = (partial(kept.give_back, weights) for weights in (one, other))
+    assert [kept.take(one, 6), kept.take(one, 3), kept.take(other, 3)] == [False, True, False]
+    kept.give_back(one)
+    kept.give_back(one)
+    assert [kept.take(other, 2), kept.take(one, 3), kept.take(one, 1)] == [True, True, False]
+    kept.release()
+    assert kept.take(one, 5)
+
+
+def test_weights_that_are_handed_on_are_not_kept_as_well(streams: ExchangeStreams) -> None:
+    streams = replace(streams, kept=KeptWeights(2**20))
+    first = restored_experts(streams)
+    second = RestoredExperts("layer 1", first._share, first.index, streams)
+    first.weights.hand_on(second.weights)
+    compute(first, ones(needs_grad=True), ones(needs_grad=True))
+    assert first.state.weights is WeightState.SHARDED
+    compute(second, ones(needs_grad=True), ones(needs_grad=True))
+    assert second.state.weights is WeightState.RESTORED, "nothing follows, and they fit"
+    assert (streams.weights.in_use, streams.exchange.count.restores) == (2, 1)
+    streams.kept.release()
+    assert streams.weights.in_use == 0
+
+
+def test_a_pass_that_has_its_weights_inherits_no_others(streams: ExchangeStreams) -> None:
+    first = restored_experts(streams)
+    second = RestoredExperts("layer 1", first._share, first.index, streams)
+    first.weights.hand_on(second.weights)
+    second.weights.start_restore()
+    compute(first, ones(needs_grad=True), ones(needs_grad=True))
+    assert streams.weights.in_use == 2
+    compute(second, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
+    assert streams.weights.in_use == 0
+
+
+def test_a_backward_that_follows_at_once_has_its_forwards_weights(
+    streams: ExchangeStreams,
+) -> None:
+    restored = restored_experts(streams)
+    restored.weights.start_restore()
+    restored.weights.fetch(restored.weights)
+    compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
+    assert (streams.exchange.count.restores, streams.weights.in_use) == (1, 0)
