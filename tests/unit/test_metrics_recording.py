@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 import statistics
 from collections.abc import Iterable
@@ -25,7 +24,6 @@ from megatron_laer.choices import (
 )
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
-from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.outcome import PRICES, Outcome, price
@@ -47,7 +45,6 @@ from megatron_laer.telemetry.statistics import (
     LayerPasses,
     RankMetrics,
     named,
-    priced_values,
 )
 from megatron_laer.telemetry.step_times import STEP, StepTimes
 from megatron_laer.tools.report.metrics_recording import read_metrics
@@ -155,26 +152,6 @@ def test_recorded_metrics_have_the_names_of_logged_ones(recorded: Path) -> None:
     assert (metrics["fsep_share_of_forced_balance"] > 0.3).all()
 
 
-def test_each_run_that_recorded_a_step_is_named_with_its_cluster(recorded: Path) -> None:
-    shape = Shape(4, 8, 3, 2, LAYERS)
-    first = read_metrics(recorded)
-    # Ended before its first step, so it leaves no trace.
-    MetricsWriter(recorded, shape, RUN | {"torch": "8"}, 3, COSTS.cluster).close()
-    other = load_cluster("cpu-gloo").for_back_end("loop")
-    writer = MetricsWriter(recorded, shape, RUN | {"torch": "9"}, 3, other)
-    writer.append(
-        {name: values[3] for name, values in first.of_steps.items()},
-        {},
-        {name: values[3].tolist() for name, values in first.of_layers.items()},
-        first.rank_tokens_TLN[3],
-    )
-    writer.close()
-    recording = read_metrics(recorded)
-    assert recording.runs == ((0, RUN), (3, RUN | {"torch": "9"}))
-    assert recording.clusters == (COSTS.cluster, other)
-    assert (recording.rank_tokens_TLN == first.rank_tokens_TLN[:4]).all()
-
-
 def test_unquantised_layers_are_predicted_at_the_prices_of_bf16(tmp_path: Path) -> None:
     cluster = replace(COSTS.cluster, gemm_fp8=COSTS.cluster.gemm.times(2.0))
     in_fp8 = replace(GUARD, costs=replace(COSTS, cluster=cluster, precision=Precision.MXFP8))
@@ -278,21 +255,6 @@ def test_replicas_are_counted_per_rank_and_passes_without_them() -> None:
 
 def mean(values: Iterable[float]) -> Any:
     return pytest.approx(statistics.fmean(values))
-
-
-def test_predictions_are_averaged_and_nothing_is_no_number() -> None:
-    planned = ExpertLayout.static(4, 3, 8)
-    outcomes = [Outcome(GUARD.decide(counts_NE(0, 0, of), planned)) for of in range(2)]
-    found = [price(GUARD, outcome) for outcome in outcomes]
-    assert priced_values(found) == {
-        "predicted_ms": mean(1e3 * of.layer_s for of in found),
-        "stock_ms": mean(1e3 * of.stock_s for of in found),
-        "balanced_ms": mean(1e3 * of.balanced_s for of in found),
-        "bound_ms": mean(1e3 * of.bound_s for of in found),
-    }
-    values = LayerPasses.of(4).values() | priced_values([])
-    assert all(value == 0 or math.isnan(value) for value in values.values())
-    assert set(values) <= {*RECORDED_OF_LAYERS}
 
 
 def test_every_metric_that_is_named_in_the_code_is_described() -> None:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,10 +21,7 @@ from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.state import STATE, PlannerState
-from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.planner_checkpoint import (
-    Resumption,
-    report_resumption,
     save_state,
     state_path,
 )
@@ -79,32 +75,6 @@ def test_a_state_with_empty_slots_comes_back_and_fits_its_sharding_only() -> Non
         moved.check_fits(geometry, ["layer 1"])
 
 
-def rewritten(path: Path, fields: dict[str, Any], change: Callable[[Content], None]) -> Path:
-    path.write_bytes(make_state().to_bytes())
-    found, content = taken_apart(path)
-    change(content)
-    put_together(path, found | fields, content)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"next_step": -1}, "next_step must be in"),
-        ({"next_step": 7}, "plans must be of different steps before the next one"),
-        ({"next_step": None}, "next_step must be in"),
-        ({"layout_version": True}, "version must be in"),
-        ({"plans": 3}, "has 2 plans of 3"),
-    ],
-)
-def test_a_header_that_contradicts_the_records_is_refused(
-    tmp_path: Path, fields: dict[str, Any], message: str
-) -> None:
-    path = rewritten(tmp_path / "group-0.bin", fields, lambda content: None)
-    with pytest.raises(ValueError, match=message):
-        PlannerState.from_bytes(path.read_bytes())
-
-
 def _set(at: int, name: str, value: Any) -> Callable[[Content], None]:
     return lambda content: content[at][2].update({name: value})
 
@@ -112,6 +82,11 @@ def _set(at: int, name: str, value: Any) -> Callable[[Content], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"next_step": -1}, "next_step must be in"),
+        ({"next_step": 7}, "plans must be of different steps before the next one"),
+        ({"next_step": None}, "next_step must be in"),
+        ({"layout_version": True}, "version must be in"),
+        ({"plans": 3}, "has 2 plans of 3"),
         (lambda content: content.pop(), "3 layers with 2 layouts"),
         (lambda content: content.append(content[-1]), "3 layers with 4 layouts"),
         (lambda content: content.pop(0), "has 1 plans of 2"),
@@ -125,10 +100,17 @@ def _set(at: int, name: str, value: Any) -> Callable[[Content], None]:
         (_set(4, "kept_KNE", np.full((1, N, E), 2**52 - 1)), "these are too large"),
     ],
 )
-def test_records_that_no_planner_makes_are_refused(
-    tmp_path: Path, change: Callable[[Content], None], message: str
+def test_fields_and_records_that_no_planner_makes_are_refused(
+    tmp_path: Path, change: dict[str, Any] | Callable[[Content], None], message: str
 ) -> None:
-    path = rewritten(tmp_path / "group-0.bin", {}, change)
+    path = tmp_path / "group-0.bin"
+    path.write_bytes(make_state().to_bytes())
+    fields, content = taken_apart(path)
+    if callable(change):
+        change(content)
+    else:
+        fields |= change
+    put_together(path, fields, content)
     with pytest.raises(ValueError, match=message):
         PlannerState.from_bytes(path.read_bytes())
 
@@ -192,44 +174,3 @@ def test_only_the_groups_first_rank_writes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     save(tmp_path, storage)
     assert Path(state_path(str(tmp_path), 0)).read_bytes() == b"state"
-
-
-def said(caplog: pytest.LogCaptureFixture, first_step: int, *groups: int | str | None) -> list[str]:
-    """Return the log of a world with one rank per group, given a state's version or problem.
-
-    The ranks load in turn. Rank 0 is the last, so it receives all answers.
-    """
-    shares: list[Any] = []
-
-    def gather(everyone: list[Any], mine: Any) -> None:
-        shares.append(mine)
-        everyone[:] = shares + [(None, None)] * (len(groups) - len(shares))
-
-    world = SimpleNamespace(
-        get_world_size=lambda: len(groups),
-        get_rank=lambda: len(groups) - len(shares),
-        all_gather_object=gather,
-    )
-    with mock.patch.object(planner_checkpoint, "dist", world), caplog.at_level(logging.INFO):
-        for found in groups:
-            state: Any = SimpleNamespace(version=found) if isinstance(found, int) else None
-            problem = found if isinstance(found, str) else None
-            report_resumption(Resumption(state, problem), first_step)
-    lines = [record.getMessage() for record in caplog.records]
-    caplog.clear()
-    return lines
-
-
-def test_a_run_that_was_resumed_says_once_for_all_groups_what_it_goes_on_from(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert said(caplog, 0, None, None) == []
-    (line,) = said(caplog, 30, 7)
-    assert line.endswith("is restored: training goes on with step 30, layout version 7")
-    (line,) = said(caplog, 30, 7, 5, 7)
-    assert line.endswith("layout version 5 to 7, 3 groups")
-    (line,) = said(caplog, 30, 7, "group-1.bin is cut off")
-    assert line.endswith("static layout in 1 of 2 groups: group-1.bin is cut off")
-    # Loaded without calling the plugin, like Megatron's local checkpoints.
-    (line,) = said(caplog, 30, None)
-    assert "planning starts anew, from the static layout: what the run is resumed from" in line

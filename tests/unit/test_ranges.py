@@ -49,13 +49,6 @@ def test_nothing_is_named_without_a_profiler(monkeypatch: pytest.MonkeyPatch) ->
     assert exchanged().tolist() == [2, 2, 2]
 
 
-def test_an_exchange_of_constants_has_no_backward() -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        exchange_in_range(DISPATCH, doubled, (torch.ones(3),))
-    names = {event.name for event in profile.events()}
-    assert "dispatch layer 1" in names and "dispatch layer 1, backward" not in names
-
-
 def test_ranges_are_open_where_megatron_profiles_with_nsight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -244,18 +244,6 @@ def test_missing_steps_before_those_of_a_resumed_run_are_said(
     assert said == format.has_every_step
 
 
-def test_links_to_a_recording_stay_and_a_hard_one_keeps_all(path: Path) -> None:
-    link, hard = path.parent / f"link.{path.suffix}", path.parent / f"hard{path.suffix}"
-    record(path, range(5), seed=1)
-    hard.hardlink_to(path)
-    link = path.parent / f"link{path.suffix}"
-    link.symlink_to(path)
-    record(link, range(3, 5), seed=2)
-    assert link.is_symlink() and steps_in(path)[3] == 2
-    assert steps_in(path.with_stem("group-0.cut-from-3")) == {3: 1, 4: 1}
-    assert steps_in(hard) == dict.fromkeys(range(5), 1)
-
-
 def test_a_run_that_ended_before_its_first_step_leaves_the_folder_to_the_next(path: Path) -> None:
     others = {f".{path.name}.tmp", ".other.0123456789abcdef.tmp"}
     # The last one was left by a killed run.
