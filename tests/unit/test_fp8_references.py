@@ -6,10 +6,8 @@ names a checkout. They need torch alone, so classes of the package are replaced.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from runpy import run_path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,14 +16,11 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.checkouts import checkout
 from tests.doubles import fp8
 from tests.unit.test_fp8_definitions import matrix
 
-CHECKOUT = os.environ.get("TRANSFORMER_ENGINE_CHECKOUT", "")
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.skipif(not CHECKOUT, reason="TRANSFORMER_ENGINE_CHECKOUT names no checkout"),
-]
+CHECKOUT, pytestmark = checkout("TRANSFORMER_ENGINE_CHECKOUT", "Transformer Engine")
 SIZES = [(1, 16), (16, 48), (160, 144), (128, 512), (300, 272)]
 CURRENT_SCALING = "transformer_engine/pytorch/custom_recipes/reference_current_scaling.py"
 BY_BLOCKS = "tests/pytorch/references/blockwise_quantizer_reference.py"
@@ -47,9 +42,9 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     base = SimpleNamespace(QuantizedTensorStorage=object, Quantizer=Quantiser)
     modules = {name: ModuleType(name) for name in names} | {package.__name__: package}
     modules["transformer_engine.pytorch.quantized_tensor"] = base  # type: ignore[assignment]
-    monkeypatch.syspath_prepend(str(Path(CHECKOUT) / "tests" / "pytorch"))
+    monkeypatch.syspath_prepend(str(CHECKOUT / "tests" / "pytorch"))
     with mock.patch.dict(sys.modules, modules):
-        yield lambda file: run_path(str(Path(CHECKOUT) / file))
+        yield lambda file: run_path(str(CHECKOUT / file))
 
 
 @pytest.mark.parametrize("size", SIZES)

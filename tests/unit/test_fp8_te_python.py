@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,13 +22,10 @@ from megatron_laer.layer.experts.fp8 import te
 from megatron_laer.layer.experts.slot_linear import slot_linear
 from megatron_laer.precision import Precision
 from tests import te_python
+from tests.checkouts import checkout
 from tests.slot_gemm import fixed_experts
-from tests.unit.test_fp8_references import CHECKOUT
 
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.skipif(not CHECKOUT, reason="TRANSFORMER_ENGINE_CHECKOUT names no checkout"),
-]
+CHECKOUT, pytestmark = checkout("TRANSFORMER_ENGINE_CHECKOUT", "Transformer Engine")
 RECIPES = {
     "tensorwise": "Float8CurrentScaling",
     "blockwise": "Float8BlockScaling",
@@ -44,7 +40,7 @@ SIZES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def transformer_engine() -> Iterator[None]:
-    with te_python.te_python(Path(CHECKOUT)):
+    with te_python.te_python(CHECKOUT):
         yield
 
 
