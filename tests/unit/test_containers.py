@@ -18,32 +18,9 @@ from tests.dockerfiles import DOCKERFILES, instructions, moved
 from tests.documents import ROOT
 from tests.unit.shell_scripts import fake_python
 
-_KNOWN = {"ARG", "CMD", "COPY", "ENV", "FROM", "RUN", "SHELL", "USER", "WORKDIR"}
 # Options of a mount from the repository rather than from a stage or a cache.
 _OF_SOURCES = {"type", "source", "target"}
 each = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
-
-
-@each
-def test_instructions_stages_and_arguments_are_known(path: Path) -> None:
-    found = instructions(path)
-    assert {instruction.name for instruction in found} <= _KNOWN
-    assert {i.name for i in found if i.stage == 0} == {"ARG"}
-    assert {i.name for i in found if i.stage == max(i.stage for i in found)} >= {"RUN", "CMD"}
-    stages = [i.text.partition(" AS ")[2] for i in found if i.name == "FROM"]
-    for instruction in found:
-        mounted = [mount["from"] for mount in instruction.mounts if "from" in mount]
-        for source in [*instruction.options.get("from", []), *mounted]:
-            assert source in stages[: instruction.stage - 1]
-    declared: set[tuple[int, str]] = set()
-    for instruction in instructions(path):
-        if instruction.name == "ARG":
-            declared.add((instruction.stage, instruction.text.partition("=")[0]))
-        # Only FROM sees declarations before the first FROM.
-        scope = 0 if instruction.name == "FROM" else instruction.stage
-        for name in re.findall(r"\$\{?([A-Z_]+)", instruction.text):
-            assert (scope, name) in declared, name
-    assert [instruction.text for instruction in found if instruction.name == "USER"] == ["laer"]
 
 
 @each

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-from tests import durations
 from tests.documents import ROOT
-from tests.durations import PARITY, longest_first, recorded, unit_of
+from tests.durations import PARITY, recorded, unit_of
 
 
 def test_files_with_a_figure_exist() -> None:
@@ -22,11 +19,3 @@ def test_a_unit_of_work_is_a_file_or_the_rows_of_a_stock_run() -> None:
     exact, hybridep, bf16 = map(unit_of, rows)
     assert exact == hybridep != bf16
     assert unit_of(f"{PARITY}::test_another") == PARITY
-
-
-def test_the_longest_units_come_first_and_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durations, "recorded", lambda: {"tests/unit/test_long.py": 50.0})
-    tests = [f"tests/{name}" for name in ("unit/test_short.py::a", "distributed/test_new.py::a")]
-    tests += ["tests/unit/test_long.py::a", "tests/unit/test_short.py::b"]
-    places = longest_first(tests)
-    assert sorted(tests, key=lambda name: places[name]) == [tests[2], tests[1], tests[0], tests[3]]

@@ -12,27 +12,21 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks.end_to_end_cases import FULL
 from benchmarks.gpu import (
     __main__,
-    communicators,
-    connections,
     gemms,
     headline,
     kernels,
     layer,
     overlap,
     priorities,
-    recipe,
     sizes,
     workloads,
 )
-from benchmarks.gpu.ranks import Ranks
 from benchmarks.gpu.timing import Times
 from benchmarks.training_run import Measured
 from tests.parity import launched
@@ -99,13 +93,7 @@ def test_the_share_of_forced_balance_counts_bursts_and_no_warm_up() -> None:
     assert stock["restore exposed ms"] == "" and fsep["stock max/mean"] == 1.5
 
 
-def test_pipelines_communicators_and_parity_have_rows() -> None:
-    measured = Measured([9.0, 2.0], [], [], [9.0, 1.0], [9.0, 0.5])
-    (pipeline,) = connections.rows({"none": measured}, warm_up=1)
-    assert (pipeline["step ms"], pipeline["restore exposed ms"]) == (2.0, 1.0)
-    (memory,) = communicators.rows([{"tokens": 2**20}, {"tokens": 2**22}], {"tokens": 2})
-    assert (memory["least MiB"], memory["most MiB"]) == (1.0, 4.0)
-
+def test_parity_beyond_its_floor_differs() -> None:
     floor, far = Distance(1e-7, 1e-7, 1e-7, 1e-7), Distance(1e-3, 0.0, 0.0, 0.0)
     same, differs = launched.rows([(ROWS[0], floor, floor), (ROWS[0], far, floor)])
     assert (same["result"], differs["result"]) == ("equal", "DIFFERS")
@@ -116,27 +104,9 @@ def test_every_part_has_tasks_and_ranks_are_asked_for() -> None:
     assert [task.name for task in alone] == "tests kernels gemms priorities layer".split()
     on_eight = __main__.tasks(__main__.PARTS, 8, 1, dry=False)
     assert {task.name for task in on_eight} == set(__main__.PARTS)
-    assert [task.ranks for task in on_eight if task.name == "parity"] == [2, 4, 8]
-    numbers = [dict(task.environment) for task in on_eight if task.name == "connections"]
-    assert [number["CUDA_DEVICE_MAX_CONNECTIONS"] for number in numbers] == ["32", "8", "1"]
-    on_four_nodes = __main__.tasks(["parity"], 32, 4, dry=False)
-    assert [task.ranks for task in on_four_nodes] == [4, 8]
-    order = [*dict.fromkeys(task.name for task in on_eight)]
-    assert order[:4] == ["tests", "gradients", "first-replica", "workloads"]
-    assert order[-1] == "modes"
-
-
-@pytest.mark.parametrize("has_te", [False, True])
-def test_all_parts_train_one_recipe(has_te: bool) -> None:
-    """Grouped and fused experts come with Transformer Engine, the overlaps always."""
-    ranks = mock.Mock(spec=Ranks, data="data", dry=False)
-    with mock.patch.object(recipe, "find_spec", lambda _: object() if has_te else None):
-        flags = Ranks.flags(ranks, FULL, 8)
-    assert {"--use-distributed-optimizer", "--overlap-grad-reduce", "--bf16"} <= {*flags}
-    assert ("--moe-grouped-gemm" in flags) == has_te
-    assert ("--no-gradient-accumulation-fusion" in flags) != has_te
-    implementation = flags[flags.index("--transformer-impl") + 1]
-    assert implementation == ("transformer_engine" if has_te else "local")
+    for nodes, expected in ((1, [2, 4, 8]), (4, [4, 8])):
+        parity = __main__.tasks(["parity"], 8 * nodes, nodes, dry=False)
+        assert [task.ranks for task in parity] == expected
 
 
 FIRST = """

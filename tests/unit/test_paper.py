@@ -17,12 +17,12 @@ from benchmarks.published_files import (
     read_cells,
     read_tokens,
 )
-from benchmarks.published_table import below, positive, read_rows, text
+from benchmarks.published_table import positive, read_rows, text
 from megatron_laer.files.checks import quoted
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
 from megatron_laer.telemetry.metrics_file import METRICS, MetricsWriter, Shape
-from scripts.paper import figure8, figure9, figure10, figure12, published
-from scripts.paper.experiments import FSEP, LAER, STATIC, STOCK, Case, Run
+from scripts.paper import figure8, figure9, figure10, published
+from scripts.paper.experiments import LAER, STATIC, STOCK, Case, Run
 from scripts.paper.measured import Measured, Profile, read_log, read_profile
 from scripts.paper.runner import Found
 from tests import shared_data
@@ -87,15 +87,6 @@ def test_a_profile_is_the_mean_of_later_steps(tmp_path: Path) -> None:
         read_profile(tmp_path, 3)
 
 
-@needs_files
-def test_published_balance_is_that_of_the_figure() -> None:
-    balance = published.read_balance(shared_data.FOLDER)
-    found = {key: round(float(np.mean(curve)), 2) for key, curve in balance.items()}
-    assert {len(curve) for curve in balance.values()} == {32, 24}
-    assert found["e8k2", "LAER"] == 1.39 and found["e16k4", "LAER"] == 1.17
-    assert found["e8k2", "FSDP"] == 1.66 and found["e16k4", "FSDP"] == 1.88
-
-
 def measured(step_s: float, steps: int = 3) -> Measured:
     return Measured([1.0] * steps, [step_s] * steps, [1.2] * steps)
 
@@ -115,21 +106,6 @@ def test_figure_8_has_the_papers_speed_beside_ours() -> None:
     assert rows["0", "fsep"]["s"] is None and rows["1e-4", "laer"]["speed"] is None
     flex = rows["0", None]
     assert flex["paper"] == "FLEX" and flex["s"] is None and flex["paper s, wikitext"] > 20
-
-
-def test_figure_8_keeps_data_sets_apart(tmp_path: Path) -> None:
-    header = "dataset,method,model_name,aux_loss,avg_time_ms"
-    ms = {"c4": (4000, 2500), "wikitext": (3000, 2000)}
-    rows = [
-        f"{dataset},{method},{E8K2},0,{value}"
-        for dataset, both in ms.items()
-        for method, value in zip(("megatron", "LAER"), both, strict=True)
-    ]
-    (tmp_path / END_TO_END).write_text("\n".join([header, *rows]))
-    (table,) = figure8.tables(Found({}, {}, [Run(E8K2, Case(LAER))], 1, tmp_path))
-    laer = table.rows[0]
-    assert (laer["paper s, c4"], laer["paper speed, c4"]) == (2.5, 1.6)
-    assert (laer["paper s, wikitext"], laer["paper speed, wikitext"]) == (2.0, 1.5)
 
 
 def test_figure_9_answers_at_which_speed_the_low_loss_is_had() -> None:
@@ -169,30 +145,11 @@ def test_figure_10_has_shares_speeds_and_layers_next_to_the_papers() -> None:
     assert len(layers) == 32 and all(row["paper FLEX"] > 1 for row in layers)
 
 
-@needs_files
-def test_figure_12_has_a_variant_for_each_ablation_of_the_paper() -> None:
-    runs = [Run(E8K2, case) for case in figure12.EXPERIMENT.cases]
-    ended = {Run(E8K2, Case(STATIC)): measured(4.0), Run(E8K2, Case(FSEP)): measured(2.0)}
-    (table,) = figure12.tables(Found(ended, {}, runs, 1, shared_data.FOLDER))
-    ours = {row["ours"]: row for row in table.rows if row["ours"]}
-    assert ours["fsep"]["speed"] == 2.0 and ours["fsep"]["paper s"] is None
-    assert ours["laer"]["paper speed"] == pytest.approx(1.355, abs=1e-3)
-    assert {row["paper"] for row in table.rows} - {None} == {*read_ablation(shared_data.FOLDER)}
-    assert len(ours) == len(table.rows)
-
-
 def test_rows_are_read_by_column_whatever_their_order(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text('\ufefftime,more,name\r\n2.5,,"a, b"\r\n3,x,c\r\n')
     found = read_rows(path, {"name": text, "time": positive}, key=("name",))
     assert found == [{"name": "a, b", "time": 2.5}, {"name": "c", "time": 3.0}]
-
-
-@pytest.mark.parametrize("given", ["", "-1", "1.0", "1_0", "\u0661", "7", "9" * 30])
-def test_a_whole_number_is_digits_in_range(given: str) -> None:
-    assert below(7)("06") == 6
-    with pytest.raises(ValueError, match=r"must be a whole number in 0\.\.6"):
-        below(7)(given)
 
 
 READERS = {

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.command_line import program
-from megatron_laer.choices import ExpertParallelMode
 from megatron_laer.device import CPU_FLAGS
-from megatron_laer.fsep_flags import MODE, add_arguments, config_from_args
-from scripts.paper import figure8, figure9, figure10, figure11, figure12, published, runner
-from scripts.paper.experiments import MODELS, Case
+from scripts.paper import figure8, figure9, figure10, runner
+from scripts.paper.experiments import MODELS
 from tests import processes
 from tests.unit.shell_scripts import fake_python
 from tests.unit.test_paper import E8K2
@@ -27,13 +24,8 @@ DATA = ["--data-prefix", "/data/text", "--tokenizer", "/data/tokenizer"]
 def run_figure(figure: Any, *words: object) -> int:
     given = [*map(str, words)]
 
-    def run() -> int:
-        if figure is figure11:
-            return figure11.main(given)
-        return runner.main(figure.EXPERIMENT, figure.tables, given)
-
     with pytest.raises(SystemExit) as stopped:
-        program(figure.__name__, run)
+        program(figure.__name__, lambda: runner.main(figure.EXPERIMENT, figure.tables, given))
     return int(str(stopped.value.code))
 
 
@@ -49,25 +41,15 @@ def test_a_job_is_submitted_for_each_run_of_the_paper(capsys: pytest.CaptureFixt
     assert len(outputs) == len(lines)
     assert all(line[line.index("--partition") + 1] == "gpu" for line in lines)
     laer = next(line for line in lines if "laer" in line)
-    # 32 ranks, each with two microbatches of two sequences.
+    # 32 ranks; the test below has Megatron judge the other flags.
     for flag, value in (
         ("--nodes", "4"),
-        ("--micro-batch-size", "2"),
         ("--train-iters", "70"),
-        ("--expert-parallel-mode", "fsep"),
-        ("--expert-model-parallel-size", "32"),
         ("--fsep-capacity", "2"),
         ("--tokenizer-model", "/data/tokenizer"),
     ):
         assert laer[laer.index(flag) + 1] == value
-    stock = lines[0]
-    assert stock[0] == "CUDA_DEVICE_MAX_CONNECTIONS=1"
-    for flag, value in (
-        ("--expert-parallel-mode", "standard"),
-        ("--expert-model-parallel-size", "8"),
-        ("--tensor-model-parallel-size", "8"),
-    ):
-        assert stock[stock.index(flag) + 1] == value
+    assert lines[0][0] == "CUDA_DEVICE_MAX_CONNECTIONS=1"
 
 
 _VALIDATE = """
@@ -123,14 +105,6 @@ def test_megatron_takes_what_jobs_start_on_32_ranks(capsys: pytest.CaptureFixtur
     ]
 
 
-@pytest.mark.parametrize("case", figure12.EXPERIMENT.cases, ids=lambda case: case.method.name)
-def test_every_ablation_is_a_setting_of_its_own(case: Case) -> None:
-    words = [MODE, ExpertParallelMode.FSEP, *case.method.flags.split()]
-    assert config_from_args(add_arguments(ArgumentParser()).parse_args(words)) is not None
-    others = [other.method.flags for other in figure12.EXPERIMENT.cases if other != case]
-    assert case.method.flags not in others
-
-
 _FAKE_SBATCH = """
 while [ $# -gt 0 ]; do
     case $1 in
@@ -175,17 +149,6 @@ def test_jobs_are_waited_for_and_their_logs_read_again(
     assert json.loads((folder / "result.json").read_text()) == first
     assert run_figure(figure8, *words, "qwen-8x7b-e8k2", "--collect") == 1
     assert "qwen-8x7b-e8k2_aux0_stock: no log at" in (folder / "result.txt").read_text()
-
-
-def test_figure_11_times_both_planners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figure11, "SOLVES", 1)
-    rows = "n_device,C_e,time\n64,1,0.0005\n128,4,0.002\n"
-    (tmp_path / published.PLANNER).write_text(rows)
-    assert run_figure(figure11, "--toy", "--work-dir", tmp_path, "--published", tmp_path) == 0
-    written = json.loads((tmp_path / "figure11-toy" / "result.json").read_text())
-    (table,) = written["tables"]
-    assert [row["paper"] for row in table["rows"]] == [0.5, None, None, 2.0]
-    assert all(row[name] > 0 for row in table["rows"] for name in figure11.STRATEGIES)
 
 
 REFUSED = [

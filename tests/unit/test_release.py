@@ -70,22 +70,6 @@ def test_what_does_not_agree_is_quoted(heading: str, tag: str, says: str, checko
     assert "CITATION.cff has another version" in release(checkout, "check").stderr
 
 
-@pytest.mark.parametrize(
-    ("command", "problem"),
-    [
-        ("", "there are check, sdist, wheel, wheels, try, publish and page"),
-        ("upload", "there are check, sdist, wheel, wheels, try, publish and page"),
-        ("wheel", "dist has 0 files *.tar.gz"),
-        ("try", "dist has 0 files *-cp39-cp39-*_"),
-        ("try sdist", "dist has 0 files *.tar.gz"),
-    ],
-)
-def test_a_command_that_cannot_run_says_why(command: str, problem: str, checkout: Path) -> None:
-    python = fake_python(checkout, "python", "echo cp39")
-    result = release(checkout, *command.split(), PYTHON=str(python))
-    assert result.returncode == 2 and problem in result.stderr
-
-
 def test_the_index_gets_the_files_and_the_release_page_the_changes(checkout: Path) -> None:
     date(checkout, f"## {VERSION} (2026-12-31)")
     changes = checkout / "CHANGELOG.md"

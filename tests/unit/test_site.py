@@ -24,25 +24,6 @@ def test_texts_from_the_code_are_up_to_date() -> None:
     assert site_pages.old() == [], "run python -m tests.site_pages"
 
 
-def test_an_old_text_is_written_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = "# Head\n<!-- a, by python -m tests.site_pages -->\n%s<!-- end -->\n| Megatron %s |\n"
-    (tmp_path / "docs").mkdir()
-    path = tmp_path / "docs" / "page.md"
-    path.write_text(page % ("old\ntable\n", "0.1"))
-    monkeypatch.setattr(site_pages, "ROOT", tmp_path)
-    monkeypatch.setattr(site_pages, "TABLES", {("page.md", "a"): lambda: ["one", "two"]})
-    places = {"docs/page.md": (r"^\| Megatron (.*?) \|", "0.2")}
-    monkeypatch.setattr(site_pages, "PLACES", places)
-    assert len(site_pages.old()) == len(site_pages.old(write=True)) == 2
-    assert path.read_text() == page % ("one\ntwo\n", "0.2")
-    assert site_pages.old() == []
-    path.write_text("no mark")
-    with pytest.raises(ValueError, match="it is there 0 times"):
-        site_pages.old()
-
-
 # Variables read by the package, by scripts and by tests.
 READ = (
     r'"((?:MEGATRON_LAER|OMPI|SLURM|TORCHELASTIC|CUDA|LOCAL|TORCHDYNAMO)_[A-Z_]+|RANK|WORLD_SIZE|CXX)"',

@@ -148,15 +148,6 @@ def test_a_step_is_of_the_job_that_saved_it_and_not_of_one_that_began_there(tmp_
     assert "run holds step 50 of job 9 (last)" in claim(tmp_path, 10).stderr
 
 
-def test_claims_do_not_pile_up(tmp_path: Path) -> None:
-    for job in range(1, 12):
-        assert claim(tmp_path, job).returncode == 0
-        end(tmp_path, job)
-    left = sorted((tmp_path / "run" / "slurm-claims").iterdir(), key=lambda path: int(path.name))
-    assert [path.name for path in left] == [str(number) for number in range(4, 12)]
-    assert left[-1].readlink() == Path("11")
-
-
 @pytest.mark.parametrize(
     ("ended_by", "before", "exit_signal", "goes_on"),
     [
@@ -183,47 +174,3 @@ def test_a_step_that_slurm_ended_is_made_again_once(
         slurm_ended_it && echo again || echo no""",
     )
     assert result.stdout == ("again\n" if goes_on else "no\n")
-
-
-# Shell in place of torchrun on two nodes, a and b. Ranks save at TERM, and torchrun then ends
-# with 1, as where a rank raises.
-_NODES = """
-set +e
-printf '#!/usr/bin/env bash\n%s\n' "$body" >python
-chmod +x python
-for node in a b; do
-    SLURMD_NODENAME=$node setsid bash -c "$(declare -f on_node); on_node ended-by" ./python &
-    eval "$node=\\$!"
-done
-fail() { kill -TERM -- "-$1"; }
-until [[ -e a.runs && -e b.runs ]]; do command sleep 0.05; done
-"""
-_RANKS = """
-trap 'touch $SLURMD_NODENAME.saved; exit 1' TERM
-touch $SLURMD_NODENAME.runs
-until [[ -e $SLURMD_NODENAME.raises ]]; do sleep 0.05; done
-exit 1"""
-
-
-@pytest.mark.parametrize(
-    ("ends", "ended_by"),
-    [
-        ('touch b.raises; wait "$b"; fail "$a"', "ranks"),
-        # Its peers raise because of it.
-        ('fail "$b"; wait "$b"; touch a.raises', "Slurm"),
-        ('fail "$a"; fail "$b"', "Slurm"),
-        # Slurm kills a node's processes one by one.
-        ('pkill -KILL -P "$b"; wait "$b"; fail "$a"', "Slurm"),
-    ],
-    ids=["a rank raises", "one node is told to end", "all are", "one is killed"],
-)
-def test_the_first_node_to_fail_says_whether_slurm_ended_the_step(
-    tmp_path: Path, ends: str, ended_by: str
-) -> None:
-    end = f'\n{ends}; wait "$a"; echo "$?"; wait "$b"; echo "$?"'
-    result = run(tmp_path, f"body={shlex.quote(_RANKS)}\n{_NODES}{end}")
-    statuses = result.stdout.split()
-    assert len(statuses) == 2 and "0" not in statuses, result.stderr
-    assert (tmp_path / "ended-by").readlink() == Path(ended_by)
-    saved = [(tmp_path / f"{node}.saved").exists() for node in "ab"]
-    assert sum(saved) == ends.count("fail"), "every launcher ends before its node does"

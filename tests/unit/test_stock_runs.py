@@ -98,12 +98,3 @@ def test_variables_that_choose_how_torch_computes_and_all_sources_are_causes(
         digests.add(digest_of(environment({})))
     stock._sources.cache_clear()
     assert len(digests) == 2
-
-
-def test_the_last_used_folders_are_kept(tmp_path: Path, prefix: str) -> None:
-    folder = tmp_path / "kept"
-    for number in range(6):
-        (folder / f"old{number}").mkdir(parents=True)
-    StockRuns(Pools(), prefix, folder)  # type: ignore[arg-type]
-    names = {path.name for path in folder.iterdir()}
-    assert len(names) == 4 and len(names & {f"old{number}" for number in range(6)}) == 3
