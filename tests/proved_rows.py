@@ -23,7 +23,7 @@ def text() -> str:
     for row in ROWS:
         is_replaced = bool(set((row.flags + row.fsep).split()) & REPLACED.keys())
         features = ", ".join(sorted(features_of(settings_of(row))))
-        rows.writerow([row.name, features, is_replaced or ""])
+        rows.writerow([row.id, features, is_replaced or ""])
     return written.getvalue()
 
 

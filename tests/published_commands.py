@@ -20,7 +20,6 @@ from typing import Any
 from megatron_laer.tools import cli
 from megatron_laer.tools.cli.check_recipe import STATUS, say
 from tests.bridge_table import COLUMNS, judge_recipe
-from tests.parity.rows import ROWS
 from tests.parity.settings import published_entries
 
 _SOURCES = {
@@ -42,11 +41,6 @@ _DEFAULTS = dict.fromkeys(COLUMNS, "") | {
     "precision": "bf16_mixed",
     "optimizer": "opt:distributed_fused_adam_with_cosine_annealing",
 }
-
-
-def row_of(entry: Mapping[str, Any]) -> str:
-    (name,) = (row.name for row in ROWS if row.name.startswith(entry["row"]))
-    return name
 
 
 def table(folder: Path) -> list[str]:

@@ -7,20 +7,18 @@ stock runs with different expert placement is the noise floor of rounding.
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from types import CodeType
 
 import pytest
+import torch
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Adapt, Record
-from tests.documents import ROOT
+from tests import entered
 from tests.parity.compare import Distance, distance
-from tests.parity.daily import Case, cases
+from tests.parity.daily import Case, cases, features
 from tests.parity.exact_sums import train_exactly
 from tests.parity.replay import train_row
 from tests.parity.report import read_figures
@@ -38,39 +36,25 @@ from tests.parity.stock import SOURCES, StockRuns
 from tests.releases import refused_flags
 
 
-def check_nothing_left(model: object) -> tuple[int, int, int]:
-    """Check that no plans are left after a step; return restores and reduces so far."""
+def left_and_done(model: Iterable[torch.nn.Module]) -> tuple[int, int, int, int]:
+    """Return a step's plans that are left, restores and reduces so far, and the MoE layers."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
     from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
-    if coordinator is None:
-        return 0, 0, 0
+    assert coordinator is not None
+    left = sum(len(layer.reruns) for layer in coordinator.layers)
     count = coordinator.streams.exchange.count
-    return (sum(len(layer.reruns) for layer in coordinator.layers), count.restores, count.reduces)
+    parts = (part for chunk in model for part in chunk.modules())
+    return left, count.restores, count.reduces, sum(isinstance(part, MoELayer) for part in parts)
 
 
-def files_that_run(flags: list[str], adapt: Adapt | None) -> list[str]:
+def files_that_run(flags: list[str], adapt: Adapt | None) -> set[str]:
     """Train, and return the files of this project whose functions ran."""
-    found = set[str]()
-
-    def started(code: CodeType, _offset: int) -> object:
-        if code.co_flags & inspect.CO_OPTIMIZED:  # not the body of a module or a class
-            found.add(code.co_filename)
-        return monitoring.DISABLE
-
-    monitoring = sys.monitoring
-    monitoring.use_tool_id(monitoring.PROFILER_ID, "files")
-    monitoring.register_callback(monitoring.PROFILER_ID, monitoring.events.PY_START, started)
-    monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.PY_START)
-    monitoring.restart_events()  # an earlier run's may be disabled still
-    try:
+    with entered.recorded() as functions:
         train_row(flags, None, adapt)
-    finally:
-        monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.NO_EVENTS)
-        monitoring.free_tool_id(monitoring.PROFILER_ID)
-    paths = [Path(name).resolve() for name in found if not name.startswith("<")]
-    here = [path for path in paths if path.is_relative_to(ROOT) and ".venv" not in path.parts]
-    return sorted(str(path.relative_to(ROOT)) for path in here)
+    return {name.partition(":")[0] for name in functions}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +89,7 @@ def test_fsep_equals_stock(
     reference = stock(*row.reference(text_data), row.adapt)
     size, command = row.fsep_run(text_data)
     run = train_exactly if row.exact else train_row
-    fsep: Record = ranks(size).run(run, command, check_nothing_left, row.adapt)[0]
+    fsep: Record = ranks(size).run(run, command, left_and_done, row.adapt)[0]
 
     assert len(fsep.losses) == row.steps and len(fsep.eval_losses) == row.evaluations
     assert bool(fsep.first_grads) == row.gradients
@@ -125,10 +109,10 @@ def test_fsep_equals_stock(
         other = stock(*row.other_stock(text_data), row.adapt)
         floor = distance(other, reference).at_least(SMALLEST_FLOOR)
     if row in ALL_ROWS:  # the page of supported settings has the figures of whole rows
-        record_property("row", row.name)
+        record_property("row", row.id)
     record_property("floor", str(floor))
     record_property("fsep", str(found))
-    print(f"\n{row.name}\n  floor {floor}\n  fsep  {found}")
+    print(f"\n{row.id}\n  floor {floor}\n  fsep  {found}")
     assert found.within(row.bound), f"{found} exceeds {row.bound}"
     assert found.within(floor.times(FLOOR_FACTOR)), f"{found} exceeds ten times {floor}"
 
@@ -136,18 +120,17 @@ def test_fsep_equals_stock(
     # has its own gradients, and passes restored weights on to one that follows at once.
     passes = 1 if STEP in row.fsep else row.accumulation
     in_layer = 1 if STEP in row.fsep else 2
-    restores, reduces = row.exchanges or (row.moe_layers * in_layer, row.moe_layers)
-    operations = 2 * row.accumulation * (1 + ("virtual pipeline" in row.name))
+    operations = 2 * row.accumulation * (1 + ("virtual pipeline" in features(row)))
     assert len(fsep.probes) == row.steps
-    if AT_HOME in row.fsep:  # a pass whose layout has no replica exchanges nothing
-        for step, (left, restored, reduced) in enumerate(fsep.probes, start=1):
-            assert left == 0 and reduced <= reduces * passes * step
+    for step, (left, restored, reduced, layers) in enumerate(fsep.probes, start=1):
+        restores, reduces = row.exchanges or (layers * in_layer, layers)
+        assert left == 0
+        if AT_HOME in row.fsep:  # a pass whose layout has no replica exchanges nothing
+            assert reduced <= reduces * passes * step
             assert row.evaluations or restored <= restores * passes * step
-        fetches = RANDOM in row.fsep and row.moe_layers > 0
-        assert not fetches or all(restored > 0 for _, restored, _ in fsep.probes[-1:])
-        return
-    for step, (left, restored, reduced) in enumerate(fsep.probes, start=1):
-        assert left == 0 and reduced == reduces * passes * step
+            assert restored > 0 or step < row.steps or RANDOM not in row.fsep or not layers
+            continue
+        assert reduced == reduces * passes * step
         if not row.evaluations:  # evaluations restore experts as well
             # From the second step on, an operation may hand weights on to the one that follows.
             handed_on = (step - 1) * (0 if STEP in row.fsep else operations - 1)
@@ -156,7 +139,7 @@ def test_fsep_equals_stock(
 
 def floor_on_page(row: Row) -> Distance:
     """Return the row's last measured floor; the smallest one where it has none."""
-    pairs = read_figures().get(row.name, (None,) * len(fields(Distance)))
+    pairs = read_figures().get(row.id, (None,) * len(fields(Distance)))
     return Distance(*(pair[1] if pair else 0.0 for pair in pairs)).at_least(SMALLEST_FLOOR)
 
 
@@ -169,8 +152,8 @@ def test_a_stock_run_runs_nothing_of_fsep(name: str, ranks: RankPools, text_data
     """So records that are kept need not be made again when FSEP changes."""
     (row,) = (replace(row, steps=1) for row in ROWS if row.id == name)
     size, command = row.reference(text_data)
-    ran: list[str] = ranks(size).run(files_that_run, command, row.adapt)[0]
-    assert {"pretrain_gpt.py", "megatron_laer/cpu/training.py"} <= {*ran}
+    ran: set[str] = ranks(size).run(files_that_run, command, row.adapt)[0]
+    assert {"pretrain_gpt.py", "megatron_laer/cpu/training.py"} <= ran
     others = [file for file in ran if not file.startswith(SOURCES)]
     assert [file for file in others if file.split("/")[1] in FSEP_PARTS] == []
     assert [file for file in others if file.startswith("tests/")] == []

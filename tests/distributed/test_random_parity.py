@@ -14,7 +14,7 @@ import torch
 from megatron_laer.cpu.ranks import RankPools
 from tests.parity.random.generator import Case, draw
 from tests.parity.random.judge import Verdict, judge
-from tests.parity.row import AT_HOME, FP8_BOUND, LION_BOUND
+from tests.parity.row import AT_HOME
 from tests.parity.rows import BLOCKS, IN_FP8
 
 AT_NIGHT = range(1000, 1200)
@@ -59,13 +59,11 @@ LION = changed(
     "Lion",
     flags=PLAIN.row.flags + " --optimizer lion",
     fsep=PLAIN.row.fsep + AT_HOME,
-    bound=LION_BOUND,
 )
 IN_BLOCKS = changed(
     "fp8 by blocks",
     flags=PLAIN.row.flags + BLOCKS,
     fsep=PLAIN.row.fsep + IN_FP8,
-    bound=FP8_BOUND,
 )
 
 

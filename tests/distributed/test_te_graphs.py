@@ -13,7 +13,7 @@ import torch
 from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import train
 from tests.checkpoints import iteration_folder
-from tests.distributed.test_parity import check_nothing_left
+from tests.distributed.test_parity import left_and_done
 from tests.parity.flags import command_line
 from tests.parity.rows import DIST_OPT, MOE_RECOMPUTE, PIPELINE, RANDOM, SHARED
 from tests.te_graphs import train_graphed
@@ -49,7 +49,7 @@ def test_graphs_change_no_number(
 ) -> None:
     pipelines = 2 if PIPELINE in flags else 1
     command = command_line(text_data, flags + FSEP, global_batch=4 * size // pipelines, steps=STEPS)
-    plain = ranks(size).run(train, command, check_nothing_left)[0]
+    plain = ranks(size).run(train, command, left_and_done)[0]
     graphed = ranks(size).run(train_graphed, [*command, *(GRAPHS + modules).split()])
     for record, replayed in graphed:
         assert replayed == replays * (STEPS - WARMUP)

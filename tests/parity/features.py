@@ -40,7 +40,7 @@ SEEN_ON_A_CARD: frozenset[str] = frozenset()
 # In addition to those that `check-recipe` finds in a command.
 FEATURES: dict[str, tuple[str, ...]] = {
     "expert data parallel above 1": ("edp",),
-    "gradient accumulation": ("accum", "accum-dist-opt"),
+    "gradient accumulation": ("accum",),
     "selective recompute of other modules, such as `mhc`": (
         "--recompute-modules other than core_attn, gdn_norm_out, layernorm, mla_up_proj, mlp, moe,"
         " moe_act, shared_experts with --recompute-granularity selective",

@@ -40,13 +40,13 @@ def compare(ranks: Ranks) -> Part:
         runs = row.reference(ranks.data), row.other_stock(ranks.data), row.fsep_run(ranks.data)
         reference, other, fsep = (run(tuple(command), row.adapt) for _, command in runs)
         if reference is None or other is None or fsep is None:
-            part.left_out.append(f"row {row.name}: the time was spent")
+            part.left_out.append(f"row {row.id}: the time was spent")
         elif ranks.rank == 0:
             floor = distance(other, reference).at_least(SMALLEST_FLOOR)
             found.append((row, distance(fsep, reference), floor))
     part.tables[f"Parity on {ranks.size} ranks"] = rows(found)
     part.problems += [
-        f"row {row.name} differs from stock"
+        f"row {row.id} differs from stock"
         for row, mine, floor in found
         if not is_equal(row, mine, floor)
     ]
@@ -56,7 +56,7 @@ def compare(ranks: Ranks) -> Part:
 def rows(found: list[tuple[Row, Distance, Distance]]) -> list[dict[str, Any]]:
     return [
         {
-            "row": row.name,
+            "row": row.id,
             "result": "equal" if is_equal(row, mine, floor) else "DIFFERS",
             "fsep": str(mine),
             "floor": str(floor),

@@ -29,7 +29,6 @@ _NOTHING = "nothing yet"
 _MOST_ROWS = 4
 _SETTINGS = {item.setting for item in REFUSALS}
 _COLUMNS = ("gradients", "losses", "norms", "weights", "MoE losses")
-_NUMBERS = {row.id: number for number, row in enumerate(ROWS, start=1)}
 
 # Distance and floor of a row by column, in `_COLUMNS`' order; None where a row has no such figure.
 Figures = tuple[tuple[float, float] | None, ...]
@@ -44,9 +43,20 @@ def figures_of(found: Distance, floor: Distance, row: Row) -> Figures:
     return tuple((a, b) if shown else None for a, b, shown in pairs)
 
 
+def described(row: Row) -> str:
+    """Return the row's features, by the names of `check-recipe`, and its unusual sizes."""
+    words = sorted(daily.features(row), key=str.lower)
+    if (row.experts, row.ranks) != (8, 2):
+        words.append(f"E = {row.experts} on {row.ranks} ranks")
+    words += [f"groups of {row.expert_parallel}"] if row.expert_parallel else []
+    words += [f"accumulation {row.accumulation}"] if row.accumulation > 1 else []
+    words += [f"{row.capacity} slots"] if row.capacity else []
+    return ", ".join(words)
+
+
 def figures_in(results: Path) -> dict[str, Figures]:
-    """Read figures by row's name from pytest's `--junitxml`; ValueError if a row failed."""
-    rows = {row.name: row for row in ALL_ROWS}
+    """Read figures by row's id from pytest's `--junitxml`; ValueError if a row failed."""
+    rows = {row.id: row for row in ALL_ROWS}
     found: dict[str, Figures] = {}
     for case in ElementTree.parse(results).iter("testcase"):
         values = {item.get("name"): item.get("value") or "" for item in case.iter("property")}
@@ -79,11 +89,12 @@ def read_figures(path: Path | None = None) -> dict[str, Figures]:
 def write_figures(figures: Mapping[str, Figures], path: Path | None = None) -> None:
     with (path or FIGURES).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["row", *(head for name in _COLUMNS for head in (name, f"{name} floor"))])
-        for row in (row for row in ALL_ROWS if row.name in figures):
-            cells = (pair or ("", "") for pair in figures[row.name])
+        heads = (head for name in _COLUMNS for head in (name, f"{name} floor"))
+        writer.writerow(["row", "features and sizes", *heads])
+        for row in (row for row in ALL_ROWS if row.id in figures):
+            cells = (pair or ("", "") for pair in figures[row.id])
             texts = (f"{cell:.1e}" if cell != "" else "" for pair in cells for cell in pair)
-            writer.writerow([row.name, *texts])
+            writer.writerow([row.id, described(row), *texts])
 
 
 def counts() -> Iterator[str]:
@@ -94,12 +105,12 @@ def counts() -> Iterator[str]:
 
 
 def features() -> Iterator[str]:
-    """Yield every feature, its proof, and the numbers of its rows or its refusals."""
+    """Yield every feature, its proof, and its rows or its refusals."""
     yield "| feature | proved by | rows, refusals, or the flag that allows it |"
     yield "|---|---|---|"
     for feature, names in {**rows_by_feature(), **FEATURES}.items():
         state, by = status(names)
-        yield f"| {feature} | {state if by == _NONE else by} | {_listed(names)} |"
+        yield f"| {feature} | {state if by == _NONE else by} | {_code(*names)} |"
 
 
 def rows_by_feature() -> dict[str, list[str]]:
@@ -183,11 +194,6 @@ def _allowed_by(word: str) -> list[str]:
     ]
 
 
-def _listed(names: Iterable[str]) -> str:
-    shown = (f"`{name}`" if name.startswith("--") else str(_NUMBERS[name]) for name in names)
-    return ", ".join(shown)
-
-
 def main(arguments: list[str]) -> int:
     """Write the figures of these results, keep other rows' figures, and report rows without any."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity.report", description=__doc__)
@@ -197,9 +203,9 @@ def main(arguments: list[str]) -> int:
     for results in options.results:
         figures.update(figures_in(results))
     write_figures(figures)
-    missing = [row.name for row in ALL_ROWS if not any(figures.get(row.name, _BLANK))]
+    missing = [row.id for row in ALL_ROWS if not any(figures.get(row.id, _BLANK))]
     if missing:
-        print(f"no figures for {len(missing)} rows: {'; '.join(missing)}", file=sys.stderr)
+        print(f"no figures for {len(missing)} rows: {' '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0
 
 

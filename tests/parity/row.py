@@ -57,8 +57,7 @@ class Row:
     """One combination under test.
 
     Attributes:
-        id: in pytest's output and in `features`.
-        name: in docs/support.md.
+        id: in pytest's output, in `features` and in docs/support.md.
         flags: of both sides.
         fsep: flags for the FSEP side alone.
         expert_parallel: FSEP's group size N, where not all ranks.
@@ -70,7 +69,6 @@ class Row:
         steps: training steps; 0 for a run that only evaluates.
         at_night: training steps of another run at night, without figures on the page.
         evaluations: number of evaluations in the run.
-        moe_layers: on rank 0.
         exchanges: restores and reduces of a microbatch over rank 0's MoE layers, where these are
             repeated, not all of their weights trained, or other ones restored for backward.
         adapt: changes the model on both sides.
@@ -82,11 +80,9 @@ class Row:
     """
 
     id: str
-    name: str
     flags: str
     fsep: str
     stock_parallel: tuple[int, int]
-    bound: Distance
     ranks: int = 2
     experts: int = 8
     expert_parallel: int | None = None
@@ -98,13 +94,22 @@ class Row:
     steps: int = STEPS
     at_night: int | None = None
     evaluations: int = 0
-    moe_layers: int = 2
     exchanges: tuple[int, int] | None = None
     adapt: Adapt | None = None
     gradients: bool = True
     exact: bool = False
     not_at_home: str | None = None
     releases: bool = False
+
+    @property
+    def bound(self) -> Distance:
+        """Return the bound of the row's precision, or of an optimizer that takes signs."""
+        flags = self.flags.split()
+        if "--fp8-format" in flags:
+            return FP8_BOUND
+        if "--bf16" in flags:
+            return BF16_BOUND
+        return LION_BOUND if "lion" in flags else FP32_BOUND
 
     @property
     def values(self) -> frozenset[str]:
@@ -124,15 +129,15 @@ class Row:
             return "`laer` lays out freely"
         if (self.capacity or self.experts) <= self.experts // (self.expert_parallel or self.ranks):
             return "no replica slot"
-        return self.not_at_home
+        return "at home in itself" if AT_HOME in self.fsep else self.not_at_home
 
     @property
     def at_home(self) -> Row:
         """Return the row with experts at home, compared with the same stock runs."""
-        name, fsep = f"{self.name}, experts at home", self.fsep + AT_HOME
+        fsep = self.fsep + AT_HOME
         if "--fsep-planner random" not in fsep and "--fsep-set cluster" not in fsep:
             fsep += f" --fsep-set cluster={REPLICAS_PAY}"
-        return replace(self, id=f"{self.id}-home", name=name, fsep=fsep)
+        return replace(self, id=f"{self.id}-home", fsep=fsep)
 
     def reference(self, data: str) -> tuple[int, list[str]]:
         flags = self.flags if self.reference_flags is None else self.reference_flags

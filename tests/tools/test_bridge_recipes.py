@@ -27,7 +27,7 @@ def failing() -> None:
 
 
 RECIPES = {
-    "fine": (recipe, 0, "runs; proved by row 'plain DDP' on the CPU"),
+    "fine": (recipe, 0, "runs; proved by row 'plain' on the CPU"),
     "slow": (lambda: recipe(moe_paged_stash=True), 3, "speed-only flags: --moe-paged-stash"),
     "precise": (
         lambda: recipe(fp8="e4m3", fp8_recipe="custom"),
@@ -39,7 +39,7 @@ RECIPES = {
     "lora": (
         lambda: changed("peft", target_modules=["linear_qkv"]),
         0,
-        "runs; proved by row 'LoRA on attention, distributed optimizer' on the CPU",
+        "runs; proved by row 'lora' on the CPU",
     ),
     "large": (
         lambda: recipe(

@@ -87,7 +87,7 @@ LINES = {
         f"{BASE} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-sharding experts "
         "--fsep-allow-unproven fp8-experts",
         0,
-        "proved by row 'experts in mxfp8 (hybrid), full recompute",
+        "proved by row 'fp8-mx-homes'",
         None,
     ),
     "fp8 in rows": (

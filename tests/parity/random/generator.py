@@ -22,7 +22,7 @@ from tests.parity.random import settings
 from tests.parity.random.draft import Draft
 from tests.parity.random.rules import refusals
 from tests.parity.random.settings import Setting
-from tests.parity.row import BF16_BOUND, FP8_BOUND, FP32_BOUND, LION_BOUND, Row
+from tests.parity.row import Row
 
 STEPS = 6
 
@@ -129,11 +129,8 @@ def _draw(seed: int, draft: Draft, steps: int) -> Case:
     stock = [size for size in sizes.stock if size > 1 or not draft.has("linear bias")]
     reference = max([size for size in stock if size <= sizes.expert_parallel] or stock)
     other = max([size for size in stock if size != reference] or [reference])
-    bound = LION_BOUND if draft.has("Lion") else FP32_BOUND
-    bound = BF16_BOUND if draft.has("bf16") else bound
     row = Row(
         f"random-{seed}",
-        f"random {seed}",
         ranks=sizes.ranks,
         experts=sizes.experts,
         expert_parallel=sizes.expert_parallel,
@@ -144,7 +141,6 @@ def _draw(seed: int, draft: Draft, steps: int) -> Case:
         without=draft.without,
         capacity=capacity,
         fsep=draft.fsep,
-        bound=FP8_BOUND if draft.has(*settings.IN_FP8) else bound,
         steps=steps,
         adapt=adapt,
         # In a pipeline, overlapped reduces leave parts of the first step's gradients.
