@@ -6,10 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 
-from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime import pair_counts
 from megatron_laer.runtime.pair_counts import PairCounts, count_pairs
 
@@ -76,13 +74,6 @@ def test_without_an_interval_nothing_is_counted_or_exchanged() -> None:
         counted.add(0, routing_map(0, 5), begins=True)
         counted.end_step()
         assert counted.take() is None and not count.called
-
-
-def test_pairs_of_positions_are_given_the_experts_numbers() -> None:
-    home = HomeOrder(np.array([4, 2, 0, 5, 1, 3]))
-    map_TE = routing_map(1, tokens=30)
-    at_home_EE = count_pairs(map_TE[:, torch.from_numpy(home.expert_E)]).numpy()
-    assert home.pairs_by_expert(at_home_EE).tolist() == slow_pairs(map_TE)
 
 
 def test_sets_are_of_tokens_spread_over_the_first_microbatch() -> None:

@@ -9,12 +9,9 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 from argparse import Namespace
 from dataclasses import astuple
-from importlib import metadata
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +29,7 @@ from megatron_laer.releases import (
     Difference,
     release_after,
 )
-from tests.compatibility import RECORD, here, record, recorded
+from tests.compatibility import recorded
 from tests.processes import python
 from tests.releases import installed_release
 
@@ -153,15 +150,3 @@ def test_every_recorded_megatron_is_one_that_the_table_of_releases_calls_tested(
     assert {stack.megatron for stack in stacks} <= {*TESTED, *NEXT.tested}
     assert {TESTED[0], TESTED[-1], *NEXT.tested} <= {stack.megatron for stack in stacks}
     assert len({*stacks}) == len(stacks)
-
-
-def test_a_set_that_has_passed_is_recorded_once_with_what_is_installed(tmp_path: Path) -> None:
-    path = tmp_path / "tested.csv"
-    shutil.copy(RECORD, path)
-    stack = here("scripts/test.sh --some")
-    assert stack.torch.startswith(metadata.version("torch").partition("+")[0])
-    assert stack.python == f"{sys.version_info.major}.{sys.version_info.minor}"
-    assert stack.cards == "" and stack.communication == "gloo"
-    before = recorded(path)
-    assert record(stack, path) and not record(stack, path)
-    assert recorded(path) == [*before, stack]

@@ -47,27 +47,20 @@ def find_python(folder, **environment):
     )
 
 
-@pytest.fixture
-def tools(tmp_path):
+def test_a_python_that_runs_is_found_and_one_that_lacks_something_is_named(tmp_path):
     for tool in ("dirname", "bash"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
-    return tmp_path
-
-
-def test_a_python_that_exists_but_does_not_run_is_passed_over(tools):
-    fake_python(tools, "python3.13", "exit 127")
-    works = fake_python(tools, "python3.12", "exit 0")
-    assert find_python(tools).stdout.strip() == str(works)
-
-
-def test_a_python_that_lacks_something_is_named(tools):
-    fake_python(tools, "python3", "exit 1")
-    result = find_python(tools)
+    fake_python(tmp_path, "python3", "exit 1")
+    result = find_python(tmp_path)
     assert result.returncode == 1
     assert "No Python 3.12 or newer was found" in result.stderr
     assert "apt-get install python3 python3-venv" in result.stderr
-    python = fake_python(tools, "python3.13", 'case "$2" in *venv*) exit 1 ;; esac')
-    result = find_python(tools)
+    works = fake_python(tmp_path, "python3.12", "exit 0")
+    python = fake_python(tmp_path, "python3.13", "exit 127")  # it is there and does not run
+    assert find_python(tmp_path).stdout.strip() == str(works)
+    works.unlink()
+    fake_python(tmp_path, "python3.13", 'case "$2" in *venv*) exit 1 ;; esac')
+    result = find_python(tmp_path)
     assert result.returncode == 1
     assert f"{python} cannot make virtual environments" in result.stderr
 
