@@ -14,11 +14,11 @@ from megatron_laer.cpu.ranks import Raised
 from megatron_laer.cpu.training import Record
 from tests.parity.decisions import Decisions
 from tests.parity.random.draft import Draft
-from tests.parity.random.generator import FEATURES, TABLES, Case, draw
+from tests.parity.random.generator import Case, draw
 from tests.parity.random.judge import Verdict, judge
 from tests.parity.random.on_ranks import Outcome
 from tests.parity.random.rules import refusals
-from tests.parity.random.settings import BALANCING, FP8, GRAPHS, MODES
+from tests.parity.random.settings import BALANCING, FP8, GRAPHS, MODES, SETTINGS
 from tests.parity.row import AT_HOME
 
 IN_FP8, GRAPHED = ([*table][1:] for table in (FP8, GRAPHS))
@@ -33,35 +33,15 @@ def test_a_seed_gives_the_same_case_again() -> None:
     assert found == [134, 847, 763, 255], "no seed gives what it gave"
 
 
-# What the tables of `settings` do not say, since FSEP's rules or the generator do.
-NEEDS = {
-    "expert bias": ("sigmoid", "square-root softplus"),
-    "default tolerance": ("adaptive",),
-    "replicas that pay": ("experts at home",),
-    "experts kept in fp8": tuple(IN_FP8),
-    **dict.fromkeys((*IN_FP8, "LoRA on experts", "Muon"), ("experts at home",)),
-    "Megatron-FSDP, optim": ("experts at home",),
-    "sinkhorn": ("softmax",),
-}
-EXCLUDES = {
-    "Megatron-FSDP, optim": ("pipeline 2", "permuted homes", *IN_FP8, *GRAPHED),
-    "groups of experts": ("top-1",),
-}
-
-
-def test_features_are_drawn_with_those_that_they_need_and_none_that_they_exclude() -> None:
-    settings = {name: setting for table in TABLES for name, setting in table.items()}
-    needs = {name: setting.needs for name, setting in settings.items() if setting.needs} | NEEDS
+def test_every_feature_is_drawn_after_those_that_it_needs_and_none_that_it_excludes() -> None:
     for case in CASES:
         for table in (BALANCING, MODES):
             assert sum(name in case.features for name in table) == 1
-        for name, needed in needs.items():
-            assert not case.has(name) or case.has(*needed), f"{case.seed}: {name}"
-        for name in case.features:
-            never = settings[name].never if name in settings else ()
-            excluded = {*never, *EXCLUDES.get(name, ())} - {name}
-            assert not case.has(*excluded), f"{case.seed}: {name}"
-    assert {name for case in CASES for name in case.features} == FEATURES
+        for at, name in enumerate(case.features):
+            before, setting = {*case.features[:at]}, SETTINGS[name]
+            assert before.isdisjoint(setting.never), f"{case.seed}: {name}"
+            assert not setting.needs or before & {*setting.needs}, f"{case.seed}: {name}"
+    assert {name for case in CASES for name in case.features} == {*SETTINGS}
 
 
 def test_features_go_together_unless_the_rules_of_fsep_refuse_them() -> None:

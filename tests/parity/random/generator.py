@@ -21,23 +21,10 @@ from tests.parity.bridge_lora import lora_on_experts_under_recompute
 from tests.parity.random import settings
 from tests.parity.random.draft import Draft
 from tests.parity.random.rules import refusals
-from tests.parity.random.settings import Setting
 from tests.parity.row import Row
 
 STEPS = 6
 
-_EXPERT_DATA = "expert data parallel"
-_NODES = {size: f"nodes of {size}" for size in (1, 2, 4)}
-TABLES = [
-    table
-    for table in vars(settings).values()
-    if isinstance(table, dict) and all(isinstance(item, Setting) for item in table.values())
-]
-FEATURES = {name for table in TABLES for name in table} | {
-    settings.UNEVEN,
-    _EXPERT_DATA,
-    *_NODES.values(),
-}
 _ADAPTS = {
     "LoRA on attention": lora_on_attention,
     "LoRA on experts": lora_on_experts_under_recompute,
@@ -69,7 +56,7 @@ class Case:
     model_parallel: int
 
     def has(self, *names: str) -> bool:
-        assert FEATURES.issuperset(names)
+        assert settings.SETTINGS.keys() >= {*names}
         return not {*names}.isdisjoint(self.features)
 
     @property
@@ -158,10 +145,10 @@ def _draw_sizes(draft: Draft) -> _Sizes:
     pipeline = 2 if draft.has("pipeline 2") else 1
     expert_parallel = draft.pick([size for size in (2, 4, 8) if ranks // pipeline % size == 0])
     if expert_parallel < ranks // pipeline:
-        draft.take(_EXPERT_DATA)
+        draft.take(settings.MARKS, settings.EXPERT_DATA)
     experts = int(draft.choose(settings.EXPERTS).split()[0])
     if experts % expert_parallel:
-        draft.take(settings.UNEVEN)
+        draft.take(settings.MARKS, settings.UNEVEN)
     too_many = [name for name in settings.TOP_K if int(name[4:]) >= experts]
     draft.option(settings.RUN, "short sequences")
     return _Sizes(
@@ -184,8 +171,7 @@ def _draw_model(draft: Draft, sizes: _Sizes) -> Adapt | None:
         if draft.has("first layer dense"):
             draft.flags += f" --moe-layer-freq ([0]*1+[1]*{layers - 1})"
     draft.choose(settings.ACTIVATIONS)
-    for name in settings.MODEL:
-        draft.option(settings.MODEL, name, legal=name != "linear bias" or max(sizes.stock) > 1)
+    draft.options(settings.MODEL, but=() if max(sizes.stock) > 1 else {"linear bias"})
     return next((adapt for name, adapt in _ADAPTS.items() if draft.has(name)), None)
 
 
@@ -224,7 +210,7 @@ def _draw_recompute(draft: Draft) -> None:
     kind = draft.choose(settings.RECOMPUTE)
     if kind not in settings.IN_PARTS:
         return
-    parts = [name for name in settings.PARTS if draft.option(settings.PARTS, name)]
+    parts = draft.options(settings.PARTS)
     flags = settings.RECOMPUTE_PARTS
     if kind == "recompute of parts":
         draft.flags += flags + " ".join(parts or ["core_attn"])
@@ -250,19 +236,16 @@ def _draw_training(draft: Draft) -> None:
 
 def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
     """Draw FSEP's own settings, and return its capacity, or None for the default."""
-    mode = draft.choose(settings.MODES, alone=True)
+    mode = draft.choose(settings.MODES)
     if mode in settings.PLANS:
-        draft.choose(settings.PLANNERS, alone=True)
+        draft.choose(settings.PLANNERS)
     if mode == "adaptive":
-        draft.choose(settings.TOLERANCES, alone=True)
-    for name in settings.FSEP:
-        draft.option(settings.FSEP, name, alone=True)
+        draft.choose(settings.TOLERANCES)
+    draft.options(settings.FSEP)
     if draft.has("restore by nodes", "tokens by nodes"):
-        size = draft.pick([size for size in _NODES if sizes.expert_parallel % size == 0])
-        draft.take(_NODES[size])
-        draft.fsep += f" --fsep-node-size {size}"
-    draft.option(settings.FSEP_LATER, "fp32 gradients between nodes", alone=True)
-    draft.choose(settings.GRAPHS, alone=True)
+        draft.choose(settings.NODES, but={"nodes of 4"} if sizes.expert_parallel % 4 else ())
+    draft.option(settings.FSEP_LATER, "fp32 gradients between nodes")
+    draft.choose(settings.GRAPHS)
     needed = {"te-graphs": settings.GRAPHED, "fp8-experts": settings.IN_FP8}
     if allowed := [word for word, features in needed.items() if draft.has(*features)]:
         draft.fsep += f" --fsep-allow-unproven {' '.join(allowed)}"
@@ -276,17 +259,17 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
     in_fours = [slots for slots in capacities if slots * ranks % 4 == 0]
     if not in_fours:
         but.add("HybridEP")
-    if draft.choose(settings.DISPATCHERS, but=but, alone=True) == "HybridEP":
+    if draft.choose(settings.DISPATCHERS, but=but) == "HybridEP":
         return draft.pick(in_fours)
-    is_given = draft.option(settings.FSEP_LATER, "given capacity", alone=True)
+    is_given = draft.option(settings.FSEP_LATER, "given capacity")
     return draft.pick(capacities) if is_given else None
 
 
 def _draw_sharding(draft: Draft, sizes: _Sizes, capacity: int | None) -> None:
     home_slots = sizes.experts // sizes.expert_parallel
     but = {"experts at home"} if capacity == home_slots else set()
-    if draft.choose(settings.EXPERT_SHARDING, but=but, alone=True) == "experts at home":
-        draft.option(settings.FSEP_LATER, "replicas that pay", alone=True)
+    if draft.choose(settings.EXPERT_SHARDING, but=but) == "experts at home":
+        draft.option(settings.FSEP_LATER, "replicas that pay")
         if draft.option(settings.HOMES, "permuted homes"):
             draft.fsep += f" --fsep-homes {_homes(sizes)}"
 

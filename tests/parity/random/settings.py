@@ -19,7 +19,7 @@ class Setting:
 
     Attributes:
         weight: of a choice, relative to the others; of an option, its probability.
-        flags: of both sides, or of FSEP alone in the tables that say so.
+        flags: of both sides, or of FSEP alone where these begin as in `OF_FSEP`.
         without: switches of the model that neither side gets.
         needs: features of which the case has one already.
         never: features of which the case has none yet.
@@ -34,6 +34,7 @@ class Setting:
 
 Choice = dict[str, Setting]
 
+OF_FSEP = " --fsep", " --cuda-graph", " --moe-token-dispatcher"
 RANKS: Choice = {"2 ranks": Setting(4), "4 ranks": Setting(6), "8 ranks": Setting(1)}
 SIZES: Choice = {
     "tensor parallel 2": Setting(0.25, rows.TENSOR),
@@ -294,7 +295,10 @@ GRAPHS: Choice = {
     ),
 }
 GRAPHED = {*GRAPHS} - {"no graphs"}
-UNEVEN = "N does not divide E"
+NODES: Choice = {f"nodes of {size}": Setting(1, f" --fsep-node-size {size}") for size in (1, 2, 4)}
+UNEVEN, EXPERT_DATA = "N does not divide E", "expert data parallel"
+# They follow from sizes.
+MARKS: Choice = {UNEVEN: Setting(0), EXPERT_DATA: Setting(0)}
 EXPERT_SHARDING: Choice = {
     "experts by rows": Setting(1, " --fsep-sharding rows"),
     "experts at home": Setting(2, AT_HOME, never=(UNEVEN, "planner laer")),
@@ -313,6 +317,11 @@ DISPATCHERS: Choice = {
     "DeepEP": Setting(0.06, rows.DEEPEP, never=("tokens by nodes",)),
     "HybridEP": Setting(0.06, rows.HYBRIDEP, never=("tokens by nodes",)),
 }
+# All settings, by the feature that they are.
+SETTINGS: Choice = {}
+for _table in [value for value in vars().values() if isinstance(value, dict)]:
+    if all(isinstance(item, Setting) for item in _table.values()):
+        SETTINGS |= _table
 
 
 def without_fsdp(flags: str) -> str | None:
