@@ -175,9 +175,9 @@ def _save_planner(directory: Any) -> None:
 
 
 def _resume_planner(directory: Any) -> None:
-    coordinator = session.current_coordinator()
-    if coordinator is not None and coordinator.config.makes_plans:
-        coordinator.resume_planner(str(directory), _storage())
+    found = session.current_coordinator()
+    if found is not None and found.config.makes_plans and found.layers and not found.in_steps:
+        found.layouts.resume(str(directory), _storage())
 
 
 CHECKPOINT_PATCHES = (_save, _load, _save_before_shards, _load_with_shards)

@@ -175,10 +175,6 @@ class Coordinator(MicrobatchPlanner):
         waits_ms = restores.exposed.take_ms(), reduces.exposed.take_ms()
         return waits_ms[0] / steps, waits_ms[1] / steps, received_bytes / steps
 
-    def resume_planner(self, directory: str, storage: Any) -> None:
-        if self.layers and not self.in_steps:
-            self.layouts.resume(directory, storage)
-
     def _put_pairs(self) -> None:
         """Record the pairs of the last step, before anything of the next one."""
         found = self.pairs.take()

@@ -189,8 +189,8 @@ class RestoredExperts:
             self.make_wait()
         if not self.life[Event.DISPATCH_GRAD]:
             return tokens
-        leave = partial(self._leave, self.life)
-        return run_on_backward(partial(self.grads.let_go, leave), tokens)[0]
+        sums = Action.SUM in self.life[Event.LEAVE]
+        return run_on_backward(partial(self.grads.let_go, sums=sums), tokens)[0]
 
     def weight_placeholders(self) -> tuple[torch.Tensor, ...]:
         shapes, trained_at = self.weights.shapes, self._share.trained_at
@@ -244,12 +244,6 @@ class RestoredExperts:
 
     def _compute_weights(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
         self.grads.defer(self.grads.compute_delayed(grads_CRK))
-
-    def _leave(self, life: Column, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        if Action.SUM in life[Event.LEAVE]:
-            self.grads.add(grads_CRK)
-        else:
-            self.grads.start_reduce(grads_CRK)
 
     def _new_wait(self) -> tuple[torch.Tensor, ...]:
         share = self._share

@@ -75,14 +75,14 @@ class SlotGrads:
         self.state.enter(GradState.DEFERRED)
         self._deferred_CRK = grads_CRK
 
-    def let_go(self, leave: Callable[[tuple[torch.Tensor, ...]], None]) -> None:
-        """Call `leave` with the deferred gradients, on the stream that computed them."""
+    def let_go(self, *, sums: bool) -> None:
+        """Add the deferred gradients to the step's, or send them, on the stream they are from."""
         assert self._deferred_CRK, "tokens' gradients arrived before the experts had any"
         grads_CRK, self._deferred_CRK = self._deferred_CRK, ()
         # Megatron may exchange tokens' gradients on a stream of its own.
         computes = None if self._compute is None else torch.cuda.stream(self._compute)
         with computes or contextlib.nullcontext():
-            leave(grads_CRK)
+            (self.add if sums else self.start_reduce)(grads_CRK)
 
     def add(self, grads_CRK: Sequence[torch.Tensor]) -> None:
         """Add a pass's gradients; send the sum with the last one. Collective then."""
