@@ -94,9 +94,8 @@ class TokenExchange(Choice):
 
 
 class GemmBackEnd(Choice):
-    """Back end of the slots' GEMMs (`layer/experts/gemm`); `auto` chooses among proved ones."""
+    """Back end of the slots' GEMMs (`layer/experts/gemm`)."""
 
-    AUTO = "auto"
     LOOP = "loop"
     TE = "te"
     TORCH = "torch"

@@ -180,8 +180,8 @@ class FSEPConfig:
         "dtype of gradients between nodes by restore_algorithm node; default: the weights'",
     )
     gemm: GemmBackEnd = _option(
-        GemmBackEnd.AUTO,
-        "experts' GEMMs: loop (torch.mm), te (Transformer Engine), torch (grouped_mm), auto (loop)",
+        GemmBackEnd.LOOP,
+        "experts' GEMMs: loop (torch.mm), te (Transformer Engine), torch (grouped_mm)",
     )
     cluster: str | None = _option(
         None, "hardware constants: a name in configs/clusters or a path; default: by device"

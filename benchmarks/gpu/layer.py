@@ -117,7 +117,7 @@ def measure_one(side: str, model: Model, dry: bool) -> dict[str, Any]:
     megatron_laer.disable()
     how = "grouped GEMM" if grouped else "a loop"
     if side == "fsep":
-        how += ", replicas by --fsep-set gemm=auto"
+        how += ", replicas by --fsep-set gemm=loop"
     peak = torch.cuda.max_memory_allocated()
     return {**times, "experts": how, "rows": computed[-1], "peak_bytes": peak}
 

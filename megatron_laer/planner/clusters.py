@@ -202,9 +202,8 @@ class BackEnd:
     weight_grad: GemmCurve
 
     def __post_init__(self) -> None:
-        known = [word.value for word in GemmBackEnd if word != GemmBackEnd.AUTO]
-        if self.name not in known:
-            raise ValueError(f"{self.name!r} is no back end; known are {', '.join(known)}")
+        if self.name not in GemmBackEnd:
+            raise ValueError(f"{self.name!r} is no back end; known are {', '.join(GemmBackEnd)}")
 
     @property
     def backward_gemm_factor(self) -> float:

@@ -21,7 +21,7 @@ from megatron_laer.choices import Auto, ExpertParallelMode
 from megatron_laer.config import FSEPConfig, deterministic
 from megatron_laer.device import cpu_installed
 from megatron_laer.files.checks import quoted, read_text
-from megatron_laer.layer.experts.gemm import check_gemm, gemm_in_force
+from megatron_laer.layer.experts.gemm import check_gemm
 from megatron_laer.megatron_version import check_version
 from megatron_laer.planner.sharding_choice import shardings
 from megatron_laer.plugin.checkpoints import sharding_of_checkpoint
@@ -135,7 +135,7 @@ def _validate(original: Any, args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     with _refusing():
         # Megatron has derived the dtype at this point.
         device = torch.device("cpu" if cpu_installed() else "cuda")
-        check_gemm(gemm_in_force(config.gemm), device, args.params_dtype)
+        check_gemm(config.gemm, device, args.params_dtype)
         check_installed(args.optimizer)
         enable(config, seed=args.seed)
     install_metrics(args.log_interval, args.num_layers, args.mtp_num_layers or 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 
@@ -11,7 +10,6 @@ import torch
 from megatron_laer import device, session
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import problem_of, refuse_unusable_folder
-from megatron_laer.layer.experts.gemm import gemm_in_force
 from megatron_laer.megatron_version import check_version
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.strategies import check_planner
@@ -59,8 +57,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
         ValueError: torch is too old for a GPU; an unknown planner; a file or folder that cannot be
             used. On every rank: a node size that does not divide the group.
     """
-    asked = config or FSEPConfig()
-    wanted = Session(dataclasses.replace(asked, gemm=gemm_in_force(asked.gemm)), seed)
+    wanted = Session(config or FSEPConfig(), seed)
     current = session.current()
     if current is not None and (current.config, current.seed) == (wanted.config, wanted.seed):
         return

@@ -191,7 +191,6 @@ def make_exchange(
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:
-    # `auto` uses the back end whose GEMMs a cluster always has.
     cluster = load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm)
     precision = _precision(config, transformer_config)
     if precision.is_quantised and cluster.gemm_fp8 is None:

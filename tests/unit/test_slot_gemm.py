@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.choices import GemmBackEnd
 from megatron_laer.layer.experts.gemm import (
     SlotGemm,
     check_gemm,
-    gemm_in_force,
     gemm_names,
     loop,
     slot_gemm,
@@ -170,12 +168,6 @@ def test_transformer_engine_is_guarded_by_package_device_symbol_and_parameters(
     modules[te._MODULE].general_grouped_gemm = grouped_gemm
     assert refusal() is None
     te.grouped_gemm.cache_clear()
-
-
-def test_auto_is_loop() -> None:
-    assert [gemm_in_force(asked) for asked in GemmBackEnd] == [
-        "loop" if asked == "auto" else asked for asked in GemmBackEnd
-    ]
 
 
 ROWS = 5

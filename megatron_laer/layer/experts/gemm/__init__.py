@@ -68,12 +68,7 @@ class SlotGemm(Protocol):
 
 
 def gemm_names() -> list[str]:
-    return [name.value for name in GemmBackEnd if name is not GemmBackEnd.AUTO]
-
-
-def gemm_in_force(asked: GemmBackEnd) -> GemmBackEnd:
-    """Return the back end for `asked`: `auto` is `loop` until docs/gpu_status.md has figures."""
-    return GemmBackEnd.LOOP if asked is GemmBackEnd.AUTO else asked
+    return [name.value for name in GemmBackEnd]
 
 
 def slot_gemm(name: str) -> SlotGemm:
