@@ -21,7 +21,7 @@ from megatron_laer.choices import Choice
 MEGATRONS_RECIPE = "delayed"
 # Arguments that the tensors and quantisers of more than one recipe take.
 _QUANTISER = ("fp8_dtype", "rowwise", "columnwise")
-_EXACT = ("force_pow_2_scales", "amax_epsilon")
+_EXACT = (*_QUANTISER, "force_pow_2_scales", "amax_epsilon")
 _DIRECTIONS = ("rowwise_data", "rowwise_scale_inv", "columnwise_data", "columnwise_scale_inv")
 
 
@@ -139,9 +139,7 @@ _ROWS: Mapping[Precision, Quantisation] = {
     ),
     Precision.TENSORWISE: Quantisation(
         block=None,
-        quantiser=Part(
-            "float8_tensor", "Float8CurrentScalingQuantizer", (*_QUANTISER, *_EXACT, "device")
-        ),
+        quantiser=Part("float8_tensor", "Float8CurrentScalingQuantizer", (*_EXACT, "device")),
         tensor=Part("float8_tensor", "Float8Tensor", ("data", "fp8_scale_inv", "fp8_dtype")),
         cards=Cards((8, 9)),
         reads=2,
@@ -152,9 +150,7 @@ _ROWS: Mapping[Precision, Quantisation] = {
     Precision.BLOCKWISE: Quantisation(
         block=(128, 128),
         quantiser=Part(
-            "float8_blockwise_tensor",
-            "Float8BlockQuantizer",
-            (*_QUANTISER, *_EXACT, "block_scaling_dim"),
+            "float8_blockwise_tensor", "Float8BlockQuantizer", (*_EXACT, "block_scaling_dim")
         ),
         tensor=Part(
             "float8_blockwise_tensor",
