@@ -37,8 +37,8 @@ from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK, MethodS
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.replay import Routing
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
 

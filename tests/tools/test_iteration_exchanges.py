@@ -22,9 +22,8 @@ from megatron_laer.tools.simulator.iteration.methods import (
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from megatron_laer.tools.simulator.iteration.predict import predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
-from megatron_laer.tools.simulator.replay import LayerPolicy
+from megatron_laer.tools.simulator.replay import LayerPolicy, Routing
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
 from tests.tools.plan_cases import drifting_trace
 from tests.tools.test_iteration_work import H100, TINY, predicted

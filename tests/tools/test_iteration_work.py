@@ -36,7 +36,6 @@ from megatron_laer.tools.simulator.iteration.methods import (
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from megatron_laer.tools.simulator.iteration.predict import predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
-from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import (
     Exchange,
@@ -44,6 +43,7 @@ from megatron_laer.tools.simulator.iteration.work import (
     TokenPassing,
     grouped_totals,
 )
+from megatron_laer.tools.simulator.replay import Routing
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
 from tests.oracles import costs as priced

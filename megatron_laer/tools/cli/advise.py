@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +10,6 @@ from dataclasses import replace
 from megatron_laer.choices import Sharding, Unproven
 from megatron_laer.config import flag_name
 from megatron_laer.files.checks import one_line
-from megatron_laer.files.writing import write_output
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.rules import sharding_for
 from megatron_laer.tools.cli import prediction_input, run_flags
@@ -24,14 +22,14 @@ from megatron_laer.tools.cli.argument_types import (
     yaml_inputs,
 )
 from megatron_laer.tools.cli.megatron_flags import parsed
-from megatron_laer.tools.cli.outputs import bar, check_outputs
+from megatron_laer.tools.cli.outputs import bar, check_outputs, write_json
 from megatron_laer.tools.recipes.command_lines import script_flags
 from megatron_laer.tools.simulator.advisor import output
 from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run
 from megatron_laer.tools.simulator.advisor.search import search
 from megatron_laer.tools.simulator.advisor.settings import Dispatch, group_flags, group_sizes
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
-from megatron_laer.tools.simulator.iteration.routing import Routing
+from megatron_laer.tools.simulator.replay import Routing
 from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import NATURAL
@@ -95,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
         f"rank and microbatch, {shape.microbatches} microbatches; tensor {shape.tensor}, pipeline "
         f"{shape.stages} x {shape.chunks}; recompute {shape.recompute}"
     )
-    if args.json is not None:
-        content = {"title": title} | output.content(asked, results, common)
-        write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
+    write_json(args.json, {"title": title} | output.content(asked, results, common))
     print(output.text(one_line(title), asked, results, common))
     return 0 if results.best.found or results.stocks.found else _NOTHING_FITS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_laer.files.checks import (
     refuse_overwriting,
     refuse_unwritable,
 )
+from megatron_laer.files.writing import write_output
 from megatron_laer.tools.report.run_files import refuse_as_source
 
 
@@ -34,6 +36,12 @@ def check_outputs(
         for other, there in given.items():
             if other < flag and is_same_file(output, there):
                 raise ValueError(f"{other} and {flag} are one file; give two, got {quoted(output)}")
+
+
+def write_json(path: Path | None, content: object) -> None:
+    """Write the file of --json, if it is asked for."""
+    if path is not None:
+        write_output(path, json.dumps(content, indent=1) + "\n", "--json")
 
 
 def bar(title: str, **more: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, TokenExchange
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import one_line
-from megatron_laer.files.writing import write_output
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.rules import lays_out_freely
@@ -27,7 +25,7 @@ from megatron_laer.tools.cli.argument_types import (
     shared,
     yaml_inputs,
 )
-from megatron_laer.tools.cli.outputs import bar, check_outputs
+from megatron_laer.tools.cli.outputs import bar, check_outputs, write_json
 from megatron_laer.tools.cli.prediction_input import (
     DEFAULT_CLUSTER,
     prediction_settings,
@@ -201,9 +199,7 @@ def run(args: argparse.Namespace) -> int:
         "every": every,
     }
     # The file first: a reader of the table that stops early would end the command.
-    if args.json is not None:
-        content = {**about, "rows": [asdict(row) for row in rows]}
-        write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
+    write_json(args.json, {**about, "rows": [asdict(row) for row in rows]})
     print(f"{_shortest(rows)}\n")
     said = "steps", "layers", "records", "experts"
     sizes_of_trace = ", ".join(f"{about[name]} {name}" for name in said)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import fields
-from typing import Any
+from dataclasses import asdict
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding
 from megatron_laer.files.checks import one_line, quoted
-from megatron_laer.files.writing import write_output
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.homes_file import read_homes, write_homes
 from megatron_laer.tools.cli.argument_types import option, path
-from megatron_laer.tools.cli.outputs import bar
+from megatron_laer.tools.cli.outputs import bar, write_json
 from megatron_laer.tools.cli.prediction_input import refuse
 from megatron_laer.tools.simulator.homes import LayerHomes, homes_by_pairs
 from megatron_laer.tools.simulator.output import aligned
@@ -61,9 +58,11 @@ def run(
     layers = homes_by_pairs(trace, geometry, tolerance, bar("placing", unit="layer"))
     orders |= {one.layer: one.home_slot_order_E for one in layers}
     write_homes(args.homes, num_ranks, orders)
-    if args.json is not None:
-        rows = [_json_row(one) for one in layers]
-        write_output(args.json, json.dumps({"homes": rows}, indent=1) + "\n", "--json")
+    rows = [
+        asdict(one) | {"saved": one.saved, "home_slot_order_E": one.home_slot_order_E.tolist()}
+        for one in layers
+    ]
+    write_json(args.json, {"homes": rows})
     print(one_line(f"homes for {num_ranks} ranks in nodes of {node_size}: {args.homes}"))
     is_counted = all(one.is_counted for one in layers)
     source = "counted on tokens' experts" if is_counted else "expected from pairs"
@@ -118,8 +117,3 @@ def _orders_of_other_traces(args: argparse.Namespace, geometry: Geometry) -> dic
     except ValueError as error:
         raise ValueError(f"--homes {quoted(args.homes)} {error}; give another name") from error
     return {layer: order.expert_E for layer, order in before.by_layer.items()}
-
-
-def _json_row(one: LayerHomes) -> dict[str, Any]:
-    row = {field.name: getattr(one, field.name) for field in fields(one)}
-    return row | {"saved": one.saved, "home_slot_order_E": one.home_slot_order_E.tolist()}

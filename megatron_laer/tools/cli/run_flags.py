@@ -120,8 +120,7 @@ def run_shape(
 
 def overlaps(settings: Namespace, shape: RunShape) -> tuple[bool, ...]:
     """Return the possible values of combined 1F1B; refuse its flag where Megatron does."""
-    possible = shape.recompute != Recompute.FULL and not shape.synchronises
-    possible &= not settings.moe_shared_expert_overlap
+    possible = shape.can_overlap and not settings.moe_shared_expert_overlap
     if not settings.overlap_moe_expert_parallel_comm:
         return (False, True) if possible else (False,)
     if not possible:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from functools import partial
 
@@ -20,7 +19,6 @@ from megatron_laer.choices import (
 )
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import one_line
-from megatron_laer.files.writing import write_output
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import GUARD_MODES
@@ -38,7 +36,7 @@ from megatron_laer.tools.cli.argument_types import (
     shared,
     yaml_inputs,
 )
-from megatron_laer.tools.cli.outputs import check_outputs
+from megatron_laer.tools.cli.outputs import check_outputs, write_json
 from megatron_laer.tools.cli.prediction_input import ROWS_IN_FP8
 from megatron_laer.tools.simulator import output
 from megatron_laer.tools.simulator.iteration.methods import (
@@ -55,8 +53,8 @@ from megatron_laer.tools.simulator.iteration.predict import (
     predict_iterations,
 )
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.replay import Routing
 from megatron_laer.tools.simulator.run_settings import priced
 from megatron_laer.tools.traces import read_trace
 
@@ -224,8 +222,7 @@ def run(args: argparse.Namespace) -> int:
         "methods": {name: output.content(of) for name, of in predicted.items()},
         "refused": refused,
     }
-    if args.json is not None:
-        write_output(args.json, json.dumps(about, indent=1) + "\n", "--json")
+    write_json(args.json, about)
     limit = "" if most_gib is None else f" with {most_gib:g} GiB each"
     print(sentence, end="\n\n")
     if about["not_given"]:

@@ -34,8 +34,8 @@ from megatron_laer.tools.simulator.iteration.predict import (
     stock_sizes,
 )
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import Routing, Step
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.replay import Routing, Step
 from megatron_laer.tools.simulator.run_settings import priced
 from megatron_laer.tools.traces.records import Trace
 

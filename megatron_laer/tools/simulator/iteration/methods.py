@@ -16,6 +16,7 @@ from typing import Protocol
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import (
     ExchangeAlgorithm,
+    FixedPlanner,
     OverlapScheduler,
     PlanMode,
     Restore,
@@ -30,7 +31,6 @@ from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.outcome import Outcome
 from megatron_laer.planner.placed import Placed
-from megatron_laer.planner.static import StaticStrategy
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
@@ -177,18 +177,11 @@ def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
             f"up to {geometry.capacity} each have none"
         )
     settings = replace(settings, geometry=replace(geometry, capacity=fits[0]))
-    return relaid(FSDP_EP, settings, rates, StaticStrategy(settings.geometry))
+    return relaid(FSDP_EP, settings, rates, _strategy(FixedPlanner.STATIC, settings))
 
 
-def _laer(settings: MethodSettings, rates: Rates) -> Method:
-    strategy = make_strategy("laer", geometry=settings.geometry, costs=settings.costs)
-    return relaid(LAER, settings, rates, strategy)
-
-
-def _fsep(settings: MethodSettings, rates: Rates) -> Method:
-    planner = settings.config.planner
-    strategy = make_strategy(planner, geometry=settings.geometry, costs=settings.costs)
-    return relaid(FSEP, settings, rates, strategy)
+def _strategy(name: str, settings: MethodSettings) -> Strategy:
+    return make_strategy(name, geometry=settings.geometry, costs=settings.costs)
 
 
 def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy) -> Method:
@@ -231,8 +224,8 @@ def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy
 METHODS: dict[str, Callable[[MethodSettings, Rates], Method]] = {
     STOCK: _stock,
     FSDP_EP: _fsdp,
-    LAER: _laer,
-    FSEP: _fsep,
+    LAER: lambda of, rates: relaid(LAER, of, rates, _strategy("laer", of)),
+    FSEP: lambda of, rates: relaid(FSEP, of, rates, _strategy(of.config.planner, of)),
 }
 
 

@@ -24,9 +24,9 @@ from megatron_laer.tools.simulator.iteration.methods import (
 )
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import Routing, Step
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import LayerWork
+from megatron_laer.tools.simulator.replay import Routing, Step
 
 # A token's FLOPs in forward and backward, over those of forward.
 _TRAINING_PASSES = 3
