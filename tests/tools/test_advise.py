@@ -77,7 +77,7 @@ def test_no_setting_of_simulate_is_faster_and_times_are_its_own(advised, simulat
             *f"--token-exchange {tokens} {kept}".split(),
         )["methods"]["fsep"]
         for tokens in ("rank", "node", "flex", "rank --overlap", "flex --overlap")
-        for kept in ("--restore layer", "--restore step --mode forecast")
+        for kept in ("--restore layer", "--restore step")
         for of in sizes
     ]
     fitting = [case for case in cases if case["peak_bytes"] <= 36 * 2**30]

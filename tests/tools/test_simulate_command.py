@@ -14,7 +14,6 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.planner.cluster_files import cluster_text, load_cluster
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED
@@ -166,14 +165,6 @@ def test_sharding_slots_and_exchange_are_those_of_training_by_default(tmp_path, 
     case, sharding = fsep(), taken.geometry.sharding
     assert (case["sharding"], case["capacity"]) == (sharding, taken.geometry.capacity)
     assert fsep("--sharding", "auto") == fsep("--sharding", sharding) == case
-    # Rows over four nodes: each expert crosses once.
-    rows = {
-        algorithm: fsep("--sharding", "rows", "--restore-algorithm", algorithm)
-        for algorithm in ("flat", "node", "auto")
-    }
-    way = priced(Geometry(8, 8, 2, 2)).restore_algorithm
-    assert rows["auto"] == rows[way]
-    assert rows["flat"] != rows["node"]
 
 
 def predictions():
@@ -213,13 +204,13 @@ def test_a_recorded_run_has_its_own_cluster(tmp_path, capsys):
         assert found["cluster"] == name and any(f" on {name}, " in line for line in found["lines"])
 
 
-def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, path, capsys):
-    words = "--mode forecast --method stock laer fsep --strategy static --stock-expert-parallel 4"
+def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, capsys):
+    words = f"{W0} --ranks 4 --method stock laer fsep --stock-expert-parallel 4 --capacity 3"
     found = {}
     for sharding in ("rows", "experts"):
-        flags = f"{words} --sharding {sharding}".split()
-        written = simulated(tmp_path / "x", path, *TINY, *ENOUGH, *flags, capsys=capsys)
-        assert f"N=4 G=2 C=3 {sharding} forecast T=" in written["advice"]
+        flags = f"{words} --node-size 2 --sharding {sharding}".split()
+        written = simulated(tmp_path / "x", *flags, *ENOUGH, capsys=capsys)
+        assert f"N=4 G=2 C=3 {sharding} adaptive T=" in written["advice"]
         found[sharding] = written["methods"]
     rows, home = found.values()
     # The others do not know the sharding.
@@ -272,7 +263,7 @@ def test_a_model_in_fp8_computes_faster_and_holds_a_byte_per_weight(tmp_path, ca
     for recipe in ("tensorwise", "blockwise", "mxfp8", None):
         flags = "" if recipe is None else f"  fp8-format: e4m3\n  fp8-recipe: {recipe}\n"
         words = f"{in_fp8(path, flags)} --method stock fsep --sharding experts --capacity 5"
-        for held in ("", " --restore step --mode forecast"):
+        for held in ("", " --restore step"):
             of_command = simulated(tmp_path / "x.json", *f"{words}{held}".split(), capsys=capsys)
             found[recipe, held] = of_command["methods"]
     bf16, blockwise = found[None, ""], found["blockwise", ""]
@@ -284,6 +275,6 @@ def test_a_model_in_fp8_computes_faster_and_holds_a_byte_per_weight(tmp_path, ca
     assert slots["tensorwise", ""] < slots["mxfp8", ""] < 1.1 * slots["tensorwise", ""]
     # Over a step, mxfp8 holds the payloads of both directions.
     scales = slots["mxfp8", ""] / slots["tensorwise", ""]
-    held = slots["mxfp8", " --restore step --mode forecast"]
-    once = slots["tensorwise", " --restore step --mode forecast"]
+    held = slots["mxfp8", " --restore step"]
+    once = slots["tensorwise", " --restore step"]
     assert held / once == pytest.approx(2 * scales)

@@ -10,9 +10,6 @@ from tqdm import tqdm
 
 from megatron_laer.choices import (
     Auto,
-    ExchangeAlgorithm,
-    OverlapScheduler,
-    PlanMode,
     Recompute,
     Sharding,
     TokenExchange,
@@ -21,11 +18,8 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import one_line
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
-from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.sharding_choice import Candidate, choose_geometry
-from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.rules import lays_out_freely
 from megatron_laer.tools.cli import prediction_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -92,9 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _MAX_COUNT,
             f"of an iteration; default: as in the trace, {usual} for a workload",
         ),
-        ("--pipeline P", _MAX_COUNT, "pipeline stages, each with its own FSEP groups"),
-        ("--virtual-pipeline V", _MAX_COUNT, "model chunks of a stage (interleaved schedule)"),
-        ("--tensor-parallel T", MOST_RANKS, "ranks that share a sequence in attention"),
         (
             "--world W",
             MOST_RANKS,
@@ -108,6 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         option(run, flag, text, between(1, high))
+    for flag, high, text in (
+        ("--pipeline P", _MAX_COUNT, "pipeline stages, each with its own FSEP groups"),
+        ("--virtual-pipeline V", _MAX_COUNT, "model chunks of a stage (interleaved schedule)"),
+        ("--tensor-parallel T", MOST_RANKS, "ranks that share a sequence in attention"),
+    ):
+        option(run, flag, text, between(1, high), default=1)
     for flag, text in (
         (
             "--overlap",
@@ -125,17 +122,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again = f"{again} but attention (moe); or its compute alone"
     ours = parser.add_argument_group("FSEP")
     shared(ours, "--capacity C", "as in training")
-    option(ours, "--mode", "default: as in training", choices=[*map(str, GUARD_MODES)])
     sent = "how stock sends tokens: a row per expert, or once per node as DeepEP"
     for group, flag, words, default, text in (
         (run, "--recompute", [*Recompute, _ALL_BUT_ATTENTION], Recompute.NONE.value, again),
         (run, "--stock-dispatcher", ["alltoall", _FLEX], _FLEX, sent),
         (ours, "--sharding", [*Sharding, _AUTO], _AUTO, "experts at home, or rows on every rank"),
-        (ours, "--strategy", strategy_names(), FSEPConfig().planner, "of the planner"),
-        (ours, "--restore-algorithm", [*ExchangeAlgorithm, _AUTO], _AUTO, "to fetch experts"),
         (ours, "--token-exchange", [*TokenExchange, _FLEX, _AUTO], _AUTO, "flex: DeepEP's"),
         (ours, "--restore", ["layer", "step"], "layer", "as in training"),
-        (ours, "--scheduler", [*OverlapScheduler], OverlapScheduler.ON.value, "as in training"),
     ):
         text = f"{text}; default: %(default)s"
         option(group, flag, text, choices=[*map(str, words)], default=default)
@@ -152,7 +145,10 @@ def run(args: argparse.Namespace) -> int:
     cluster = prediction_input.cluster_of(args)
     model = prediction_input.model_of(args)
     rates = prediction_input.rates_of(model, cluster)
-    sharding = _sharding(args, model)
+    at_home = model.precision.is_quantised
+    if at_home and args.sharding == Sharding.ROWS:
+        raise ValueError(ROWS_IN_FP8)
+    sharding = Sharding.EXPERTS if at_home else args.sharding
     if args.workload is None:
         trace = read_trace(args.trace, num_experts=model.num_experts)
     else:
@@ -167,14 +163,7 @@ def run(args: argparse.Namespace) -> int:
         sharding=Sharding.ROWS if sharding == Auto.AUTO else Sharding(sharding),
         flags=("--capacity", flag),
     )
-    config = FSEPConfig(
-        planner=args.strategy,
-        sharding=sharding,
-        capacity=args.capacity,
-        plan_mode=args.mode,
-        restore=args.restore,
-        scheduler=OverlapScheduler(args.scheduler),
-    )
+    config = FSEPConfig(sharding=sharding, capacity=args.capacity, restore=args.restore)
     scaled = args.tokens if args.workload is None else None
     routing = Routing(trace, num_ranks, model.topk, scaled)
     chosen = _chosen(args, model, rates[0], config, asked, routing)
@@ -243,11 +232,6 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     """Refuse contradictory flags, a routing that is missing, and a file that cannot be written."""
     refuse_repeated(args, ["--method"])
-    if args.restore == "step" and args.mode not in (None, PlanMode.FORECAST):
-        raise ValueError(
-            f"--restore step keeps layouts over a step, got --mode {args.mode}; give --mode "
-            f"{PlanMode.FORECAST}, or leave it out"
-        )
     if args.overlap and args.token_exchange == TokenExchange.NODE:
         raise ValueError(
             "--overlap with --token-exchange node: inside a node tokens move with the experts' "
@@ -256,22 +240,6 @@ def _check(args: argparse.Namespace) -> None:
     prediction_input.check_routing(args, "simulate")
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
     check_outputs({"--json": args.json}, inputs, args.trace)
-
-
-def _sharding(args: argparse.Namespace, model: ModelShape) -> Sharding | Auto:
-    """Return the asked sharding, or the only one that fp8 allows."""
-    at_home = model.precision.is_quantised
-    if lays_out_freely(args.strategy) and (at_home or args.sharding == Sharding.EXPERTS):
-        of = "fp8 needs" if at_home else "--sharding experts asks for"
-        raise ValueError(
-            f"--strategy {args.strategy}: moves every expert, so it does not run with experts at "
-            f"home, which {of}; use another strategy"
-        )
-    if at_home and args.sharding == Sharding.ROWS:
-        raise ValueError(ROWS_IN_FP8)
-    if at_home:
-        return Sharding.EXPERTS
-    return Auto.AUTO if args.sharding == Auto.AUTO else Sharding(args.sharding)
 
 
 def _recompute(args: argparse.Namespace) -> Recompute:
@@ -298,7 +266,7 @@ def _chosen(
 
     def priced_for(geometry: Geometry) -> CostModel:
         sizes = geometry, model.topk, tokens
-        return priced(costs, sizes, exchange, args.restore_algorithm)
+        return priced(costs, sizes, exchange, Auto.AUTO)
 
     shape = asked.num_ranks, asked.num_experts, asked.node_size
     chosen, _ = choose_geometry(config, shape, 1, model.topk, priced_for)
@@ -324,10 +292,10 @@ def _run_shape(
         node_size=geometry.node_size,
         tokens=tokens,
         microbatches=args.microbatches or usual,
-        stages=args.pipeline or 1,
-        chunks=args.virtual_pipeline or 1,
+        stages=args.pipeline,
+        chunks=args.virtual_pipeline,
         replicas=replicas,
-        tensor=args.tensor_parallel or 1,
+        tensor=args.tensor_parallel,
         recompute=_recompute(args),
         attention_again=args.recompute != _ALL_BUT_ATTENTION,
         embedding_counts=args.account_for_embedding,
