@@ -5,10 +5,9 @@ Legend: N ranks of a group, L layers, M microbatches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any
 
 import numpy as np
 
@@ -27,11 +26,13 @@ from megatron_laer.tools.simulator.iteration.methods import (
 )
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import (
+    SPENT,
     IterationPrediction,
     StepWorks,
     price_steps,
     replay_steps,
     stock_sizes,
+    weighted,
 )
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
@@ -224,18 +225,8 @@ class Predictor:
         by_many = predicted(of.many)
         if of.many == of.wanted:
             return by_many
-        by_few, share = predicted(of.few), (of.wanted - of.many) / (of.many - of.few)
-
-        def line(start: Any, end: Any) -> Any:
-            if isinstance(end, Mapping):
-                return {kind: line(start[kind], value) for kind, value in end.items()}
-            if isinstance(end, tuple):
-                return tuple(map(line, start, end))
-            return end + (end - start) * share
-
-        spent = ("by_rates_s", "tokens", "flops", "waiting_s", "compute_s", "exposed_s")
-        lines = {name: line(getattr(by_few, name), getattr(by_many, name)) for name in spent}
-        return replace(by_many, **lines)
+        share = (of.wanted - of.many) / (of.many - of.few)
+        return weighted([by_many, predicted(of.few)], [1 + share, -share], SPENT)
 
     def _new_extent(self, num_ranks: int, rough: bool) -> _Extent:
         """Return the whole run, or a rough one with fewer layers, stages and records."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING
-from megatron_laer.tools.simulator.iteration.iterate import Iteration, run_iteration
+from megatron_laer.tools.simulator.iteration.iterate import run_iteration
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import (
@@ -30,6 +31,8 @@ from megatron_laer.tools.simulator.replay import Routing, Step
 
 # A token's FLOPs in forward and backward, over those of forward.
 _TRAINING_PASSES = 3
+# Fields of a prediction that grow with its microbatches.
+SPENT = ("by_rates_s", "tokens", "flops", "compute_s", "exposed_s", "waiting_s")
 
 Predict = Callable[[Sequence[Method], Sequence[Rates]], Sequence["IterationPrediction"]]
 
@@ -110,14 +113,6 @@ class StepWorks:
         return works[microbatch % len(works)]
 
 
-@dataclass
-class _Collected:
-    iterations: list[list[Iteration]] = field(default_factory=list)  # by step, by rates
-    ratios: list[float] = field(default_factory=list)
-    replans: list[bool] = field(default_factory=list)
-    most_pairs: int = 0
-
-
 def predict_iterations(
     routing: Routing,
     model: ModelShape,
@@ -173,19 +168,56 @@ def price_steps(
     rate_sets: Sequence[Rates],
 ) -> list[IterationPrediction]:
     """Predict iterations of all methods; `rate_sets` begins with the nominal ones."""
-    collected = {method.name: _Collected() for method in methods}
     timings = [Timing(model, run, rates, rate_sets[0]) for rates in rate_sets]
+    found: dict[str, list[IterationPrediction]] = {method.name: [] for method in methods}
     for works in replayed:
         for method in methods:
-            found, work = collected[method.name], partial(works.at, method.name)
-            found.iterations.append([run_iteration(method, timing, work) for timing in timings])
-            for of in works.of[method.name].values():
-                for each in of[: run.microbatches]:
-                    found.ratios.append(each.max_over_mean)
-                    found.replans.append(each.change is not None)
-                    found.most_pairs = max(found.most_pairs, int(each.pairs_N.max()))
-    peak = rate_sets[0].peak_flops_per_s
-    return [_prediction(method, collected[method.name], model, run, peak) for method in methods]
+            found[method.name].append(_of_step(method, works, timings))
+    return [
+        weighted(of, [1 / len(of)] * len(of), (*SPENT, "max_over_mean", "replan_share"))
+        for of in found.values()
+    ]
+
+
+def weighted(
+    predictions: Sequence[IterationPrediction], weights: Sequence[float], names: Sequence[str]
+) -> IterationPrediction:
+    """Add up these fields of a method's predictions; others are of the first that needs most."""
+
+    def total(*values: Any) -> Any:
+        if isinstance(values[0], Mapping):
+            return {kind: total(*(value[kind] for value in values)) for kind in values[0]}
+        if isinstance(values[0], tuple):
+            return tuple(map(total, *values))
+        return sum(weight * value for weight, value in zip(weights, values, strict=True))
+
+    most = max(predictions, key=lambda of: of.peak_bytes)
+    return replace(
+        most, **{name: total(*(getattr(of, name) for of in predictions)) for name in names}
+    )
+
+
+def _of_step(method: Method, works: StepWorks, timings: Sequence[Timing]) -> IterationPrediction:
+    """Predict an iteration with the work of one step."""
+    model, run, work = timings[0].model, timings[0].run, partial(works.at, method.name)
+    iterations = [run_iteration(method, timing, work) for timing in timings]
+    spent, tokens = iterations[0].spent, run.tokens * run.microbatches * run.ranks * run.replicas
+    done = [each for of in works.of[method.name].values() for each in of[: run.microbatches]]
+    most_pairs = max(int(each.pairs_N.max()) for each in done)
+    return IterationPrediction(
+        method=method.name,
+        by_rates_s=tuple(iteration.seconds for iteration in iterations),
+        tokens=tokens,
+        flops=_TRAINING_PASSES * model.flops_per_token * tokens / run.world,
+        peak_flops_per_s=timings[0].rates.peak_flops_per_s,
+        compute_s={kind: spent[kind] for kind in COMPUTE},
+        exposed_s={kind: spent[kind] for kind in EXPOSED},
+        waiting_s=spent[WAITING],
+        memory_bytes=memory_bytes(model, run, method, most_pairs),
+        max_over_mean=float(np.mean([each.max_over_mean for each in done])),
+        replan_share=float(np.mean([each.change is not None for each in done])),
+        group=method.group,
+    )
 
 
 def _recorded_layers(model: ModelShape, traced_layers: int) -> list[int | None]:
@@ -195,39 +227,6 @@ def _recorded_layers(model: ModelShape, traced_layers: int) -> list[int | None]:
         layers.append(number * traced_layers // model.moe_layers if has_experts else None)
         number += has_experts
     return layers
-
-
-def _prediction(
-    method: Method,
-    found: _Collected,
-    model: ModelShape,
-    run: RunShape,
-    peak_flops_per_s: float,
-) -> IterationPrediction:
-    by_rates_s = np.array(
-        [[iteration.seconds for iteration in of] for of in found.iterations]
-    ).mean(axis=0)
-    first = [of[0] for of in found.iterations]
-    spent = {
-        kind: float(np.mean([iteration.spent[kind] for iteration in first]))
-        for kind in first[0].spent
-    }
-    tokens = run.tokens * run.microbatches * run.ranks * run.replicas
-    flops = _TRAINING_PASSES * model.flops_per_token * tokens / run.world
-    return IterationPrediction(
-        method=method.name,
-        by_rates_s=tuple(by_rates_s.tolist()),
-        tokens=tokens,
-        flops=flops,
-        peak_flops_per_s=peak_flops_per_s,
-        compute_s={kind: spent[kind] for kind in COMPUTE},
-        exposed_s={kind: spent[kind] for kind in EXPOSED},
-        waiting_s=spent[WAITING],
-        memory_bytes=memory_bytes(model, run, method, found.most_pairs),
-        max_over_mean=float(np.mean(found.ratios)),
-        replan_share=float(np.mean(found.replans)),
-        group=method.group,
-    )
 
 
 def stock_sizes(num_ranks: int, num_experts: int) -> list[int]:
