@@ -12,13 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_laer.schedule import make_schedule
-from megatron_laer.tools.simulator.iteration.chunk import (
-    Following,
-    LayerTimes,
-    MoETimes,
-    backward,
-    forward,
-)
+from megatron_laer.tools.simulator.iteration.chunk import Following, LayerTimes, MoETimes, Pass
 from megatron_laer.tools.simulator.iteration.chunk import run as run_parts
 from megatron_laer.tools.simulator.iteration.clocks import (
     GRADIENTS,
@@ -30,6 +24,15 @@ from megatron_laer.tools.simulator.iteration.clocks import (
 )
 from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order, sweep
 from megatron_laer.tools.simulator.iteration.rates import slowest_pace
+
+
+def forward(*args, **settings):
+    return Pass(*args, is_backward=False, **settings).parts()
+
+
+def backward(*args, **settings):
+    return Pass(*args, is_backward=True, **settings).parts()
+
 
 OVERLAPPED = make_schedule(overlaps=True)
 ALONE = make_schedule(overlaps=False)

@@ -84,56 +84,6 @@ class Following:
 _NOTHING_MOVES = Flight(INTRA, 0.0, 0.0)
 # Parts of a layer without experts: as many as with them, so that layers run side by side.
 _NO_EXPERTS = (None,) * 3
-
-
-class _Restores:
-    """Restores of a chunk's MoE layers in one pass, by the layer's number; each starts once.
-
-    `fetched` is the first one, if the operation before has fetched it.
-    """
-
-    def __init__(
-        self,
-        clocks: Clocks,
-        layers: Sequence[LayerTimes],
-        fetched: Flight | None,
-        *,
-        backward: bool,
-    ) -> None:
-        self._clocks = clocks
-        self._layers = [layer for layer in layers if layer.moe is not None]
-        self._backward = backward
-        self._flights: dict[int, Flight] = {}
-        self.last = len(self._layers) - 1
-        if fetched is not None:
-            self._flights[self.last if backward else 0] = fetched
-
-    def start(self, number: int) -> None:
-        if not 0 <= number <= self.last or number in self._flights:
-            return
-        layer = self._layers[number]
-        assert layer.moe is not None
-        seconds = layer.moe.backward_restore_s if self._backward else layer.moe.restore_s
-        self._exchange(number, seconds)
-
-    def turn(self, number: int) -> None:
-        """Start the restore for backward after a re-run of forward, if that needs another form."""
-        moe = self._layers[number].moe
-        assert moe is not None
-        self._exchange(number, moe.after_rerun_s)
-
-    def wait(self, number: int, change: Flight | None = None) -> None:
-        flights = [flight for flight in (self._flights.get(number), change) if flight is not None]
-        ready_s = max((flight.end_s for flight in flights), default=0.0)
-        self._clocks.wait("restore", ready_s)
-
-    def _exchange(self, number: int, seconds: float | None) -> None:
-        moe = self._layers[number].moe
-        assert moe is not None
-        if seconds is not None:
-            self._flights[number] = self._clocks.exchange(PARAMETERS, seconds, moe.exchange_link)
-
-
 # A pass that pauses between parts of layers, and ends with the first restore of the operation that
 # follows; None if it was not fetched.
 Parts = Generator[None, None, Flight | None]
@@ -157,178 +107,198 @@ def run(*passes: Parts) -> Flight | None:
     return fetched
 
 
-def forward(
-    clocks: Clocks,
-    layers: Sequence[LayerTimes],
-    schedule: Schedule,
-    fetched: Flight | None = None,
-    following: Following | None = None,
-    *,
-    head_s: float = 0.0,
-    in_turn: bool = False,
-) -> Parts:
-    """Run forward in three parts a layer: to the dispatch, which is sent, and to the combine.
+class Pass:
+    """One direction of a microbatch through a chunk's layers; each restore starts once.
 
-    `fetched` is its first restore, `head_s` the time of the LM head, if it has one. With
-    `in_turn` another pass hides its tokens.
+    `fetched` is its first restore, if the operation before has fetched it, `head_s` the time of the
+    LM head, if the chunk has one. With `in_turn` another pass hides its tokens.
     """
-    restores = _Restores(clocks, layers, fetched, backward=False)
-    number = -1
-    if schedule.restores_forward:
-        restores.start(0)
-    for layer in layers:
-        clocks.gathered_s += layer.gather_s
-        if layer.gather_s > 0:
-            clocks.wait("data_parallel", clocks.gathered_s)
-        _dense(clocks, layer, 0)
-        if layer.moe is None:
-            yield from _NO_EXPERTS
-            continue
-        number += 1
-        clocks.meet(layer.moe.group)
-        clocks.work("gate", layer.moe.gate_s)
-        change = None
-        if schedule.restores_backward and not schedule.restores_forward:
-            restores.start(number)  # its layout is known only now
-        if layer.moe.change_s is not None:
-            change = clocks.exchange(PARAMETERS, layer.moe.change_s, layer.moe.exchange_link)
-        yield
-        sent = _send(clocks, layer.moe, in_turn)
-        yield
-        clocks.arrive(sent)
-        restores.start(number)  # if no rule has started it
-        if schedule.restores_forward and not schedule.by_parts:
-            restores.start(number + 1)
-        if number == restores.last:
-            fetched = _fetch(clocks, schedule, layer, following, in_backward=False)
-        restores.wait(number, change)
-        clocks.work("experts", layer.moe.forward_N)
+
+    def __init__(
+        self,
+        clocks: Clocks,
+        layers: Sequence[LayerTimes],
+        schedule: Schedule,
+        fetched: Flight | None = None,
+        following: Following | None = None,
+        *,
+        is_backward: bool,
+        head_s: float = 0.0,
+        in_turn: bool = False,
+    ) -> None:
+        self._clocks, self._layers, self._schedule = clocks, layers, schedule
+        self._fetched, self._following, self._is_backward = fetched, following, is_backward
+        self._head_s, self._in_turn = head_s, in_turn
+        self._moes = [layer.moe for layer in layers if layer.moe is not None]
+        self._last = len(self._moes) - 1
+        self._flights: dict[int, Flight] = {}  # by the number of a layer with experts
+        if fetched is not None:
+            self._flights[self._last if is_backward else 0] = fetched
+
+    def parts(self) -> Parts:
+        return self._backward() if self._is_backward else self._forward()
+
+    def _forward(self) -> Parts:
+        """Run three parts a layer: to the dispatch, which is sent, to the combine, and on."""
+        clocks, schedule = self._clocks, self._schedule
+        number = -1
         if schedule.restores_forward:
-            restores.start(number + 1)
-        sent = _send(clocks, layer.moe, in_turn)
-        yield
-        clocks.arrive(sent)
-    clocks.work("dense", head_s)
-    return fetched
+            self._start(0)
+        for layer in self._layers:
+            moe = layer.moe
+            clocks.gathered_s += layer.gather_s
+            if layer.gather_s > 0:
+                clocks.wait("data_parallel", clocks.gathered_s)
+            self._dense(layer, 0)
+            if moe is None:
+                yield from _NO_EXPERTS
+                continue
+            number += 1
+            clocks.meet(moe.group)
+            clocks.work("gate", moe.gate_s)
+            change = None
+            if schedule.restores_backward and not schedule.restores_forward:
+                self._start(number)  # its layout is known only now
+            if moe.change_s is not None:
+                change = clocks.exchange(PARAMETERS, moe.change_s, moe.exchange_link)
+            yield
+            sent = self._send(moe)
+            yield
+            clocks.arrive(sent)
+            self._start(number)  # if no rule has started it
+            if schedule.restores_forward and not schedule.by_parts:
+                self._start(number + 1)
+            if number == self._last:
+                self._fetched = self._fetch(layer)
+            self._wait(number, change)
+            clocks.work("experts", moe.forward_N)
+            if schedule.restores_forward:
+                self._start(number + 1)
+            sent = self._send(moe)
+            yield
+            clocks.arrive(sent)
+        clocks.work("dense", self._head_s)
+        return self._fetched
 
+    def _backward(self) -> Parts:
+        """Run parts as forward: to the combine, which is sent, to the dispatch and to the end.
 
-def backward(
-    clocks: Clocks,
-    layers: Sequence[LayerTimes],
-    schedule: Schedule,
-    fetched: Flight | None = None,
-    following: Following | None = None,
-    *,
-    head_s: float = 0.0,
-    in_turn: bool = False,
-) -> Parts:
-    """Run backward, as `forward`: to the combine, which is sent, to the dispatch and beyond.
+        By parts, experts' weight gradients take half of the time, after those of inputs have left.
+        """
+        clocks, schedule = self._clocks, self._schedule
+        clocks.work("dense", self._head_s)
+        number = self._last + 1
+        reducing: Flight | None = None
 
-    By parts, experts' weight gradients take half of the time, after those of inputs have left.
-    """
-    clocks.work("dense", head_s)
-    restores = _Restores(clocks, layers, fetched, backward=True)
-    number = restores.last + 1
-    reducing: Flight | None = None
+        def await_reduce() -> None:
+            nonlocal reducing
+            if reducing is not None:
+                clocks.wait("reduce", reducing.end_s)
+                reducing = None
 
-    def await_reduce() -> None:
-        nonlocal reducing
-        if reducing is not None:
-            clocks.wait("reduce", reducing.end_s)
-            reducing = None
-
-    if schedule.restores_backward:
-        restores.start(restores.last)
-    for layer in reversed(layers):
-        moe = layer.moe
-        if layer.again:
-            _dense(clocks, layer, 0, attention=layer.attention_again)
-        if moe is None:
-            yield from _NO_EXPERTS
-        else:
-            number -= 1
+        if schedule.restores_backward:
+            self._start(self._last)
+        for layer in reversed(self._layers):
+            moe = layer.moe
             if layer.again:
-                clocks.arrive(_send(clocks, moe, in_turn))
-                restores.start(number)
-                restores.wait(number)
-                clocks.work("experts", moe.forward_N)
-                restores.turn(number)
-                if not schedule.delays_gradients:  # nothing is delayed without overlap
-                    restores.wait(number)
-                clocks.arrive(_send(clocks, moe, in_turn))
-            sent = _send(clocks, moe, in_turn)
-            yield
-            clocks.arrive(sent)
-            restores.start(number)
-            if schedule.restores_backward and not schedule.by_parts:
-                restores.start(number - 1)
-            if number == 0:
-                fetched = _fetch(clocks, schedule, layer, following, in_backward=True)
-            restores.wait(number)
-            experts_N = moe.backward_N / (2 if schedule.by_parts else 1)
-            clocks.work("experts", experts_N)
-            yield
-            sent = _send(clocks, moe, in_turn)
-            if schedule.by_parts:
+                self._dense(layer, 0, attention=layer.attention_again)
+            if moe is None:
+                yield from _NO_EXPERTS
+            else:
+                number -= 1
+                if layer.again:
+                    self._run_again(number, moe)
+                sent = self._send(moe)
+                yield
+                clocks.arrive(sent)
+                self._start(number)
+                if schedule.restores_backward and not schedule.by_parts:
+                    self._start(number - 1)
+                if number == 0:
+                    self._fetched = self._fetch(layer)
+                self._wait(number)
+                experts_N = moe.backward_N / (2 if schedule.by_parts else 1)
                 clocks.work("experts", experts_N)
-            if schedule.restores_backward:
-                restores.start(number - 1)
-            yield
-            clocks.arrive(sent)
-            await_reduce()
-            if moe.reduce_s is not None:
-                reducing = clocks.exchange(GRADIENTS, moe.reduce_s, moe.exchange_link)
-                if not schedule.delays_gradients:
-                    await_reduce()
-        _dense(clocks, layer, 1)
-        if layer.again or schedule.by_parts:
-            await_reduce()  # before the checkpoint or the part ends
-        if layer.scatter_s > 0:
-            clocks.scatter(layer.scatter_s)
-    await_reduce()
-    return fetched
+                yield
+                sent = self._send(moe)
+                if schedule.by_parts:
+                    clocks.work("experts", experts_N)
+                if schedule.restores_backward:
+                    self._start(number - 1)
+                yield
+                clocks.arrive(sent)
+                await_reduce()
+                if moe.reduce_s is not None:
+                    reducing = clocks.exchange(GRADIENTS, moe.reduce_s, moe.exchange_link)
+                    if not schedule.delays_gradients:
+                        await_reduce()
+            self._dense(layer, 1)
+            if layer.again or schedule.by_parts:
+                await_reduce()  # before the checkpoint or the part ends
+            if layer.scatter_s > 0:
+                clocks.scatter(layer.scatter_s)
+        await_reduce()
+        return self._fetched
 
+    def _run_again(self, number: int, moe: MoETimes) -> None:
+        """Run forward of experts again, and restore for backward if that needs another form."""
+        self._clocks.arrive(self._send(moe))
+        self._start(number)
+        self._wait(number)
+        self._clocks.work("experts", moe.forward_N)
+        self._exchange(number, moe.after_rerun_s)
+        if not self._schedule.delays_gradients:  # nothing is delayed without overlap
+            self._wait(number)
+        self._clocks.arrive(self._send(moe))
 
-def _fetch(
-    clocks: Clocks,
-    schedule: Schedule,
-    present: LayerTimes,
-    following: Following | None,
-    *,
-    in_backward: bool,
-) -> Flight | None:
-    """Start the restore of the first layer that follows, and return it; None without one.
+    def _start(self, number: int) -> None:
+        """Start a layer's restore, unless it has started."""
+        if 0 <= number <= self._last and number not in self._flights:
+            moe = self._moes[number]
+            self._exchange(number, moe.backward_restore_s if self._is_backward else moe.restore_s)
 
-    A layer that follows itself in the same form fetches only slots that differ. Those are priced as
-    changed slots of the gate, or as all if every layout is made after it.
-    """
-    if following is None or not schedule.restores_following:
-        return None
-    layer, moe = following.layer, following.layer.moe
-    assert moe is not None and present.moe is not None
-    is_known = schedule.restores_backward if following.is_backward else schedule.restores_forward
-    seconds = moe.backward_restore_s if following.is_backward else moe.restore_s
-    if not is_known or seconds is None or (not following.is_backward and layer.gather_s > 0):
-        return None
-    in_its_form = in_backward == (following.is_backward and not layer.again)
-    if layer.name == present.name and (moe.directions == 1 or in_its_form):
-        if following.same_microbatch:
+    def _exchange(self, number: int, seconds: float | None) -> None:
+        if seconds is not None:
+            link = self._moes[number].exchange_link
+            self._flights[number] = self._clocks.exchange(PARAMETERS, seconds, link)
+
+    def _wait(self, number: int, change: Flight | None = None) -> None:
+        flights = (self._flights.get(number), change)
+        ready_s = max((flight.end_s for flight in flights if flight is not None), default=0.0)
+        self._clocks.wait("restore", ready_s)
+
+    def _fetch(self, present: LayerTimes) -> Flight | None:
+        """Start the restore of the first layer that follows, and return it; None without one.
+
+        A layer that follows itself in the same form fetches only slots that differ. Those are
+        priced as changed slots of the gate, or as all if every layout is made after it.
+        """
+        following, schedule = self._following, self._schedule
+        if following is None or not schedule.restores_following:
+            return None
+        layer, moe, to_backward = following.layer, following.layer.moe, following.is_backward
+        assert moe is not None and present.moe is not None
+        is_known = schedule.restores_backward if to_backward else schedule.restores_forward
+        seconds = moe.backward_restore_s if to_backward else moe.restore_s
+        if not is_known or seconds is None or (not to_backward and layer.gather_s > 0):
+            return None
+        in_its_form = self._is_backward == (to_backward and not layer.again)
+        if layer.name == present.name and (moe.directions == 1 or in_its_form):
+            if following.same_microbatch:
+                return _NOTHING_MOVES
+            if schedule.restores_forward:
+                seconds = max(present.moe.change_s or 0.0, moe.change_s or 0.0)
+        if not seconds:
             return _NOTHING_MOVES
-        if schedule.restores_forward:
-            seconds = max(present.moe.change_s or 0.0, moe.change_s or 0.0)
-    if not seconds:
-        return _NOTHING_MOVES
-    return clocks.exchange(PARAMETERS, seconds, moe.exchange_link)
+        return self._clocks.exchange(PARAMETERS, seconds, moe.exchange_link)
 
+    def _dense(self, layer: LayerTimes, direction: int, *, attention: bool = True) -> None:
+        if attention:
+            self._clocks.work("attention", layer.attention_s[direction])
+            self._clocks.work("tensor", layer.tensor_s[direction])
+        self._clocks.work("dense", layer.dense_s[direction])
+        self._clocks.work("host", layer.host_s[direction])
 
-def _dense(clocks: Clocks, layer: LayerTimes, direction: int, *, attention: bool = True) -> None:
-    if attention:
-        clocks.work("attention", layer.attention_s[direction])
-        clocks.work("tensor", layer.tensor_s[direction])
-    clocks.work("dense", layer.dense_s[direction])
-    clocks.work("host", layer.host_s[direction])
-
-
-def _send(clocks: Clocks, moe: MoETimes, in_turn: bool) -> Flight:
-    members = moe.group, moe.within_node
-    return clocks.send(moe.tokens_N, moe.tokens_link, members, is_hidden=in_turn)
+    def _send(self, moe: MoETimes) -> Flight:
+        members = moe.group, moe.within_node
+        return self._clocks.send(moe.tokens_N, moe.tokens_link, members, is_hidden=self._in_turn)

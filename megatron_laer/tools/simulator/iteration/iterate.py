@@ -12,7 +12,7 @@ from itertools import chain, pairwise
 import numpy as np
 
 from megatron_laer.planner.state_bytes import GRADIENT_BYTES, OPTIMIZER_BYTES
-from megatron_laer.tools.simulator.iteration.chunk import Following, LayerTimes, backward, forward
+from megatron_laer.tools.simulator.iteration.chunk import Following, LayerTimes, Pass
 from megatron_laer.tools.simulator.iteration.chunk import run as run_passes
 from megatron_laer.tools.simulator.iteration.clocks import KINDS, WAITING, Clocks, Flight
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
@@ -72,15 +72,14 @@ def run_iteration(method: Method, timing: Timing, work: WorkOf) -> Iteration:
         for each in reversed(operations):
             place = each.chunk * run.stages + stage
             ends = place == run.stages * run.chunks - 1
-            begin = forward if each.is_forward else backward
-            begun.append(
-                begin(
-                    *(stages[stage], passes.layers(place, each.microbatch), method.schedule),
-                    *(fetched[stage], following[stage].get(each)),
-                    head_s=timing.head_seconds()[not each.is_forward] if ends else 0.0,
-                    in_turn=len(operations) > 1,
-                )
+            of = Pass(
+                *(stages[stage], passes.layers(place, each.microbatch), method.schedule),
+                *(fetched[stage], following[stage].get(each)),
+                is_backward=not each.is_forward,
+                head_s=timing.head_seconds()[not each.is_forward] if ends else 0.0,
+                in_turn=len(operations) > 1,
             )
+            begun.append(of.parts())
         fetched[stage] = run_passes(*begun)
 
     sweep(stages, orders, run.chunks, operate, timing.send_seconds())
