@@ -25,7 +25,6 @@ from megatron_laer.files.writing import (
     Replacement,
     free_name,
     open_exclusively,
-    remove_leftovers,
     write_all,
 )
 
@@ -62,7 +61,6 @@ class RecordingFile:
                 self._begin_anew(format)
             run = run_of(self.path) or run or new_run()
             self._records = Records(format, {"run": run, **fields})
-            remove_leftovers(self.path)
             self._check_header()
             last = self._cut_from(first_step)
         except BaseException:
@@ -161,16 +159,16 @@ class RecordingFile:
         return last
 
     def _move_aside(self, begin: int, end: int, step: int) -> None:
+        aside = self._aside(step)
         with ExitStack() as undo:
-            tail = Replacement(self.path)
+            tail = Replacement(aside)
             undo.callback(tail.discard)
             head = Replacement(self.path)
             undo.callback(head.discard)
             write_all(tail.file, self._records.line)
             self._copy(begin, end, tail.file)
             self._copy(0, begin, head.file)
-            aside = self._aside(step)
-            tail.commit(aside)
+            tail.commit()
             head.commit()
             undo.pop_all()
         tail.file.close()

@@ -11,11 +11,8 @@ import fcntl
 import itertools
 import logging
 import os
-import re
-import secrets
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
@@ -86,17 +83,6 @@ def open_exclusively(path: Path) -> BinaryIO:
         file.close()
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold `path` as a lock during the block; it is created for that, and removed at the end."""
-    with open_exclusively(path):
-        try:
-            yield
-        finally:
-            # Before it is closed: another process that has opened it then sees that it is gone.
-            path.unlink(missing_ok=True)
-
-
 def _is_at(file: IO[bytes], path: Path) -> bool:
     try:
         there = os.stat(path)
@@ -108,45 +94,33 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 class Replacement:
     """File under a temporary name, which replaces its target when it is complete.
 
-    It is locked while it is written, so `remove_leftovers` can tell a killed run's from a living
-    one's. `path` may also be written through another open file. `file` is unbuffered. After
+    It is locked, so that a target has one writer, and the next one takes over the leftover of a
+    killed one. `path` may also be written through another open file. `file` is unbuffered. After
     `commit`, until it is closed, it is the target's only writer. A target's mode is kept.
     """
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        remove_leftovers(target)
-        while not self._open():
-            pass
+        self._is_pending = True
+        self.path = target.with_name(f".{target.name}.megatron_laer.tmp")
+        self.file = open_exclusively(self.path)
+        self.file.truncate(0)
+        with suppress(OSError):  # no target, or a file system without modes
+            os.fchmod(self.file.fileno(), os.stat(target).st_mode & 0o777)
 
-    def _open(self) -> bool:
-        """Open a new temporary file; return False if another's `remove_leftovers` came first."""
-        path = self._target.with_name(f".{self._target.name}.{secrets.token_hex(8)}.tmp")
-        self.path, self.file = path, cast(BinaryIO, path.open("x+b", buffering=0))
-        try:
-            with suppress(OSError):  # no target, or a file system without modes
-                os.fchmod(self.file.fileno(), os.stat(self._target).st_mode & 0o777)
-            lock(self.file, path)
-            is_ours = _is_at(self.file, path)
-        except InUseError:  # to be removed at once
-            is_ours = False
-        except BaseException:
-            self.discard()
-            raise
-        if not is_ours:
-            self.discard()
-        return is_ours
-
-    def commit(self, target: Path | None = None) -> None:
-        """Sync the content and replace the target, or another file of its folder; stay open."""
+    def commit(self) -> None:
+        """Sync the content and replace the target; stay open."""
         # This also covers content from another open file of the same name.
         os.fsync(self.file.fileno())
-        os.replace(self.path, target or self._target)
+        os.replace(self.path, self._target)
+        self._is_pending = False
         sync_folder(self._target.parent)
 
     def discard(self) -> None:
+        """Close the file, and remove it if it has not replaced its target."""
+        if self._is_pending:
+            self.path.unlink(missing_ok=True)
         self.file.close()
-        self.path.unlink(missing_ok=True)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -166,23 +140,6 @@ def write_output(path: Path, content: str | bytes, flag: str) -> None:
         write_file(path, content)
     except OSError as error:
         raise ValueError(f"{flag} {quoted(path)} cannot be written: {error}") from error
-
-
-def remove_leftovers(target: Path) -> None:
-    """Remove temporary files for `target` of runs that have ended; locked ones stay."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.tmp")
-    if not target.parent.is_dir():
-        return
-    for path in target.parent.iterdir():
-        if not pattern.fullmatch(path.name) or path.is_symlink() or not path.is_file():
-            continue
-        try:
-            # Opened for writing, since network file systems lock nothing else exclusively.
-            with path.open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-        except OSError as error:  # it has a writer, has gone, is another user's, or has no locks
-            logger.debug("left %s: %s", path, error)
 
 
 def free_name(path: Path) -> Path:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_laer.files.checks import one_line, quoted, refuse_unusable_folder, shell_words
-from megatron_laer.files.writing import free_name, locked
+from megatron_laer.files.writing import free_name, open_exclusively
 from megatron_laer.tools.cli.argument_types import between, path
 from megatron_laer.tools.cli.program import Parser
 from megatron_laer.tools.data import default_text_sources, prepare_data
@@ -112,7 +112,7 @@ def main(
         return 0
     if not options.collect:
         request.folder.mkdir(parents=True, exist_ok=True)
-        with locked(request.folder / ".running"):
+        with open_exclusively(request.folder / ".running"):
             _move_aside([*first, *runs], request)
             if request.toy:
                 _make_data(request)

@@ -46,7 +46,7 @@ def test_a_folder_stands_for_its_only_recording(tmp_path):
     write_recording(path, counts)
     write_recording(path, counts[1:], first_step=1)
     assert (tmp_path / "group-0.cut-from-1.trace").exists()
-    shutil.copy(path, tmp_path / ".group-0.trace.0123456789abcdef.tmp")
+    shutil.copy(path, tmp_path / ".group-0.trace.megatron_laer.tmp")
     assert_holds(read_trace(tmp_path), counts)
     write_recording(TRACE.path(tmp_path, 1), counts)
     with pytest.raises(ValueError, match=r"recordings of 2 FSEP groups; give one.*group-0\.trace"):

@@ -84,16 +84,6 @@ def test_outputs_that_cannot_be_written_are_refused_and_nothing_is_made(tmp_path
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_lock_is_held_during_its_block_and_then_gone(tmp_path: Path) -> None:
-    path = tmp_path / "lock"
-    path.touch()
-    with writing.locked(path):
-        with pytest.raises(writing.InUseError), writing.locked(path):
-            pass
-        assert path.exists()
-    assert not path.exists()
-
-
 def test_a_replacement_stays_locked_in_its_targets_place(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("old")
@@ -107,10 +97,10 @@ def test_a_replacement_stays_locked_in_its_targets_place(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("holds", [False, True], ids=["has removed it", "is about to"])
-def test_a_replacement_that_another_writer_takes_for_a_leftover_is_begun_anew(
+def test_a_replacement_that_another_writer_removes_meanwhile_is_begun_anew_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holds: bool
 ) -> None:
-    """Run another process's `remove_leftovers` between opening and locking."""
+    """Run another process's `discard` between opening and locking."""
     target, lock, met = tmp_path / "log", writing.lock, []
 
     def lock_late(file: IO[bytes], path: Path) -> None:
@@ -124,8 +114,11 @@ def test_a_replacement_that_another_writer_takes_for_a_leftover_is_begun_anew(
         lock(file, path)
 
     monkeypatch.setattr(writing, "lock", lock_late)
+    if holds:
+        with pytest.raises(writing.InUseError):
+            writing.write_file(target, "new")
     writing.write_file(target, "new")
-    assert met and target.read_text() == "new" and os.listdir(tmp_path) == ["log"]
+    assert met and target.read_text() == "new"
 
 
 def test_content_is_on_disk_before_its_name_and_the_name_before_the_writer_goes_on(
@@ -175,21 +168,26 @@ def test_a_failed_replacement_leaves_the_target_and_nothing_else(
     assert target.read_text() == "old" and os.listdir(tmp_path) == ["log"]
 
 
-def test_leftovers_of_a_killed_run_go_and_those_of_a_living_one_stay(tmp_path: Path) -> None:
-    target = tmp_path / "log"
-    others = [tmp_path / name for name in (".log.tmp", ".log.0123456789abcdeg.tmp", "log.tmp")]
-    for other in others:
-        other.touch()
+def test_a_target_has_one_writer_and_the_next_takes_over_from_a_killed_one(tmp_path: Path) -> None:
+    target, other = tmp_path / "log", tmp_path / ".log.tmp"
+    other.touch()
     command = [sys.executable, "-c", _WRITER, str(target)]
     writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     with writer:
         left = Path(writer.stdout.readline().strip())
-        writing.remove_leftovers(target)
+        with pytest.raises(writing.InUseError):
+            writing.write_file(target, "new")
         assert left.read_bytes() == b"half"
         writer.send_signal(signal.SIGKILL)
-    writing.remove_leftovers(target)
-    assert not left.exists() and all(other.exists() for other in others)
+    assert left.exists() and not target.exists()
+    writing.write_file(target, "new")
+    assert target.read_text() == "new" and sorted(os.listdir(tmp_path)) == [other.name, "log"]
+    first = writing.Replacement(target)
+    first.commit()
+    left.touch()  # of another writer, which has begun since
+    first.discard()
+    assert left.exists()
 
 
 _FORKING_WRITER = """

@@ -25,7 +25,7 @@ from megatron_laer.files.checks import (
     refuse_unusable_folder,
     refuse_unwritable,
 )
-from megatron_laer.files.writing import InUseError, Replacement, locked, sync_folder
+from megatron_laer.files.writing import InUseError, Replacement, sync_folder
 from megatron_laer.tools.data.text_files import check_files
 from megatron_laer.tools.data.tokenizers import (
     MAX_DOCUMENT_TOKENS,
@@ -161,18 +161,18 @@ class _Dataset:
 def _new_dataset(prefix: Path, vocab_size: int) -> Iterator[_Dataset]:
     """Yield a dataset that replaces the one at `prefix` if the block succeeds."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
+    replacements: list[Replacement] = []
     with ExitStack() as stack:
         try:
-            # One lock for both files: two runs might otherwise each put one of them in place.
-            stack.enter_context(locked(prefix.with_name(f".{prefix.name}.lock")))
+            for target in _targets(prefix):
+                replacements.append(Replacement(target))
+                stack.callback(replacements[-1].discard)
         except InUseError as error:
             raise InUseError(
                 f"--output {quoted(prefix)} is being written by another run; wait until that has "
                 "ended, or give another prefix"
             ) from error
-        new_bin, new_idx = (Replacement(target) for target in _targets(prefix))
-        stack.callback(new_bin.discard)
-        stack.callback(new_idx.discard)
+        new_bin, new_idx = replacements
         try:
             dataset = _Dataset(new_bin.path, vocab_size)
             stack.callback(dataset.builder.data_file.close)
