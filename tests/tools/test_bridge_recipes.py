@@ -54,7 +54,7 @@ RECIPES = {
     "mistaken": (dict, 2, "'mistaken': it returns dict, which has no model, dist, ddp"),
     ".relative:fine": (None, 2, "'.relative:fine': .relative cannot be imported"),
     "raising:fine": (None, 2, "raising cannot be imported (no such file); install"),
-    "finer": (None, 2, "has none of this name; similar are fine"),
+    "finer": (None, 2, "has none of this name, did you mean fine?"),
     "os:": (None, 2, "recipe 'os:': os has none of this name"),
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -133,15 +132,9 @@ def test_the_verdict_comes_first_then_reasons_against_it_and_all_is_escaped(monk
 
 def test_a_terminal_is_asked_for_patience(monkeypatch, capsys):
     def rows(environment: object) -> Iterator[Check]:
-        for _ in range(600):
-            if "being imported" in capsys.readouterr().err:
-                break
-            time.sleep(0.1)
-        else:
-            pytest.fail("nothing was printed")
+        assert "importing torch" in capsys.readouterr().err
         yield Check("torch", "2.15")
 
-    monkeypatch.setattr(doctor, "_PATIENCE_S", 0.0)
     monkeypatch.setattr(doctor, "examine", rows)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert doctor.run(argparse.Namespace()) == 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import threading
 
 from megatron_laer.environment import CONNECTIONS
 from megatron_laer.files.checks import one_line
@@ -16,7 +15,6 @@ from megatron_laer.tools.doctor import examine
 
 # Width of the longest name. A long path or reason must not push all results out of sight.
 _NAME_WIDTH, _FOUND_WIDTH = len(CONNECTIONS), 48
-_PATIENCE_S = 3.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(_: argparse.Namespace) -> int:
     """Print the verdict and the table; return 1 if something that training needs is missing."""
-    waiting = threading.Timer(_PATIENCE_S, _ask_for_patience)
-    waiting.daemon = True
-    waiting.start()
-    try:
-        checks = list(examine(os.environ))
-    finally:
-        waiting.cancel()
+    if sys.stderr.isatty():
+        print("doctor: importing torch, Megatron and others", file=sys.stderr, flush=True)
+    checks = list(examine(os.environ))
     stopping = [check for check in checks if check.stops]
     verdict = "everything that training needs is there"
     if stopping:
@@ -45,8 +39,3 @@ def run(_: argparse.Namespace) -> int:
         # Texts of broken modules may contain anything.
         print(one_line(text + check.status_and_note))
     return 1 if stopping else 0
-
-
-def _ask_for_patience() -> None:
-    if sys.stderr.isatty():
-        print("doctor: torch, Megatron and others are being imported", file=sys.stderr, flush=True)

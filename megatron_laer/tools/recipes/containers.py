@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import Any
 
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import quoted
+from megatron_laer.files.shipped import did_you_mean
 from megatron_laer.integrations.bridge_config import settings_of
 from megatron_laer.rules import IN_BRIDGE, REFUSALS, WITH_ADAPTERS, problems_by
 from megatron_laer.support import arguments
@@ -81,9 +81,8 @@ def _function(module: str, name: str) -> Callable[[], Any]:
         ) from error
     recipe: Callable[[], Any] | None = getattr(found, name, None)
     if not callable(recipe):
-        similar = get_close_matches(name, dir(found))
         raise ValueError(
             f"recipe {quoted(f'{module}:{name}')}: {module} has none of this name"
-            + (f"; similar are {', '.join(similar)}" if similar else "")
+            + did_you_mean(name, dir(found))
         )
     return recipe

@@ -31,7 +31,7 @@ JUDGED = {
         "runs",
     ),
     "vanilla_gpt_pretrain_config": (1, "there are no experts to shard"),
-    "olmoe_7b_pretrain_confg": (2, "similar are olmoe_7b_pretrain_config"),
+    "olmoe_7b_pretrain_confg": (2, ", did you mean olmoe_7b_pretrain_config?"),
 }
 
 
