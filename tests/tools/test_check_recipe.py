@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.processes import python_path
+from tests.processes import python
 
 PROGRAM = """
 import contextlib, io, json, sys
@@ -171,16 +168,9 @@ ADVISED = {
 @pytest.fixture(scope="module")
 def ended():
     words = {name: ["--", *case[0].split()] for name, case in (LINES | ERRORS).items()}
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
-        env=os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"},
-        input=json.dumps([words, {name: case[0].split() for name, case in ADVISED.items()}]),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
-    found: dict[str, tuple[int, str, str]] = json.loads(result.stdout.splitlines()[-1])
+    advised = {name: case[0].split() for name, case in ADVISED.items()}
+    printed = python("-c", PROGRAM, stdin=json.dumps([words, advised]))
+    found: dict[str, tuple[int, str, str]] = json.loads(printed.splitlines()[-1])
     return found
 
 

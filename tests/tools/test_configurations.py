@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 
 import pytest
 import torch
@@ -31,14 +29,7 @@ PAPER = {
 
 @pytest.fixture(scope="module")
 def made():
-    result = processes.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.configurations", "--json"],
-        timeout_s=900.0,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": processes.python_path(), "MEGATRON_LAER_DEVICE": "cpu"},
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout)
+    return json.loads(processes.python("-m", "tests.configurations", "--json"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,14 +1,11 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.tools.model_flags import model_flags, model_values
-from tests.processes import python_path
+from tests.processes import python
 
 _ROOT = Path(__file__).resolve().parents[2]
 MODELS = sorted(path.stem for path in (_ROOT / "configs" / "models").glob("*.yaml"))
@@ -69,18 +66,10 @@ _RUN_FLAGS = (
 
 @pytest.fixture(scope="module")
 def parsed():
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _PARSE, " ".join(MODELS), _RUN_FLAGS],
-        env=os.environ
-        | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"}
-        | {"RANK": "0", "WORLD_SIZE": "8"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
+    words = "-c", _PARSE, " ".join(MODELS), _RUN_FLAGS
+    printed = python(*words, RANK="0", WORLD_SIZE="8")
     # Loggers that wrote to stdout before its redirection still do.
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", MODELS)
