@@ -23,11 +23,6 @@ import numpy.typing as npt
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.geometry import check_node_size
-from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.token_exchange import expected_tokens
-
-# Counted or expected rows.
-Rows = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 _PROBABILITY_BYTES, _PLACE_BYTES, _SIZE_BYTES = 4, 4, 4
 
@@ -39,10 +34,10 @@ class TokenTraffic:
     `intra` is traffic with ranks of the same node, `inter` with those of other nodes.
     """
 
-    intra_N: Rows
-    inter_N: Rows
-    sent_intra_N: Rows
-    sent_inter_N: Rows
+    intra_N: Int64
+    inter_N: Int64
+    sent_intra_N: Int64
+    sent_inter_N: Int64
 
     def transposed(self) -> TokenTraffic:
         """Return the traffic of the exchange in the other direction."""
@@ -74,9 +69,9 @@ class TokenRouting:
     `to_nodes_NM` are the distinct tokens of each source that go to any rank of each node.
     """
 
-    pairs_NN: Rows
-    to_ranks_NN: Rows
-    to_nodes_NM: Rows
+    pairs_NN: Int64
+    to_ranks_NN: Int64
+    to_nodes_NM: Int64
     node_size: int
 
     @classmethod
@@ -107,36 +102,6 @@ class TokenRouting:
             reaches_TM = reaches_TN.reshape(-1, num_nodes, node_size).any(axis=2)
             to_nodes_NM[source] = reaches_TM.sum(axis=0)
         return cls(pairs_NN, to_ranks_NN, to_nodes_NM, node_size)
-
-    @classmethod
-    def expect(
-        cls, quota_NS: Int64, tokens_N: Int64, layout: ExpertLayout, node_size: int
-    ) -> TokenRouting:
-        """Expect the routing from quotas alone, as if a token chose its experts independently.
-
-        A token of rank n goes to node J with one expert with probability q/T, where q is the
-        rank's quota of that expert in the node. It misses the node if it does so with no expert:
-        T·(1 - ∏(1 - q/T)) distinct tokens. Tokens have exactly K experts, so those that miss one
-        expert of a node are a little likelier to have another one. The true number is thus larger:
-        by 3 % for 8 of 64 equally likely experts, less for more experts. Where experts are chosen
-        together more often than that, it is smaller.
-
-        Args:
-            quota_NS: tokens that each source sends to each slot.
-            tokens_N: T of each source.
-        """
-        check_node_size(layout.num_ranks, node_size)
-        num_ranks, num_nodes = layout.num_ranks, layout.num_ranks // node_size
-        rank_S = np.arange(layout.num_slots) // layout.capacity
-        expert_S = layout.slot_expert_S
-        return cls(
-            quota_NS.reshape(num_ranks, num_ranks, layout.capacity).sum(axis=2),
-            expected_tokens(quota_NS, tokens_N, expert_S, rank_S, num_ranks),
-            expected_tokens(
-                quota_NS, tokens_N, layout.slot_expert_S, rank_S // node_size, num_nodes
-            ),
-            node_size,
-        )
 
 
 def dispatch_rows(routing: TokenRouting, exchange: TokenExchange) -> TokenTraffic:
@@ -203,7 +168,7 @@ def metadata_bytes_backward(routing: TokenRouting) -> TokenTraffic:
     return pairs.transposed().times(_PROBABILITY_BYTES)
 
 
-def _between_ranks(rows_NN: Rows, is_near_NN: Bool) -> TokenTraffic:
+def _between_ranks(rows_NN: Int64, is_near_NN: Bool) -> TokenTraffic:
     """Sum each rank's rows to each other rank, [N, N], by link class."""
     near_NN = np.where(is_near_NN & ~np.eye(len(rows_NN), dtype=np.bool_), rows_NN, 0)
     far_NN = np.where(is_near_NN, 0, rows_NN)
