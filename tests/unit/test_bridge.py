@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -48,8 +46,9 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         changed("mixed_precision", fp8=None, bf16=True),
         changed("peft", target_modules=["linear_qkv", "*.self_attention.*"]),
         changed("peft", target_modules=["*linear_fc*"], dropout=0.0),
+        recipe(cpu_offloading=False, cpu_offloading_num_layers=95),
     ],
-    ids=["plain", "overlap", "precision", "lora on attention", "lora on experts"],
+    ids=["plain", "overlap", "precision", "lora on attention", "lora on experts", "no offload"],
 )
 def test_what_works_is_accepted(given: SimpleNamespace) -> None:
     check_recipe(given, FSEPConfig())
@@ -116,33 +115,16 @@ def test_a_recipe_is_read_as_bridge_applies_it_and_is_not_changed() -> None:
     settings = settings_of(given)
     assert (settings.delay_wgrad_compute, settings.overlap_grad_reduce) == (False, True)
     assert given.model.delay_wgrad_compute is True
-
-
-def test_fields_of_a_transformer_of_its_own_are_found() -> None:
-    given = recipe()
     given.model = SimpleNamespace(transformer=given.model)
     assert settings_of(given).num_experts == 8
 
 
-class Steps:
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    @contextlib.contextmanager
-    def __call__(self, *step: Any) -> Iterator[None]:
-        self.seen.append(("enters", *step))
-        yield
-        self.seen.append(("leaves",))
-
-
 def test_the_callback_turns_fsep_on_and_marks_steps() -> None:
-    steps = Steps()
     microbatches = mock.Mock(**{"get_num_microbatches.return_value": 2})
-    given = recipe(deterministic_mode=True)
-    context = SimpleNamespace(
-        state=SimpleNamespace(train_state=SimpleNamespace(step=3), cfg=given),
-        model=["chunk"],
-    )
+    given, steps = recipe(deterministic_mode=True), mock.MagicMock()
+    train_state = SimpleNamespace(step=3)
+    state = SimpleNamespace(train_state=train_state, cfg=given)
+    context = SimpleNamespace(state=state, model=["chunk"])
     with (
         mock.patch.object(bridge, "enable") as enable,
         mock.patch.object(bridge, "training_step", steps),
@@ -151,24 +133,10 @@ def test_the_callback_turns_fsep_on_and_marks_steps() -> None:
     ):
         callback = FSEPCallback(given, FSEPConfig(capacity=4))
         callback.on_train_start(context)
-        callback.on_train_step_start(context)
-        callback.on_train_step_end(context)
-        context.state.train_state.step = 4
-        callback.on_train_step_start(context)
-        callback.on_train_step_end(context)
+        for train_state.step in (3, 4):
+            callback.on_train_step_start(context)
+            callback.on_train_step_end(context)
     enable.assert_called_once_with(FSEPConfig(capacity=4, late_plan=LatePlan.WAIT), seed=7)
     install.assert_called_once_with(5, 2, 0)
-    assert steps.seen == [
-        ("enters", 3, 2, ["chunk"]),
-        ("leaves",),
-        ("enters", 4, 2, ["chunk"]),
-        ("leaves",),
-    ]
-
-
-def test_layers_to_offload_are_none_while_offloading_is_off() -> None:
-    given = recipe(cpu_offloading=False, cpu_offloading_num_layers=95)
-    check_recipe(given, FSEPConfig())
-    given.model.cpu_offloading = True
-    with pytest.raises(ValueError, match="--cpu-offloading-num-layers"):
-        check_recipe(given, FSEPConfig())
+    assert steps.call_args_list == [mock.call(step, 2, ["chunk"]) for step in (3, 4)]
+    assert [name for name, *_ in steps.mock_calls] == ["", "().__enter__", "().__exit__"] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import LatePlan
+from megatron_laer.choices import LatePlan, Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files import writing
 from megatron_laer.planner.costs import CostModel
@@ -24,11 +25,12 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService
 from megatron_laer.precision import Precision
 from megatron_laer.runtime.planning import planner_rank
-from megatron_laer.runtime.planning.layout_recording import LAYOUTS, read_layouts
+from megatron_laer.runtime.planning.layout_recording import LAYOUTS, LayoutRecorder, read_layouts
 from megatron_laer.runtime.planning.planner_rank import PlannerRank, run_of_group
 from megatron_laer.telemetry.trace_file import TRACE, TraceWriter
 from megatron_laer.tools.traces.reading import read_recording
 from tests.costs import make_costs
+from tests.records import put_together, taken_apart
 
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 LAYERS = ["layer 1", "layer 2"]
@@ -186,3 +188,50 @@ def test_recordings_of_a_run_have_one_number(tmp_path: Path) -> None:
     TraceWriter(tmp_path / "group-0.trace", 2, 4, LAYERS, 0, number).close()
     assert run_of_group(config, 0, 1) == number
     assert number not in (run_of_group(config, 1, 1), run_of_group(config, 0, 0))
+
+
+AT_HOME = dataclasses.replace(GEOMETRY, sharding=Sharding.EXPERTS)
+CONFIG = FSEPConfig()
+REGIME = {
+    "split": CONFIG.split,
+    "plan_mode": CONFIG.mode,
+    "imbalance_tolerance": CONFIG.imbalance_tolerance,
+}
+
+
+def test_layouts_of_home_experts_are_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "group-0.layouts"
+    recorder = LayoutRecorder(path, AT_HOME, REGIME, LAYERS, first_step=0)
+    layouts = [[AT_HOME.static_layout, AT_HOME.random_layout((step,))] for step in range(6)]
+    for step, of_step in enumerate(layouts):
+        recorder.record(step, of_step)
+    recorder.close()
+    assert list(read_layouts(path)) == list(enumerate(layouts))
+
+
+@pytest.mark.parametrize(
+    ("changes", "slots", "message"),
+    [
+        ({}, [0, 1, 2, 2, 3, -1], "empty slots, which only --fsep-sharding experts"),
+        ({}, [0, 1, 2, 2, 3, -2], "slots hold expert -2"),
+        ({"homes": [[0, 1, 2, 3], [0, 1, 2, 2]]}, [0] * 6, "line 1: .*permutation|homes|each"),
+        ({"homes": [[0, 1, 2, 3]]}, [0] * 6, "must be those of every layer's experts"),
+        ({"homes": 5}, [0] * 6, "line 1: "),
+        ({"sharding": "experts"}, [0, 1, 2, 2, -1, 3], "does not fit --fsep-sharding experts"),
+        ({"sharding": "experts"}, [0, 1, 1, 2, 3, -1], "does not fit --fsep-sharding experts"),
+        ({"sharding": "experts", "num_experts": 3}, [0] * 6, "3 experts cannot be at home on 2"),
+        ({"sharding": "columns"}, [0, 1, 2, 2, 3, 0], "'columns' must be one of rows, experts"),
+        ({"sharding": [[]]}, [0, 1, 2, 2, 3, 0], "must be one of rows, experts"),
+    ],
+)
+def test_slots_that_do_not_fit_the_recorded_sharding_are_refused(
+    tmp_path: Path, changes: dict[str, object], slots: list[int], message: str
+) -> None:
+    path = LAYOUTS.path(tmp_path, 0)
+    LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0).close()
+    fields, _ = taken_apart(path)
+    slots_LNC = np.array([slots] * len(LAYERS)).reshape(len(LAYERS), 2, 3)
+    put_together(path, fields | changes, [("layouts", 0, {"slots_LNC": slots_LNC})])
+    with pytest.raises(ValueError, match=message) as error:
+        list(read_layouts(path))
+    assert str(path) in str(error.value)

@@ -16,12 +16,10 @@ from megatron_laer.layer.experts.gemm import (
     SlotGemm,
     check_gemm,
     gemm_names,
-    loop,
     slot_gemm,
     te,
 )
-from megatron_laer.layer.experts.slot_linear import slot_bias
-from tests.slot_gemm import SPLITS, TOKENS_C, check_back_end, check_weight_grad, fixed_experts
+from tests.slot_gemm import SPLITS, TOKENS_C, check_back_end, check_weight_grad
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BOTH = [torch.float32, torch.bfloat16]
@@ -87,17 +85,6 @@ def test_weight_gradients_are_written_or_added_and_float32_ones_are_not_rounded(
     gemm: SlotGemm, dtype: torch.dtype, out_dtype: torch.dtype, tokens_C: Sequence[int]
 ) -> None:
     check_weight_grad(gemm, dtype, out_dtype, CPU, tokens_C)
-
-
-class _ForgetsARow(loop.Loop):
-    def forward(self, *args: Any) -> torch.Tensor:
-        output_TR = super().forward(*args)
-        return torch.cat([output_TR[:-1], output_TR.new_empty(1, output_TR.shape[1])])
-
-
-def test_memory_that_a_back_end_leaves_as_it_was_is_found() -> None:
-    with pytest.raises(AssertionError, match=r"(?i)not close"):
-        check_back_end(_ForgetsARow(), torch.float32, CPU)
 
 
 def test_offsets_are_uploaded_once_for_the_products_of_a_microbatch() -> None:
@@ -168,35 +155,3 @@ def test_transformer_engine_is_guarded_by_package_device_symbol_and_parameters(
     modules[te._MODULE].general_grouped_gemm = grouped_gemm
     assert refusal() is None
     te.grouped_gemm.cache_clear()
-
-
-ROWS = 5
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("scaled", [False, True], ids=["as it is", "by probability"])
-@pytest.mark.parametrize("split", SPLITS)
-def test_output_and_gradients_are_those_of_a_bias_for_each_token(
-    split: str, scaled: bool, dtype: torch.dtype
-) -> None:
-    tokens_C = SPLITS[split]
-    generator = torch.Generator().manual_seed(0)
-    bias_CR1 = torch.randn(len(tokens_C), ROWS, 1, generator=generator).to(dtype).requires_grad_()
-    input_TR = torch.randn(sum(tokens_C), ROWS, generator=generator).to(dtype).requires_grad_()
-    grad_TR = torch.randn(sum(tokens_C), ROWS, generator=generator).to(dtype)
-    # Probabilities are wider than the experts' dtype.
-    scale_T = torch.rand(sum(tokens_C), generator=generator).requires_grad_() if scaled else None
-    inputs = [tensor for tensor in (input_TR, bias_CR1, scale_T) if tensor is not None]
-
-    experts = fixed_experts(bias_CR1.detach())
-    output_TR = slot_bias(input_TR.clone(), scale_T, bias_CR1, experts, 0, tokens_C)
-    found = torch.autograd.grad(output_TR, inputs, grad_TR)
-
-    bias_TR = bias_CR1.squeeze(2).double().repeat_interleave(torch.tensor(tokens_C), 0)
-    added_TR = bias_TR if scale_T is None else bias_TR * scale_T.double().unsqueeze(1)
-    expected_TR = input_TR.double() + added_TR
-    expected = torch.autograd.grad(expected_TR, inputs, grad_TR.double())
-    assert output_TR.dtype == dtype
-    torch.testing.assert_close(output_TR, expected_TR.to(dtype))
-    for mine, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs)
