@@ -13,14 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import Adapt, rank_of_environment
 from megatron_laer.rules import STRATEGIES
-from tests.distributed.test_home_names import train_some
+from tests.distributed.conftest import Trainings, refusal, train_grouped
 from tests.distributed.test_home_order import homes
 from tests.parity.adapted import LowRank
 from tests.parity.bridge_lora import LoRALinear, adapt_experts
-from tests.parity.flags import command_line
 from tests.parity.replay import train_row
 from tests.parity.rows import FSDP
 
@@ -37,13 +35,6 @@ def wrapped_at_home(model: torch.nn.Module) -> None:
     for name, module in [*model.named_modules()]:
         if name.endswith("local_experts.0"):
             module.linear_fc1 = LowRank(module.linear_fc1)  # type: ignore[arg-type]
-
-
-def adapted_in_part(model: torch.nn.Module) -> None:
-    adapt_experts(model)
-    for name, module in [*model.named_modules()]:
-        if name.endswith("local_experts.0"):
-            module.linear_fc1 = module.linear_fc1.to_wrap  # type: ignore[union-attr]
 
 
 def shared_on_a_rank_alone(model: torch.nn.Module) -> None:
@@ -66,12 +57,6 @@ def with_an_activation(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.adapter.activation = torch.nn.ReLU()
-
-
-def asked(model: torch.nn.Module) -> None:
-    for name, module in model.named_modules():
-        if name.endswith("linear_fc1"):
-            module.config.sequence_parallel  # type: ignore[union-attr]  # noqa: B018
 
 
 def replaced(model: torch.nn.Module) -> None:
@@ -120,17 +105,12 @@ CASES = {
         ("no 'weight': FSEP computes experts from slices", WAY_OUT),
         "AttributeError",
     ),
-    "replaced": Case(replaced, "rows", ("its experts were replaced by Linear", "slices", WAY_OUT)),
     "replaced at home": Case(
         replaced, "experts", ("rank 0: layer 1: its experts were replaced by Linear", WAY_OUT)
-    ),
-    "asked for a linear layer's attributes": Case(
-        asked, "rows", ("a linear layer of experts has no 'config'", WAY_OUT), "AttributeError"
     ),
     "dropout": Case(
         partial(adapt_experts, dropout=0.1), "experts", ("has dropout=0.1: replicas would draw",)
     ),
-    "some experts": Case(adapted_in_part, "experts", ("3 of 4 home experts have adapters",)),
     "activation": Case(with_an_activation, "experts", ("an adapter has an activation, ReLU()",)),
     "shared on a rank": Case(
         shared_on_a_rank_alone, "experts", ("set share_expert_adapters=False",), grouped=True
@@ -154,22 +134,18 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_adapters_that_replicas_cannot_follow_are_refused_on_every_rank(
-    ranks: RankPools, text_data: str, case: Case
+    trained: Trainings, case: Case
 ) -> None:
-    flags = command_line(text_data, FSEP + case.flags, steps=1)
-    given = (train_some, flags, None, True) if case.grouped else (train_row, flags, None)
-    raised = ranks(2).run_raw(*given, case.adapt)
-    assert all(isinstance(result, Raised) for result in raised)
-    assert {result.type_name for result in raised} == {case.kind}
-    (message,) = {result.message for result in raised}
+    by = train_grouped if case.grouped else train_row
+    message = trained.refused(FSEP + case.flags, None, case.adapt, by=by, kind=case.kind, steps=1)
     assert [part for part in case.said if part not in message] == [], message
 
 
 def test_adapters_of_experts_with_other_homes_are_refused(
-    ranks: RankPools, text_data: str, tmp_path: Path
+    trained: Trainings, tmp_path: Path
 ) -> None:
-    flags = command_line(text_data, f"{FSEP}experts{homes(tmp_path, 1)}", steps=1)
-    for result in ranks(2).run_raw(train_row, flags, None, adapt_experts):
-        assert isinstance(result, Raised) and result.type_name == "RefusedError"
-        assert "--fsep-homes gives experts other homes" in result.message
+    flags = f"{FSEP}experts{homes(tmp_path, 1)}"
+    results = trained.ends(flags, None, adapt_experts, by=train_row, steps=1)
+    assert "--fsep-homes gives experts other homes" in refusal(results)
+    for result in results:
         assert "data_parallel.py" in result.traceback, "before data and checkpoints are read"

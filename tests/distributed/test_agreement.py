@@ -13,40 +13,28 @@ from unittest import mock
 
 import numpy as np
 
-from megatron_laer.cpu.ranks import Raised, RankPool, RankPools
 from megatron_laer.cpu.training import rank_of_environment, train
 from megatron_laer.planner.cluster_files import cluster_text, load_cluster
 from megatron_laer.planner.layout import ExpertLayout
+from tests.distributed.conftest import Trainings
 from tests.faults.injected import current_step
-from tests.parity.flags import command_line
 from tests.parity.row import FSEP
 
 OTHER_NUMPY = "0.0.other"
 
 
 def train_with_other_rank(
-    flags: list[str], rank: int, others: list[str], numpy_version: str | None
+    flags: list[str], rank: int, others: str, numpy_version: str | None = None
 ) -> None:
     mine = rank_of_environment() == rank
     with contextlib.ExitStack() as stack:
         if mine and numpy_version is not None:
             stack.enter_context(mock.patch.object(np, "__version__", numpy_version))
-        train([*flags, *others] if mine else flags)
-
-
-def refusals(
-    pool: RankPool, flags: list[str], rank: int, others: str = "", numpy: str | None = None
-) -> str:
-    """Return the one error that every rank of the world raises before its first step."""
-    raised = pool.run_raw(train_with_other_rank, flags, rank, others.split(), numpy)
-    assert all(isinstance(result, Raised) for result in raised)
-    assert {result.type_name for result in raised} == {"RefusedError"}
-    (message,) = {result.message for result in raised}
-    return str(message)
+        train([*flags, *others.split()] if mine else flags)
 
 
 def test_a_rank_with_another_solve_time_is_named_on_every_rank_of_the_world(
-    ranks: RankPools, text_data: str, tmp_path: Path
+    trained: Trainings, tmp_path: Path
 ) -> None:
     shipped = load_cluster("cpu-gloo")
     base_s = shipped.solve.base_s
@@ -54,19 +42,16 @@ def test_a_rank_with_another_solve_time_is_named_on_every_rank_of_the_world(
     other = tmp_path / "cluster.yaml"
     other.write_text(cluster_text(replace(shipped, solve=solve)))
     # Two groups of two ranks: the first has no rank that differs, and must not wait for the other.
-    flags = command_line(text_data, FSEP, global_batch=8, steps=2)
-    message = refusals(ranks(4), flags, 3, f"--fsep-set cluster={other}")
+    given = FSEP, 3, f"--fsep-set cluster={other}"
+    message = trained.refused(*given, by=train_with_other_rank, size=4)
     assert message.startswith("rank 2: the ranks of its FSEP group differ: cluster.solve.base_s ")
     assert f"{base_s * 10!r} on rank 3" in message and f"{base_s!r} on rank 2" in message
 
 
-def test_a_rank_with_another_numpy_or_other_flags_is_named(
-    ranks: RankPools, text_data: str
-) -> None:
-    flags = command_line(text_data, FSEP, steps=2)
-    message = refusals(ranks(2), flags, 1, numpy=OTHER_NUMPY)
+def test_a_rank_with_another_numpy_or_other_flags_is_named(trained: Trainings) -> None:
+    message = trained.refused(FSEP, 1, "", OTHER_NUMPY, by=train_with_other_rank)
     assert f"NumPy is {OTHER_NUMPY} on rank 1 and {np.__version__} on rank 0." in message
-    message = refusals(ranks(2), flags, 0, "--fsep-set plan_lag=3")
+    message = trained.refused(FSEP, 0, "--fsep-set plan_lag=3", by=train_with_other_rank)
     assert "--fsep-set plan_lag is " in message and "3 on rank 0" in message
 
 
@@ -100,15 +85,10 @@ def train_with_other_decision(flags: list[str], rank: int, step: int) -> None:
         train(flags)
 
 
-def test_a_rank_that_decides_otherwise_is_named_at_the_next_exchange(
-    ranks: RankPools, text_data: str
-) -> None:
-    flags = command_line(
-        text_data, FSEP + " --fsep-plan-mode exact", expert_parallel=4, global_batch=8, steps=4
-    )
-    raised = ranks(4).run_raw(train_with_other_decision, flags, 2, 2)
-    assert {result.type_name for result in raised} == {"LayoutMismatchError"}
-    (message,) = {result.message for result in raised}
+def test_a_rank_that_decides_otherwise_is_named_at_the_next_exchange(trained: Trainings) -> None:
+    exact, kind = FSEP + " --fsep-plan-mode exact", "LayoutMismatchError"
+    options = {"size": 4, "expert_parallel": 4, "steps": 4}
+    message = trained.refused(exact, 2, 2, by=train_with_other_decision, kind=kind, **options)
     # The other decision was on layer 1.
     assert message.startswith("FSEP layer 2: rank 2 (place 2 in the group) holds version 0, ")
     assert "ranks decided differently from the same counts" in message

@@ -5,9 +5,10 @@ The page's functions record routing without gradients, as a rollout does, and tr
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -18,8 +19,8 @@ from unittest import mock
 import pytest
 
 from megatron_laer.cpu.ranks import RankPools
-from tests.distributed.test_own_loop import HOMES, code_of, loaded
-from tests.probes import running
+from tests.distributed.test_own_loop import HOMES, code_of, loaded, two_ranks
+from tests.probes import running, watching
 
 # Steps on one rollout: from the second on, routers would choose otherwise by themselves.
 ROLLOUTS, UPDATES = 2, 3
@@ -51,49 +52,35 @@ def page() -> Any:
     return SimpleNamespace(**names)
 
 
-def start(
+@contextlib.contextmanager
+def started(
     module: ModuleType,
     mode: str | None,
     hook: Callable[[Any], None] | None = None,
     at_home: bool = False,
-) -> tuple[Any, Any]:
+) -> Iterator[tuple[Any, Any]]:
     """Build the page's model and optimizer from the common weights; slime's hook sets the mode."""
-    import torch
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    import megatron_laer
     from megatron_laer.cpu.weights import load_common_weights
 
-    dist.init_process_group("gloo")
-    torch.cuda.set_device(dist.get_rank())
-    if mode is not None:
-        settings: dict[str, Any] = {"plan_mode": mode, "sharding": "rows"}
-        settings |= HOMES if at_home else {}
-        megatron_laer.enable(megatron_laer.FSEPConfig(**settings), seed=1)
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
-    if hook is not None:
-        hook(SimpleNamespace(seed=1))
-    model_parallel_cuda_manual_seed(1)
+    settings = {"plan_mode": mode, "sharding": "rows"} | (HOMES if at_home else {})
     replaying = partial(module.TransformerConfig, moe_enable_routing_replay=True)
-    with mock.patch.object(module, "TransformerConfig", replaying):
-        model = module.build_model()
-    load_common_weights(model)
-    optimizer = module.get_megatron_optimizer(
-        module.OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True), model
-    )
-    return model, optimizer
+    with two_ranks(settings if mode else None):
+        if hook is not None:
+            hook(SimpleNamespace(seed=1))
+        with mock.patch.object(module, "TransformerConfig", replaying):
+            model = module.build_model()
+        load_common_weights(model)
+        adam = module.OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True)
+        yield model, module.get_megatron_optimizer(adam, model)
 
 
 def train_on_rollouts(mode: str | None, announces: str, at_home: bool = False) -> Seen:
     """Record and train with replay; `announces` selects the announcement.
 
-    "and more" adds a microbatch that never comes, and "twice" announces nothing while tokens name
-    an expert twice. In both, steps do not know their number of microbatches.
+    "twice" announces nothing while tokens name an expert twice, and steps do not know their number
+    of microbatches.
     """
     import torch
-    from megatron.core import parallel_state
 
     import megatron_laer
     from megatron_laer.planner.guard import Guard
@@ -104,29 +91,21 @@ def train_on_rollouts(mode: str | None, announces: str, at_home: bool = False) -
     from megatron_laer.session import current_coordinator
 
     seen, functions = Seen(), page()
-    known = None if announces in ("and more", "twice") else MICROBATCHES
-    decide, plan, change = Guard.decide, MicrobatchPlanner._plan, LayerExperts.change
+    known = None if announces == "twice" else MICROBATCHES
 
-    def watched_decide(guard: Guard, *args: Any) -> Any:
+    def decide(*_: Any) -> None:
         seen.solved_after_gate += threading.current_thread() is threading.main_thread()
-        return decide(guard, *args)
 
-    def watched_plan(planner: Any, layer: Any, restored: Any, *args: Any, **named: Any) -> Any:
-        if named["training"]:
+    def plan(_planner: Any, _layer: Any, restored: Any, *_: Any, training: bool) -> None:
+        if training:
             seen.restores_ahead.append(restored.state.weights is not WeightState.SHARDED)
-        return plan(planner, layer, restored, *args, **named)
 
-    def watched_change(*args: Any) -> None:
+    def change(*_: Any) -> None:
         seen.changes += 1
-        change(*args)
 
-    with loaded() as module:
-        assert (module.LAYERS, module.EXPERTS, module.MICROBATCHES) == (
-            LAYERS,
-            EXPERTS,
-            MICROBATCHES,
-        )
-        model, optimizer = start(module, mode, at_home=at_home)
+    with loaded() as module, started(module, mode, at_home=at_home) as (model, optimizer):
+        sizes = module.LAYERS, module.EXPERTS, module.MICROBATCHES
+        assert sizes == (LAYERS, EXPERTS, MICROBATCHES)
         forward = module.forward_step
         for step in range(STEPS):
             rollout = step // UPDATES
@@ -146,8 +125,6 @@ def train_on_rollouts(mode: str | None, announces: str, at_home: bool = False) -
 
             if announces == "as recorded":
                 functions.announce(recorded, EXPERTS)
-            elif announces == "and more":
-                functions.announce([*recorded, recorded[0]], EXPERTS)
             elif announces == "otherwise":
                 functions.announce(
                     [[(experts + 1) % EXPERTS for experts in layers] for layers in recorded],
@@ -155,9 +132,11 @@ def train_on_rollouts(mode: str | None, announces: str, at_home: bool = False) -
                 )
             with (
                 mock.patch.object(module, "forward_step", told_forward),
-                mock.patch.object(Guard, "decide", watched_decide),
-                mock.patch.object(MicrobatchPlanner, "_plan", watched_plan),
-                mock.patch.object(LayerExperts, "change", watched_change),
+                watching(
+                    (Guard, "decide", decide),
+                    (MicrobatchPlanner, "_plan", plan),
+                    (LayerExperts, "change", change),
+                ),
                 megatron_laer.training_step(step, known, model),
             ):
                 loss, _ = module.train_step(rollout, model, optimizer)
@@ -170,7 +149,6 @@ def train_on_rollouts(mode: str | None, announces: str, at_home: bool = False) -
                 seen.reasons += [of.decision.reason for of in outcomes]
             scalars, _ = collect(coordinator, LAYERS, 0)
             seen.misses = scalars.get("fsep_announcement_misses")
-        parallel_state.destroy_model_parallel()
         assert torch.isfinite(torch.tensor(seen.losses)).all()
     return seen
 
@@ -186,7 +164,7 @@ Runs = Callable[..., list[Seen]]
 
 @pytest.mark.parametrize(
     ("announces", "at_home"),
-    [("as recorded", False), ("and more", False), ("nothing", False), ("as recorded", True)],
+    [("as recorded", False), ("nothing", False), ("as recorded", True)],
 )
 def test_announced_layouts_are_those_of_exact_with_nothing_left_for_after_the_gate(
     run: Runs, announces: str, at_home: bool
@@ -256,23 +234,23 @@ def train_by_slimes_hooks(hooks: Path, replays_routing: bool) -> tuple[list[int]
     import megatron_laer
 
     announced: list[int] = []
-    announce, functions = megatron_laer.announce_routing, page()
+    functions = page()
 
-    def watched_announce(counts_MLE: Any) -> None:
+    def announce(counts_MLE: Any) -> None:
         announced.append(len(counts_MLE))
-        announce(counts_MLE)
 
     slime = SimpleNamespace(RoutingReplay=RoutingReplay)
     with (
         loaded() as module,
         loaded(hooks) as hook,
-        mock.patch.dict(sys.modules, {"slime": slime, "slime.utils.routing_replay": slime}),
-        mock.patch.object(megatron_laer, "announce_routing", watched_announce),
+        watching((megatron_laer, "announce_routing", announce)),
         mock.patch.object(RoutingReplay, "all_routing_replays", []),
+        mock.patch.object(hook, "REPLAYS_ROUTING", replays_routing),
+        started(module, None, hook.init) as (model, optimizer),
+        # Within it, since modules that are imported under it are forgotten.
+        mock.patch.dict(sys.modules, {"slime": slime, "slime.utils.routing_replay": slime}),
     ):
-        hook.REPLAYS_ROUTING = replays_routing
         a_rollout = {"rollout_batch_size": 2, "n_samples_per_prompt": 1}
-        model, optimizer = start(module, None, hook.init)
         replays = [RoutingReplay() for _ in range(LAYERS)]
         forward = module.forward_step
         for rollout in range(2):
@@ -319,15 +297,13 @@ def test_slimes_hooks_mark_steps_and_announce_its_replay(
 def problems() -> list[str]:
     import torch
     import torch.distributed as dist
-    from megatron.core import parallel_state
     from megatron.core.transformer.moe.router_replay import RouterReplay
 
     import megatron_laer
 
     said: list[str] = []
     right = torch.ones(MICROBATCHES, LAYERS, EXPERTS, dtype=torch.int32)
-    with loaded() as module:
-        model, optimizer = start(module, "announced")
+    with loaded() as module, started(module, "announced") as (model, optimizer):
 
         def step(num_microbatches: int | None, counts_MLE: Any = None) -> None:
             try:
@@ -351,7 +327,6 @@ def problems() -> list[str]:
             tokens = module.BATCH * module.LENGTH
             page().replay([torch.arange(tokens * 2).view(tokens, 2) % EXPERTS] * LAYERS)
         step(MICROBATCHES)
-        parallel_state.destroy_model_parallel()
     megatron_laer.announce_routing("nothing looks at it without FSEP")
     megatron_laer.enable(megatron_laer.FSEPConfig(plan_mode="exact"))
     try:

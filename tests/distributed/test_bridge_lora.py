@@ -7,6 +7,7 @@ its dependencies, as `test_bridge_weights.py`.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -14,15 +15,14 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Adapt, Record, train
 from tests.bridge_stubs import importable, peft_importable
 from tests.checkouts import checkout
-from tests.distributed.test_bridge_weights import QWEN3
-from tests.distributed.test_home_names import train_some
-from tests.distributed.test_lora_on_experts import RANDOM, command
+from tests.checkpoints import assert_equal
+from tests.distributed.conftest import Trainings, train_grouped
+from tests.distributed.test_bridge_weights import HOMES, QWEN3
 from tests.parity.compare import distance
-from tests.parity.flags import command_line
+from tests.parity.replay import train_row
 from tests.parity.row import FP32_BOUND
 from tests.parity.rows import DIST_OPT
 
@@ -86,28 +86,24 @@ def grouped_lora(model: torch.nn.Module, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("adapt", "grouped"),
+    ("adapt", "by"),
     [
-        (partial(lora, targets=EXPERTS), False),
-        (partial(lora, targets=EXPERTS[:1]), False),
-        (partial(lora, targets=EXPERTS[1:]), False),
-        (partial(lora, targets=CANONICAL, canonical=True), False),
-        (partial(lora, targets=ALL), False),
-        (partial(grouped_lora, kind="GroupedExpertLinearAdapter"), True),
-        (partial(grouped_lora, kind="ParallelLinearAdapter"), True),
-        (partial(grouped_lora, kind="SharedOuterGroupedExpertAdapter"), True),
+        (partial(lora, targets=EXPERTS[:1]), train_row),
+        (partial(lora, targets=EXPERTS[1:]), train_row),
+        (partial(lora, targets=CANONICAL, canonical=True), train_row),
+        (partial(lora, targets=ALL), train_row),
+        (partial(grouped_lora, kind="GroupedExpertLinearAdapter"), train_grouped),
+        (partial(grouped_lora, kind="ParallelLinearAdapter"), train_grouped),
+        (partial(grouped_lora, kind="SharedOuterGroupedExpertAdapter"), train_grouped),
     ],
-    ids=["both", "fc1", "fc2", "canonical", "with attention", "packed", "shared", "outer shared"],
+    ids=["fc1", "fc2", "canonical", "all", "packed", "shared", "outer shared"],
 )
 def test_bridges_lora_on_experts_trains_as_in_stock(
-    ranks: RankPools, text_data: str, adapt: Adapt, grouped: bool
+    trained: Trainings, adapt: Adapt, by: Callable[..., Record]
 ) -> None:
-    def run(mode: str) -> Record:
-        given = [*command(text_data, DIST_OPT + mode, 12), *SLOWER.split()]
-        found: Record = ranks(2).run(train_some, given, None, grouped, adapt)[0]
-        return found
-
-    stock, homes = run(""), run(RANDOM)
+    stock, homes = (
+        trained(DIST_OPT + mode + SLOWER, None, adapt, by=by, steps=12) for mode in ("", HOMES)
+    )
     trained = [name for name, gradient in homes.first_grads.items() if gradient.any()]
     assert trained and all(".adapter." in name for name in trained)
     apart = distance(homes, stock)
@@ -138,14 +134,10 @@ def exported(flags: list[str], merges: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
-def test_experts_with_adapters_are_exported_as_stocks(ranks: RankPools, text_data: str) -> None:
-    def run(mode: str, merges: bool) -> dict[str, torch.Tensor]:
-        flags = command_line(text_data, QWEN3 + mode, experts=4, steps=2)
-        found: dict[str, torch.Tensor] = ranks(2).run(exported, flags, merges)[0]
-        return found
-
+def test_experts_with_adapters_are_exported_as_stocks(trained: Trainings) -> None:
     for merges in (True, False):
-        stock, homes = run("", merges), run(RANDOM, merges)
-        assert homes.keys() == stock.keys() and any(".experts." in name for name in homes)
-        for name, weight in stock.items():
-            assert torch.equal(homes[name], weight), name
+        stock, homes = (
+            trained(QWEN3 + mode, merges, by=exported, experts=4, steps=2) for mode in ("", HOMES)
+        )
+        assert any(".experts." in name for name in homes)
+        assert_equal(homes, stock)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.bridge_stubs import importable
 from tests.checkouts import checkout
-from tests.parity.flags import command_line
+from tests.checkpoints import assert_equal
+from tests.distributed.conftest import Trainings
 
 CHECKOUT, pytestmark = checkout("MEGATRON_BRIDGE_CHECKOUT", "Megatron-Bridge 0.6")
 
@@ -82,17 +82,15 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
     ids=["2 ranks", "2 pipeline stages"],
 )
 def test_qwen3_moe_is_converted_as_stocks_and_back(
-    ranks: RankPools, text_data: str, size: int, extra: str
+    trained: Trainings, size: int, extra: str
 ) -> None:
-    def run(mode: str) -> Any:
-        flags = command_line(text_data, QWEN3 + extra + mode, experts=4, steps=1)
-        return ranks(size).run(converted, flags)
-
-    for rank, (theirs, ours) in enumerate(zip(run(""), run(HOMES), strict=True)):
+    stock, homes = (
+        trained.each(QWEN3 + extra + mode, by=converted, size=size, experts=4, steps=1)
+        for mode in ("", HOMES)
+    )
+    for theirs, ours in zip(stock, homes, strict=True):
         for expected, found in zip(theirs, ours, strict=True):
-            assert found.keys() == expected.keys(), rank
-            for name, weight in expected.items():
-                assert torch.equal(found[name], weight), (rank, name)
+            assert_equal(found, expected)
         before, after, again = ours
         assert {
             EXPERT.format(layer, expert, part): shape
@@ -100,6 +98,5 @@ def test_qwen3_moe_is_converted_as_stocks_and_back(
             for expert in range(4)
             for part, shape in PARTS.items()
         } == {name: list(weight.shape) for name, weight in before.items() if ".experts." in name}
-        for name, weight in before.items():
-            assert torch.equal(after[name], 2 * weight), (rank, name)
-            assert torch.equal(again[name], 2 * weight), (rank, name)
+        for doubled in (after, again):
+            assert_equal(doubled, {name: 2 * weight for name, weight in before.items()})

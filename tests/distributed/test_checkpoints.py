@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from megatron_laer.cpu.ranks import Raised, RankPools
+from megatron_laer.cpu.ranks import Raised
 from megatron_laer.cpu.training import train
 from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
@@ -22,9 +21,9 @@ from tests.checkpoints import (
     saved_tensors,
     train_until_exit,
 )
+from tests.distributed.conftest import Trainings
 from tests.distributed.test_home_order import homes
 from tests.messages import messages
-from tests.parity.flags import command_line
 from tests.parity.row import HOMES as AT_HOME
 from tests.parity.rows import HYBRID_MTP as HYBRID
 from tests.parity.rows import PIPELINE
@@ -124,16 +123,6 @@ JOURNEYS = (
         (Stop(2, 2), Stop(4, 2, FSEP + PIPELINE), Stop(2, 2)),
     ),
     Journey("linear bias with gates", "", STOCK_TO_STOCK, without="--disable-bias-linear"),
-    Journey(
-        "experts at home, Muon",
-        " --optimizer muon",
-        (
-            Stop(2, 2, HOMES),
-            Stop(4, 4, HOMES + " --fsep-capacity 5"),
-            Stop(4, 2, HOMES),
-            Stop(2, 2),
-        ),
-    ),
 )
 
 
@@ -155,7 +144,7 @@ def marks_of(place: int) -> list[pytest.MarkDecorator]:
     ],
 )
 def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
-    ranks: RankPools, text_data: str, tmp_path: Path, journey: Journey
+    trained: Trainings, tmp_path: Path, journey: Journey
 ) -> None:
     folders = []
     for number, stop in enumerate(journey.stops):
@@ -164,15 +153,8 @@ def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
         mode = stop.mode.format(homes=homes(tmp_path, number, stop.ranks))
         flags = journey.flags + TORCH_DIST + mode + f" --save {target} --save-interval 1000"
         flags += " --save-interval 2" if number == 0 else f" --load {source}"
-        command = command_line(
-            text_data,
-            flags,
-            expert_parallel=stop.expert_parallel,
-            global_batch=8,
-            steps=2,
-            without=journey.without,
-        )
-        ranks(stop.ranks).run(train, command)
+        model = {"expert_parallel": stop.expert_parallel, "without": journey.without}
+        trained(flags, size=stop.ranks, steps=2, **model)
         assert saved_iteration(target) == 2
         folders.append(iteration_folder(target, 2))
 
@@ -193,28 +175,29 @@ def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
 
 @pytest.mark.parametrize(
     ("writer", "reader", "said"),
-    [("", FSEP, "load with --no-load-optim"), (FSEP, "", ".fsep-2"), (FSEP, FSEP, None)],
-    ids=["stock to FSEP", "FSEP to stock", "FSEP to FSEP"],
+    [
+        ("", FSEP, "load with --no-load-optim"),
+        (FSEP, "", ".fsep-2"),
+        (FSEP, FSEP, None),
+        # Without replicas, experts at home have stock's memory layout.
+        ("", HOMES + " --fsep-planner static", None),
+    ],
+    ids=["stock to rows", "rows to stock", "rows to rows", "stock to experts at home"],
 )
 def test_optimizer_buffers_are_read_by_their_own_kind_of_run_alone(
-    ranks: RankPools, text_data: str, tmp_path: Path, writer: str, reader: str, said: str | None
+    trained: Trainings, tmp_path: Path, writer: str, reader: str, said: str | None
 ) -> None:
-    pool = ranks(2)
-
-    def command(steps: int, extra: str) -> list[str]:
-        # Megatron's default form of the distributed optimizer's state, dp_reshardable.
-        extra += TORCH_DIST + " --use-distributed-optimizer"
-        return command_line(text_data, extra, global_batch=8, steps=steps)
-
-    pool.run(train, command(2, writer + f" --save {tmp_path} --save-interval 2"))
-    go_on = command(4, reader + f" --load {tmp_path} --override-opt_param-scheduler")
-    if said is None:
-        assert len(pool.run(train, go_on)[0].losses) == 2
-    else:
-        for result in pool.run_raw(train, go_on):
+    # Megatron's default form of the distributed optimizer's state, dp_reshardable.
+    default = TORCH_DIST + " --use-distributed-optimizer --override-opt_param-scheduler"
+    trained(f"{writer}{default} --save {tmp_path} --save-interval 2", steps=2)
+    reads = f"{reader}{default} --load {tmp_path}"
+    whole = trained(writer + default, steps=4)
+    for result in trained.ends(reads, steps=4):
+        if said is None:
+            assert result.losses == whole.losses[2:]
+        else:
             assert isinstance(result, Raised) and said in result.traceback
-    weights = reader + f" --load {tmp_path}" + WEIGHTS_ONLY
-    assert len(pool.run(train, command(2, weights))[0].losses) == 2
+    assert len(trained(reads + WEIGHTS_ONLY, steps=2).losses) == 2
 
 
 PLANNED = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait"
@@ -245,15 +228,14 @@ PLANNED = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wa
     ],
 )
 def test_a_resumed_run_of_two_groups_is_bitwise_the_uninterrupted_one(
-    ranks: RankPools, text_data: str, tmp_path: Path, flags: str
+    trained: Trainings, tmp_path: Path, flags: str
 ) -> None:
     extra = flags.format(homes=homes(tmp_path, 1, experts=6)) + TORCH_DIST
-    command = partial(command_line, text_data, experts=6, global_batch=8, steps=7)
-    save = f" --save {tmp_path} --save-interval 4"
-    pool = ranks(4)
-    whole = pool.run(train, command(extra=extra), layouts_in_force)
-    pool.run(train_until_exit, command(extra=extra + save + " --exit-interval 4"))
-    rest = pool.run(train, command(extra=extra + save + f" --load {tmp_path}"), layouts_in_force)
+    save = f"{extra} --save {tmp_path} --save-interval 4"
+    options: dict[str, Any] = {"size": 4, "experts": 6, "steps": 7}
+    whole = trained.each(extra, layouts_in_force, **options)
+    trained(save + " --exit-interval 4", by=train_until_exit, **options)
+    rest = trained.each(f"{save} --load {tmp_path}", layouts_in_force, **options)
     for found, expected in zip(rest, whole, strict=True):
         assert found.probes == expected.probes[4:]
         assert found.losses == expected.losses[4:]
@@ -287,12 +269,12 @@ def order_of_files(flags: list[str], tracker: str) -> list[bool]:
 
 @pytest.mark.parametrize("how", ["", ASYNC], ids=["sync", "async"])
 def test_a_checkpoint_counts_only_after_its_planner_state_is_there(
-    ranks: RankPools, text_data: str, tmp_path: Path, how: str
+    trained: Trainings, tmp_path: Path, how: str
 ) -> None:
     extra = PLANNED + TORCH_DIST + how + f" --save {tmp_path} --save-interval 1000"
-    command = command_line(text_data, extra, experts=4, steps=2)
     tracker = str(tmp_path / "latest_checkpointed_iteration.txt")
-    assert ranks(2).run(order_of_files, command, tracker) == [[False], []]
+    counted = trained.each(extra, tracker, by=order_of_files, experts=4, steps=2)
+    assert counted == [[False], []]
 
 
 def train_and_listen(flags: list[str]) -> tuple[list[str], Any]:
@@ -303,23 +285,17 @@ def train_and_listen(flags: list[str]) -> tuple[list[str], Any]:
 
 
 def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
-    ranks: RankPools, text_data: str, tmp_path: Path
+    trained: Trainings, tmp_path: Path
 ) -> None:
-    pool = ranks(2)
-
-    def command(extra: str) -> list[str]:
-        return command_line(text_data, TORCH_DIST + extra, experts=4, steps=4)
-
-    whole = pool.run(train, command(PLANNED), layouts_in_force)[0]
-    pool.run(
-        train_until_exit,
-        command(PLANNED + f" --save {tmp_path} --save-interval 3 --exit-interval 3"),
-    )
-    load = f" --load {tmp_path}"
+    options: dict[str, Any] = {"experts": 4, "steps": 4, "global_batch": 4}
+    whole = trained(PLANNED + TORCH_DIST, layouts_in_force, **options)
+    saves = f"{PLANNED}{TORCH_DIST} --save {tmp_path} --save-interval 3 --exit-interval 3"
+    trained(saves, by=train_until_exit, **options)
+    load = f"{TORCH_DIST} --load {tmp_path}"
     file = Path(planner_checkpoint.state_path(str(iteration_folder(tmp_path, 3)), 0))
 
     def resumed(extra: str, expected: str) -> Any:
-        found = pool.run(train_and_listen, command(load + extra))
+        found = trained.each(load + extra, by=train_and_listen, **options)
         (line,) = [line for lines, _ in found for line in lines]
         assert expected in line
         assert found[0][1] == found[1][1]
@@ -332,10 +308,9 @@ def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
     again = resumed(PLANNED + WEIGHTS_ONLY, "before step 3 and training begins at step 0")
     assert again == whole.probes[0]
     state = file.read_bytes()
-    for wrong, said in ((state[:-5], "cut off"), (b"x" * len(state), "give a planner's state")):
-        file.write_bytes(wrong)
-        assert resumed(PLANNED, said) == whole.probes[0]
+    file.write_bytes(state[:-5])
+    assert resumed(PLANNED, "cut off") == whole.probes[0]
     file.unlink()
     assert resumed(PLANNED, "there is no planner's state") == whole.probes[0]
     file.write_bytes(state)
-    assert len(pool.run(train, command(load))[0].losses) == 1
+    assert len(trained(load, **options).losses) == 1

@@ -7,16 +7,11 @@ small part of a gradient.
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
-import torch
 
-from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import Record
-from megatron_laer.schedule import make_schedule
+from tests.distributed.conftest import Trainings
 from tests.parity.compare import identical
-from tests.parity.flags import command_line
 from tests.parity.replay import train_row
 from tests.parity.row import AT_HOME, HOMES
 from tests.parity.rows import (
@@ -32,11 +27,11 @@ from tests.parity.rows import (
     STEP,
     VIRTUAL,
 )
+from tests.probes import watching
 
 FSEP = BF16 + " --expert-parallel-mode fsep --fsep-sharding rows"
 EARLY = " --ep-overlap-early-attn-memory-release"
 EVALUATION = " --eval-interval 2 --eval-iters 1"
-STEPS = 3
 
 # Flags of both runs, the second of which has the combined schedule and its own flags.
 CASES = {
@@ -53,20 +48,14 @@ CASES = {
 }
 
 
-def command_of(data: str, flags: str, ranks: int) -> list[str]:
-    return command_line(data, FSEP + flags, global_batch=4 * ranks, steps=STEPS)
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_the_combined_schedule_changes_no_bit(case: str, ranks: RankPools, text_data: str) -> None:
+def test_the_combined_schedule_changes_no_bit(trained: Trainings, case: str) -> None:
     flags, more = CASES[case]
     size = 4 if VIRTUAL in flags else 2
-
-    def run(flags: str) -> Record:
-        record: Record = ranks(size).run(train_row, command_of(text_data, flags, size))[0]
-        return record
-
-    plain, combined = run(flags), run(flags + COMBINED + more)
+    plain, combined = (
+        trained(FSEP + flags + own, by=train_row, size=size, global_batch=4 * size)
+        for own in ("", COMBINED + more)
+    )
     assert identical(combined, plain)
     assert combined.eval_losses == plain.eval_losses
 
@@ -92,24 +81,18 @@ def held(command: list[str]) -> Held:
     present: dict[type, set[int]] = {WeightState: set(), GradState: set()}
     most = {WeightState: 0, GradState: 0}
     late = 0
-    enter, matrix = ExpertsState.enter, RestoredWeights.matrix
 
-    def observed_state(state: ExpertsState, to: Any) -> None:
-        enter(state, to)
+    def enter(state: ExpertsState, to: Any) -> None:
         passes = present[type(to)]
         is_over = to in (WeightState.SHARDED, GradState.NONE)
         (passes.discard if is_over else passes.add)(id(state))
         most[type(to)] = max(most[type(to)], len(passes))
 
-    def observed_use(weights: RestoredWeights, position: int) -> torch.Tensor:
+    def use(weights: RestoredWeights, _position: int) -> None:
         nonlocal late
         late += weights.state.weights is WeightState.SHARDED
-        return matrix(weights, position)
 
-    with (
-        mock.patch.object(ExpertsState, "enter", observed_state),
-        mock.patch.object(RestoredWeights, "matrix", observed_use),
-    ):
+    with watching((ExpertsState, "enter", enter), (RestoredWeights, "matrix", use)):
         train_row(command)
     assert not any(present.values()), "nothing outlives the run"
     return Held(most[WeightState], most[GradState], late)
@@ -127,15 +110,8 @@ def held(command: list[str]) -> Held:
     ids=["three layers", "one layer", "experts at home", "virtual pipeline"],
 )
 def test_two_layers_are_restored_at_most_and_one_waits_for_its_gradients(
-    size: int, flags: str, more: str, ranks: RankPools, text_data: str
+    trained: Trainings, size: int, flags: str, more: str
 ) -> None:
-    command = command_of(text_data, flags + COMBINED + more, size)
-    for found in ranks(size).run(held, command):
+    given = FSEP + flags + COMBINED + more
+    for found in trained.each(given, by=held, size=size, global_batch=4 * size):
         assert found == Held(weights=2, gradients=1, late=0)
-
-
-def test_the_schedule_counts_what_is_held() -> None:
-    schedule = make_schedule(overlaps=True, by_parts=True)
-    assert [schedule.restored_layers(layers) for layers in (1, 2, 3)] == [2, 2, 2]
-    assert [schedule.gradient_layers(layers) for layers in (1, 2, 3)] == [1, 1, 1]
-    assert make_schedule(overlaps=False, by_parts=True).restored_layers(3) == 1

@@ -13,10 +13,11 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
-from tests.parity.flags import command_line
+from tests.distributed.conftest import Trainings
+from tests.parity.row import FSEP
 from tests.parity.rows import FULL_RECOMPUTE, SELECTIVE, SHARED
+from tests.probes import watching
 
 OVERLAP = SHARED + " --moe-shared-expert-overlap"
 
@@ -48,23 +49,17 @@ def noted(events: list[str]) -> Iterator[None]:
     from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
     from megatron_laer.runtime.comm.collectives import CountsExchange
 
-    def noting(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def note(*args: Any, **kwargs: Any) -> Any:
-            events.append(event)
-            return function(*args, **kwargs)
+    def noting(event: str) -> Callable[..., None]:
+        return lambda *_, **__: events.append(event)
 
-        return note
-
-    with contextlib.ExitStack() as stack:
-        for owner, name, event in (
-            (TopKRouter, "forward", "router"),
-            (CountsExchange, "start", LEAVE),
-            (CountsExchange, "_finish", READ),
-            (SharedExpertMLP, "forward", SHARE),
-            (SharedExpertMLP, "pre_forward_comm", SHARE),
-            (SlotTokenDispatcher, "token_dispatch", "dispatch"),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, noting(event, getattr(owner, name))))
+    with watching(
+        (TopKRouter, "forward", noting("router")),
+        (CountsExchange, "start", noting(LEAVE)),
+        (CountsExchange, "_finish", noting(READ)),
+        (SharedExpertMLP, "forward", noting(SHARE)),
+        (SharedExpertMLP, "pre_forward_comm", noting(SHARE)),
+        (SlotTokenDispatcher, "token_dispatch", noting("dispatch")),
+    ):
         yield
 
 
@@ -90,20 +85,13 @@ def observed(flags: list[str], cuda_graph_impl: str) -> list[str]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_host_waits_for_counts_once_shared_experts_are_enqueued(
-    ranks: RankPools, text_data: str, case: str
+    trained: Trainings, case: str
 ) -> None:
     flags, forward, rerun = CASES[case]
-    command = command_line(
-        text_data,
-        " --expert-parallel-mode fsep --fsep-sharding rows --eval-interval 2 --eval-iters 1"
-        + flags,
-        experts=4,
-        global_batch=8,
-        steps=2,
-    )
+    evaluated = f"{FSEP} --eval-interval 2 --eval-iters 1{flags}"
     layers, microbatches = 2, 2 * 2  # microbatches in the two steps; each layer runs again in each
     graphs = "transformer_engine" if case == GRAPHED else "none"
-    for events in ranks(2).run(observed, command, graphs):
+    for events in trained.each(evaluated, graphs, by=observed, experts=4, steps=2):
         of_training = microbatches * layers * (len(forward) + len(rerun))
         trained, evaluated = events[:of_training], events[of_training:]
         assert evaluated == forward * (len(evaluated) // len(forward)) != []

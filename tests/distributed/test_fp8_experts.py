@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import Record
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
+from tests.checkpoints import assert_equal
+from tests.distributed.conftest import Trainings
 from tests.parity.compare import identical
-from tests.parity.flags import command_line
 from tests.parity.replay import train_row
 from tests.parity.rows import DIST_OPT, MOE_RECOMPUTE
 from tests.probes import running
@@ -35,13 +34,8 @@ HELD = " --fsep-restore step --fsep-plan-mode forecast"
 TOKENS_E = [40, 1, 0, 16]
 
 
-def command(data: str, extra: str, steps: int = 4) -> list[str]:
-    return command_line(data, extra, global_batch=8, steps=steps)
-
-
 def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bool]:
     """Compute every expert at home and as a replica, on the same tokens; compare all bits."""
-    import torch
     import torch.distributed as dist
 
     from tests import one_layer
@@ -124,73 +118,39 @@ def test_a_replica_computes_bit_for_bit_as_its_home(
 @pytest.mark.parametrize(
     "flags", [RANDOM + HELD, RANDOM + PARAMETERS, RANDOM_MX + HELD, RANDOM_MX + MX_PARAMETERS]
 )
-def test_a_resumed_run_has_the_same_bits(
-    ranks: RankPools, text_data: str, tmp_path: Path, flags: str
-) -> None:
-    saved = flags + DIST_OPT + " --ckpt-format torch_dist --save {}"
-    saved += " --save-interval 2 --override-opt_param-scheduler"
-    whole: Record = ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "whole")))[0]
-    ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "part"), steps=2))
-    resumed = saved.format(tmp_path / "part") + f" --load {tmp_path / 'part'}"
-    rest: Record = ranks(2).run(train_row, command(text_data, resumed))[0]
+def test_a_resumed_run_has_the_same_bits(trained: Trainings, tmp_path: Path, flags: str) -> None:
+    flags += DIST_OPT + " --ckpt-format torch_dist --override-opt_param-scheduler"
+    whole = trained(flags, by=train_row, steps=4)
+    trained(f"{flags} --save {tmp_path} --save-interval 2", by=train_row, steps=2)
+    rest = trained(f"{flags} --load {tmp_path}", by=train_row, steps=4)
     assert rest.losses == whole.losses[2:]
-    assert all((rest.weights[name] == value).all() for name, value in whole.weights.items())
+    assert_equal(rest.weights, whole.weights)
 
 
 @pytest.mark.parametrize("in_fp8", [FP8 + PARAMETERS, MX + MX_PARAMETERS])
-def test_without_replicas_a_run_is_stock_bit_for_bit(
-    ranks: RankPools, text_data: str, in_fp8: str
-) -> None:
-    both = in_fp8 + DIST_OPT
-    stock: Record = ranks(2).run(train_row, command(text_data, both))[0]
-    static = both + AT_HOME + " --fsep-planner static"
-    homes: Record = ranks(2).run(train_row, command(text_data, static))[0]
+def test_without_replicas_a_run_is_stock_bit_for_bit(trained: Trainings, in_fp8: str) -> None:
+    stock, homes = (
+        trained(in_fp8 + DIST_OPT + mode, by=train_row)
+        for mode in ("", AT_HOME + " --fsep-planner static")
+    )
     assert identical(homes, stock)
 
 
-def restored_dtypes(flags: list[str]) -> list[Any]:
-    """Train; return the dtype of each layer's restored matrices."""
-
-    def probe(_: Any) -> list[Any]:
-        coordinator = running()
-        return [str(layer.share.carried[0].dtype) for layer in coordinator.layers]
-
-    found: Record = train_row(flags, probe)
-    return list(found.probes[0])
+def restored_dtypes(_: object) -> list[str]:
+    return [str(layer.share.carried[0].dtype) for layer in running().layers]
 
 
-def test_layers_in_bf16_are_restored_in_bf16(ranks: RankPools, text_data: str) -> None:
+def test_layers_in_bf16_are_restored_in_bf16(trained: Trainings) -> None:
     first = " --first-last-layers-bf16 --num-layers-at-start-in-bf16 1"
     flags = RANDOM + first + " --num-layers-at-end-in-bf16 0"
-    dtypes = ranks(2).run(restored_dtypes, command(text_data, flags, steps=1))[0]
+    (dtypes,) = trained(flags, restored_dtypes, by=train_row, steps=1).probes
     assert dtypes == ["torch.bfloat16", "torch.uint8"]
 
 
-def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
-    """Train; return bytes received for weights and for gradients, by count and by formula."""
-    from unittest import mock
-
-    from megatron_laer.runtime.comm.exchange import Exchange
-
-    expected = {"restore": 0, "reduce": 0}
-    exchanges: list[Any] = []
-
-    def watched(name: str, traffic: Any) -> Any:
-        steps = getattr(Exchange, f"{name}_steps")
-
-        def exchange(self: Any, source: Any, index: Any, *args: Any, **options: Any) -> Any:
-            one = source[0] if name == "reduce" else options["out"][0]
-            found = traffic(index.placed, [tuple(one.shape)], ExchangeAlgorithm.FLAT)
-            expected[name] += one.element_size() * int(found.intra_N[self.groups.rank])
-            exchanges.append(self)
-            return steps(self, source, index, *args, **options)
-
-        return mock.patch.object(Exchange, f"{name}_steps", exchange)
-
-    with watched("restore", restore_traffic), watched("reduce", reduce_traffic):
-        train_row(flags)
-    received = exchanges[-1].restored.received_bytes, exchanges[-1].reduced.received_bytes
-    return received[0], expected["restore"], received[1], expected["reduce"]
+def received_bytes(_: object) -> tuple[int, int]:
+    """Return the bytes of weights, and of gradients, that this rank received so far."""
+    exchange = running().streams.exchange
+    return exchange.restored.received_bytes, exchange.reduced.received_bytes
 
 
 # Bytes of weights for each element. Payloads of 128 x 48 and 48 x 64 elements have a row more for
@@ -201,20 +161,18 @@ SCALED = {FP8: 1 + (1 / 128 * 2 + 1 / 48) / 3, MX: 1 + 1 / 32}
 @pytest.mark.parametrize("in_fp8", SCALED, ids=["tensorwise", "mxfp8"])
 @pytest.mark.parametrize("extra", ["", MOE_RECOMPUTE], ids=["plain", "recompute"])
 def test_replicas_receive_a_byte_for_each_weight(
-    ranks: RankPools, text_data: str, in_fp8: str, extra: str
+    trained: Trainings, in_fp8: str, extra: str
 ) -> None:
     """Six bytes for each weight of a replica become four."""
     at_home = AT_HOME + " --fsep-planner random --fsep-set restore_algorithm=flat scheduler=off"
     flat = in_fp8 + at_home + extra
     sizes = " --hidden-size 64" * (in_fp8 == MX)
     in_bf16 = flat.replace(in_fp8, " --bf16" + sizes).replace(ALLOW, " --fsep-sharding experts")
-    moved = []
-    for flags in (flat, in_bf16):
-        by_rank = ranks(2).run(received_bytes, command(text_data, flags))
-        assert all(found[0] == found[1] and found[2] == found[3] > 0 for found in by_rank)
-        moved.append((sum(found[0] for found in by_rank), sum(found[2] for found in by_rank)))
-    (weights, grads), (weights_in_bf16, grads_in_bf16) = moved
-    assert grads == grads_in_bf16
+    (weights, grads), (weights_in_bf16, grads_in_bf16) = (
+        torch.tensor([record.probes[-1] for record in records]).sum(dim=0).tolist()
+        for records in (trained.each(of, received_bytes, by=train_row) for of in (flat, in_bf16))
+    )
+    assert grads == grads_in_bf16 > 0
     # Of two bytes: forward and backward; recompute's forward and its re-run, after which backward
     # has the same weights, except those of mxfp8.
     assert weights_in_bf16 == 2 * grads
@@ -233,9 +191,6 @@ def only_the_second_layer(model: Any) -> None:
 
 
 @pytest.mark.parametrize("adapt", [only_experts, only_the_second_layer])
-def test_frozen_layers_before_trained_ones_are_taken(
-    ranks: RankPools, text_data: str, adapt: Any
-) -> None:
-    flags = command(text_data, RANDOM + DIST_OPT, steps=2)
-    record: Record = ranks(2).run(train_row, flags, None, adapt)[0]
+def test_frozen_layers_before_trained_ones_are_taken(trained: Trainings, adapt: Any) -> None:
+    record = trained(RANDOM + DIST_OPT, None, adapt, by=train_row, steps=2)
     assert len(record.losses) == 2

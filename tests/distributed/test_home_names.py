@@ -5,11 +5,7 @@ Both for a sequence of experts and for grouped ones (`tests/grouped_experts.py`)
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,37 +13,23 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import Adapt, Probe, Record, train
+from megatron_laer.cpu.training import Adapt, train
 from megatron_laer.cpu.weights import Tensors
+from tests import processes
 from tests.checkpoints import assert_equal
+from tests.distributed.conftest import BIASED, Trainings, train_grouped
+from tests.documents import ROOT
+from tests.parity.bridge_lora import lora_on_experts
 from tests.parity.compare import distance
-from tests.parity.flags import command_line
+from tests.parity.replay import train_row
 from tests.parity.row import FP32_BOUND
 from tests.parity.rows import DIST_OPT, FULL_RECOMPUTE
 from tests.probes import running
 from tests.stock_alone import RANKS, Case
 
 RANDOM = " --expert-parallel-mode fsep --fsep-sharding experts --fsep-planner random"
-BIAS = "--disable-bias-linear"
 WEIGHTS_ONLY = " --finetune --no-load-optim --no-load-rng --no-save-optim --no-save-rng"
-
-
-def command(data: str, extra: str, steps: int = 1) -> list[str]:
-    """Return flags of a model whose experts have biases."""
-    return command_line(data, extra, global_batch=8, steps=steps, without=BIAS)
-
-
-def train_some(
-    flags: list[str],
-    probe: Probe | None = None,
-    grouped: bool = False,
-    adapt: Adapt | None = None,
-) -> Record:
-    from tests.grouped_experts import grouped as grouped_experts
-
-    with grouped_experts() if grouped else contextlib.nullcontext():
-        return train(flags, probe, adapt=adapt)
+KINDS = {"sequence": train_row, "grouped": train_grouped}
 
 
 def names_and_marks(model: list[Any]) -> list[Any]:
@@ -77,20 +59,25 @@ def names_and_marks(model: list[Any]) -> list[Any]:
     return [parameters, list(chunk.state_dict_for_save_checkpoint()), list(saved), saved]
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["sequence", "grouped"])
+@pytest.mark.parametrize(
+    ("kind", "adapt"),
+    [("sequence", None), ("grouped", None), ("sequence", lora_on_experts)],
+    ids=["sequence", "grouped", "with adapters"],
+)
 def test_names_marks_and_entries_of_checkpoints_are_stocks(
-    ranks: RankPools, text_data: str, grouped: bool
+    trained: Trainings, kind: str, adapt: Adapt | None
 ) -> None:
     stock, homes = (
-        ranks(2).run(train_some, command(text_data, mode), names_and_marks, grouped)
+        trained.each(mode, names_and_marks, adapt, by=KINDS[kind], **BIASED)
         for mode in ("", RANDOM)
     )
     for rank in range(2):
         assert stock[rank].probes and homes[rank].probes == stock[rank].probes
     names = [name for name, *_ in homes[0].probes[0][0] if ".experts." in name]
-    kind = "linear_fc1.weight0" if grouped else "local_experts.0.linear_fc1.weight"
-    assert names[0] == f"module.decoder.layers.0.mlp.experts.{kind}"
-    assert len(names) == 2 * 4 * 4, "layers, experts, parameters of each"
+    first = "linear_fc1.weight0" if kind == "grouped" else "local_experts.0.linear_fc1.weight"
+    if adapt is None:
+        assert names[0] == f"module.decoder.layers.0.mlp.experts.{first}"
+        assert len(names) == 2 * 4 * 4, "layers, experts, parameters of each"
 
 
 def added_by_kernels(model: list[Any]) -> bool:
@@ -106,18 +93,11 @@ def added_by_kernels(model: list[Any]) -> bool:
     [(DIST_OPT, ""), (FULL_RECOMPUTE, " --fsep-restore step")],
     ids=["overlaps", "recompute, held over a step"],
 )
-def test_grouped_experts_train_as_stocks(
-    ranks: RankPools, text_data: str, flags: str, fsep: str
-) -> None:
+def test_grouped_experts_train_as_stocks(trained: Trainings, flags: str, fsep: str) -> None:
     """Their kernels add to main gradients, to which the replicas' sums are added."""
+    options = BIASED | {"by": train_grouped, "steps": 6}
     stock, homes = (
-        ranks(2).run(
-            train_some,
-            command(text_data, flags + mode, steps=6),
-            added_by_kernels,
-            True,
-        )[0]
-        for mode in ("", RANDOM + fsep)
+        trained(flags + mode, added_by_kernels, **options) for mode in ("", RANDOM + fsep)
     )
     assert homes.probes == stock.probes == [True] * 6
     assert distance(homes, stock).within(FP32_BOUND)
@@ -130,7 +110,7 @@ def parameters(model: list[Any]) -> Tensors:
     return {name: part.detach().clone() for name, part in chunk.named_parameters()}
 
 
-def loaded(flags: list[str], grouped: bool) -> Tensors:
+def loaded(flags: list[str], kind: str) -> Tensors:
     """Return this rank's parameters as Megatron's setup loads them."""
     from megatron.training import training
 
@@ -143,7 +123,7 @@ def loaded(flags: list[str], grouped: bool) -> Tensors:
         return result
 
     with mock.patch.object(training, "setup_model_and_optimizer", read_after_setup):
-        train_some(flags, grouped=grouped)
+        KINDS[kind](flags)
     return found
 
 
@@ -162,57 +142,46 @@ def held_after_a_step(flags: list[str]) -> bool:
     return found
 
 
-def test_replicas_that_a_step_holds_are_not_used_after_it(ranks: RankPools, text_data: str) -> None:
-    flags = command(text_data, f"{RANDOM} --fsep-restore step")
-    assert ranks(2).run(held_after_a_step, flags) == [True, True]
-
-
-def run_stock(cases: list[Case], folder: Path) -> None:
-    """Run Megatron in processes that never import our package."""
-    path = folder / "cases.json"
-    path.write_text(json.dumps(cases))
-    root = Path(__file__).parents[2]
-    finished = subprocess.run(
-        # Not by `-m`, which would import `tests`, and with it our package.
-        [sys.executable, "-W", "ignore", str(root / "tests" / "stock_alone.py"), str(path)],
-        cwd=root,
-        env={name: value for name, value in os.environ.items() if not name.startswith("MEGATRON_")},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+def test_replicas_that_a_step_holds_are_not_used_after_it(trained: Trainings) -> None:
+    flags = f"{RANDOM} --fsep-restore step"
+    assert trained.each(flags, by=held_after_a_step, **BIASED) == [True, True]
 
 
 def test_stock_without_our_code_reads_what_homes_wrote_and_the_other_way_round(
-    ranks: RankPools, text_data: str, tmp_path: Path
+    trained: Trainings, tmp_path: Path
 ) -> None:
     cases, written = {}, {}
-    for grouped, form in ((False, "torch_dist"), (False, "torch"), (True, "torch_dist")):
-        folder = tmp_path / f"{form}-{grouped}"
+    for kind, form in (
+        ("sequence", "torch_dist"),
+        ("sequence", "torch"),
+        ("grouped", "torch_dist"),
+    ):
+        folder = tmp_path / f"{form}-{kind}"
         folder.mkdir()
-        flags = command(text_data, f" --ckpt-format {form}" + WEIGHTS_ONLY)
+        flags = f" --ckpt-format {form}" + WEIGHTS_ONLY
         homes = folder / "homes"
-        saves = [*flags, *RANDOM.split(), *f"--save {homes} --save-interval 1".split()]
-        records = ranks(RANKS).run(train_some, saves, parameters, grouped)
-        written[grouped, form] = [record.probes[0] for record in records]
-        cases[grouped, form] = Case(
-            flags=[*flags, "--use-cpu-initialization"],
-            grouped=grouped,
+        saves = f"{flags}{RANDOM} --save {homes} --save-interval 1"
+        records = trained.each(saves, parameters, by=KINDS[kind], size=RANKS, **BIASED)
+        written[kind, form] = [record.probes[0] for record in records]
+        cases[kind, form] = Case(
+            flags=[*trained.flags(flags, **BIASED), "--use-cpu-initialization"],
+            grouped=kind == "grouped",
             load=str(homes),
             results=str(folder),
         )
-    run_stock([*cases.values()], tmp_path)
-    for (grouped, form), case in cases.items():
-        loads = f"--load {case['results']}/saved"
-        flags = command(text_data, f" --ckpt-format {form} {loads}" + WEIGHTS_ONLY)
-        found = ranks(RANKS).run(loaded, [*flags, *RANDOM.split()], grouped)
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps([*cases.values()]))
+    # Not by `-m`, which would import `tests`, and with it our package.
+    processes.python(ROOT / "tests" / "stock_alone.py", path)
+    for (kind, form), case in cases.items():
+        loads = f" --ckpt-format {form} --load {case['results']}/saved" + WEIGHTS_ONLY + RANDOM
+        found = trained.each(loads, kind, by=loaded, size=RANKS, **BIASED)
         for rank in range(RANKS):
             read, saved = (
                 torch.load(Path(case["results"]) / f"{name}-{rank}.pt")
                 for name in ("read", "saved")
             )
-            assert_equal(read, written[grouped, form][rank])
+            assert_equal(read, written[kind, form][rank])
             assert_equal(found[rank], saved)
             table = "embedding.word_embeddings.weight"
             assert not torch.equal(saved[table], read[table])

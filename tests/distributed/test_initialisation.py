@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import combinations
 from unittest import mock
 
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import initial_weights
 from megatron_laer.cpu.weights import Tensors
-from tests.parity.flags import command_line
-from tests.parity.rows import HYBRID
+from tests.checkpoints import assert_equal
+from tests.distributed.conftest import Trainings
+from tests.parity.rows import HYBRID, PIPELINE
 
 FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner static"
 
 
-@pytest.fixture(scope="module")
-def weights_of(ranks: RankPools, text_data: str) -> Callable[[int, int, str], Tensors]:
-    """Return `weights_of(ranks, expert_parallel, extra flags)`."""
-
-    def initial(size: int, expert_parallel: int, extra: str) -> Tensors:
-        flags = command_line(
-            text_data,
-            " --ffn-hidden-size 512 --hidden-size 128" + extra,
-            experts=4,
-            expert_parallel=expert_parallel,
-            global_batch=8,
-            steps=1,
-        )
-        found: Tensors = ranks(size).run(initial_weights, flags)[0]
-        return found
-
-    return initial
+def weights_of(trained: Trainings, size: int, expert_parallel: int, extra: str) -> Tensors:
+    flags = " --ffn-hidden-size 512 --hidden-size 128" + extra
+    options = {"size": size, "expert_parallel": expert_parallel, "experts": 4, "steps": 1}
+    found: Tensors = trained(flags, by=initial_weights, **options)
+    return found
 
 
 def experts_of(weights: Tensors) -> Tensors:
@@ -42,25 +29,16 @@ def experts_of(weights: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize("model", ["", HYBRID + "*E*E/*E"], ids=["GPT", "hybrid"])
-def test_weights_do_not_depend_on_ranks_slots_or_pipeline(
-    weights_of: Callable[[int, int, str], Tensors], model: str
-) -> None:
-    two = weights_of(2, 2, FSEP + model)
-    others = [
-        weights_of(4, 4, FSEP + model + " --fsep-capacity 4"),
-        weights_of(4, 2, FSEP + model + " --pipeline-model-parallel-size 2"),
-    ]
-    for other in others:
-        assert experts_of(two).keys() == experts_of(other).keys()
-        for key, weight in experts_of(two).items():
-            assert torch.equal(weight, other[key]), key
+def test_weights_do_not_depend_on_ranks_slots_or_pipeline(trained: Trainings, model: str) -> None:
+    two = experts_of(weights_of(trained, 2, 2, FSEP + model))
+    for expert_parallel, more in ((4, " --fsep-capacity 4"), (2, PIPELINE)):
+        other = weights_of(trained, 4, expert_parallel, FSEP + model + more)
+        assert_equal(experts_of(other), two)
 
 
-def test_seeds_layers_and_experts_differ_and_spread_like_stock(
-    weights_of: Callable[[int, int, str], Tensors],
-) -> None:
-    fsep, stock = weights_of(2, 2, FSEP), weights_of(2, 2, "")
-    other_seed = weights_of(2, 2, FSEP + " --seed 99")
+def test_seeds_layers_and_experts_differ_and_spread_like_stock(trained: Trainings) -> None:
+    fsep, stock = weights_of(trained, 2, 2, FSEP), weights_of(trained, 2, 2, "")
+    other_seed = weights_of(trained, 2, 2, FSEP + " --seed 99")
     experts = experts_of(fsep)
     assert len(experts) == 2 * 2 * 4
     for (one, a), (two, b) in combinations(experts.items(), 2):
@@ -79,11 +57,12 @@ def initial_weights_without_drawing_experts(flags: list[str]) -> Tensors:
 
 
 def test_drawing_experts_leaves_the_dense_weights_as_they_would_be_without(
-    ranks: RankPools, text_data: str
+    trained: Trainings,
 ) -> None:
-    flags = command_line(text_data, FSEP, experts=4, steps=1)
-    drawn = ranks(2).run(initial_weights, flags)[0]
-    not_drawn = ranks(2).run(initial_weights_without_drawing_experts, flags)[0]
+    drawn, not_drawn = (
+        trained(FSEP, by=by, experts=4, steps=1)
+        for by in (initial_weights, initial_weights_without_drawing_experts)
+    )
     assert all(weight.abs().sum() == 0 for weight in experts_of(not_drawn).values())
     for key in drawn.keys() - experts_of(drawn).keys():
         assert torch.equal(drawn[key], not_drawn[key]), key

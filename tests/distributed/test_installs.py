@@ -173,52 +173,52 @@ def trace(tmp_path: Path) -> Path:
     return path
 
 
-def starts(python: Path, script: str | Path, cwd: Path, log: Path) -> None:
-    words = [python, script, "--expert-parallel-mode", "none"]
-    result = run(words, cwd, IMPORTED=str(log))
-    assert result.returncode == 2, result.stderr
-    assert "argument --expert-parallel-mode: invalid choice: 'none'" in result.stderr
-
-
 def imported(file: Path) -> list[tuple[Path, Path | None]]:
     """Return the package's folder and core for every process that imported the package."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [(Path(package).parent, core and Path(core)) for package, core in lines]
 
 
-@pytest.mark.parametrize("place", ["inside", "outside"])
-def test_the_script_starts(
-    installed: Environment, checkout: Path, place: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("way_in", "cwd", "package"),
+    [
+        ("python pretrain_gpt.py", "checkout", "checkout"),
+        ("python {checkout}/pretrain_gpt.py", "folder", "checkout"),
+        ("python {alone}/pretrain_gpt.py", "folder", "installed"),
+        # `-m` finds the package in the current folder first.
+        ("python -m megatron_laer", "checkout", "checkout"),
+        ("megatron-laer", "folder", "installed"),
+    ],
+)
+def test_every_way_in_finds_its_package_and_the_installed_core(
+    installed: Environment,
+    checkout: Path,
+    way_in: str,
+    cwd: str,
+    package: str,
+    tmp_path: Path,
+    trace: Path,
 ) -> None:
-    cwd = checkout if place == "inside" else tmp_path
-    script = "pretrain_gpt.py" if place == "inside" else checkout / "pretrain_gpt.py"
-    starts(installed.python, script, cwd, tmp_path / "imported")
-    # The checkout's sources, with the installed core.
-    ((package, core),) = imported(tmp_path / "imported")
-    assert package == checkout / "megatron_laer"
-    assert core is not None
-    assert core.parent == installed.package / "planner"
-
-
-@pytest.mark.parametrize("way_in", ["python -m megatron_laer", "megatron-laer"])
-def test_commands_run(
-    installed: Environment, checkout: Path, way_in: str, tmp_path: Path, trace: Path
-) -> None:
-    first, *rest = way_in.split()
-    # `-m` finds the package in the current folder first.
-    cwd = checkout if rest else tmp_path
-    start = [installed.folder / "bin" / first, *rest]
-    log = tmp_path / "imported"
-
-    flags = succeed([*start, "flags", "tiny-moe"], cwd, IMPORTED=str(log))
-    assert {"--num-experts", "--moe-router-topk"} <= {*shlex.split(flags)}
-    plan = ["plan", trace, "--ranks", "2", "--capacity", "2"]
-    assert "greedy" in succeed([*start, *plan], cwd, IMPORTED=str(log))
-
-    (package, _), (same, core) = imported(log)
-    assert package == same == (checkout / "megatron_laer" if rest else installed.package)
-    assert core is not None
-    assert core.parent == installed.package / "planner"
+    alone, log = tmp_path / "alone", tmp_path / "imported"
+    alone.mkdir()
+    shutil.copy(_ROOT / "pretrain_gpt.py", alone)
+    first, *rest = way_in.format(checkout=checkout, alone=alone).split()
+    start: list[Any] = [installed.folder / "bin" / first, *rest]
+    folder = checkout if cwd == "checkout" else tmp_path
+    if "pretrain_gpt" in way_in:
+        result = run([*start, "--expert-parallel-mode", "none"], folder, IMPORTED=str(log))
+        assert result.returncode == 2, result.stderr
+        assert "argument --expert-parallel-mode: invalid choice: 'none'" in result.stderr
+    else:
+        flags = succeed([*start, "flags", "tiny-moe"], folder, IMPORTED=str(log))
+        assert {"--num-experts", "--moe-router-topk"} <= {*shlex.split(flags)}
+        plan = ["plan", trace, "--ranks", "2", "--capacity", "2"]
+        assert "greedy" in succeed([*start, *plan], folder, IMPORTED=str(log))
+    expected = installed.package if package == "installed" else checkout / "megatron_laer"
+    found = imported(log)
+    assert {of for of, _ in found} == {expected}
+    core = found[-1][1]
+    assert core is not None and core.parent == installed.package / "planner"
 
 
 def test_the_readmes_commands_train(installed: Environment, checkout: Path, tmp_path: Path) -> None:
@@ -237,15 +237,6 @@ def test_the_readmes_commands_train(installed: Environment, checkout: Path, tmp_
     assert {(package, found and found.parent) for package, found in imported(log)} >= {
         (checkout / "megatron_laer", core)
     }
-
-
-def test_the_script_alone_runs_with_an_installed_package(
-    installed: Environment, tmp_path: Path
-) -> None:
-    shutil.copy(_ROOT / "pretrain_gpt.py", tmp_path)
-    log = tmp_path / "imported"
-    starts(installed.python, "pretrain_gpt.py", tmp_path, log)
-    assert {package for package, _ in imported(log)} == {installed.package}
 
 
 def test_doctor_knows_what_an_installed_package_needs(

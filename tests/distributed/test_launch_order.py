@@ -13,13 +13,13 @@ from unittest import mock
 import pytest
 
 from megatron_laer.cpu import weights
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
+from tests.distributed.conftest import Trainings
 from tests.launch_order import WITH_SPLITS, Launch, problems, recorded
-from tests.parity.flags import command_line
 from tests.parity.replay import train_row
-from tests.parity.row import HOMES
+from tests.parity.row import FSEP, HOMES
 from tests.parity.rows import DELAYED, DIST_OPT, EXACT, FULL_RECOMPUTE, MOE_RECOMPUTE
+from tests.probes import watching
 
 PIPELINE = " --pipeline-model-parallel-size 2 --num-layers 4"
 VIRTUAL = PIPELINE + " --num-layers-per-virtual-pipeline-stage 1"
@@ -68,16 +68,14 @@ def launches_of(flags: list[str]) -> tuple[list[Launch], list[tuple[int, int]]]:
 
     launches: list[Launch] = []
     fresh: list[tuple[int, int]] = []
-    note = MicrobatchPlanner._note
 
-    def noted(self: Any, layer: Any, counts_NE: Any, decision: Any, decide_s: float) -> None:
+    def note(planner: Any, _layer: Any, _counts_NE: Any, decision: Any, _s: float) -> None:
         if decision.replanned:
-            fresh.append((self.groups.index, decision.layout.digest))
-        note(self, layer, counts_NE, decision, decide_s)
+            fresh.append((planner.groups.index, decision.layout.digest))
 
     with (
         recorded(launches),
-        mock.patch.object(MicrobatchPlanner, "_note", noted),
+        watching((MicrobatchPlanner, "_note", note)),
         # Overlapping pipelines reduce parts of gradients, so whole ones cannot be compared.
         mock.patch.object(weights, "assemble", lambda _: {}),
     ):
@@ -86,33 +84,27 @@ def launches_of(flags: list[str]) -> tuple[list[Launch], list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_launch_in_orders_that_agree(ranks: RankPools, text_data: str, case: str) -> None:
+def test_ranks_launch_in_orders_that_agree(trained: Trainings, case: str) -> None:
     group, extra = CASES[case]
-    flags = command_line(
-        text_data,
-        " --micro-batch-size 1 --expert-parallel-mode fsep --fsep-sharding rows" + extra,
-        expert_parallel=group,
-        global_batch=8,
-        steps=2,
-    )
-    launches, fresh = map(list, zip(*ranks(8).run(launches_of, flags), strict=True))
+    flags, options = f"{FSEP} --micro-batch-size 1{extra}", {"expert_parallel": group, "steps": 2}
+    found = trained.each(flags, by=launches_of, size=8, **options)
+    launches, fresh = map(list, zip(*found, strict=True))
     assert problems(launches) == []
 
-    found = {launch.description for of_rank in launches for launch in of_rank}
+    used = {launch.description for of_rank in launches for launch in of_rank}
     expected = {"FSEP_PARAMETERS", "FSEP_GRADIENTS"}
     if NODES in extra:
         expected = {
             f"{name}_{of}_NODE" for name in (*expected, "FSEP_TOKENS") for of in ("INTRA", "INTER")
         }
-    assert expected <= found
+    assert expected <= used
     for of_rank in launches:
         check_connected_at_first(of_rank)
     layouts = [[digest for _, digest in of_rank] for of_rank in fresh]
     assert all(layouts)
     if group == 2:  # ranks 0 and 1 are a group, and so are 2 and 3; both are in the first stage
         assert layouts[0] == layouts[1] != layouts[2] == layouts[3]
-    print(f"\n{case}: {sum(map(len, launches))} launches, {len(found)} kinds of communicators")
-    some_launches_swapped_are_found(launches, found & expected)
+    some_launches_swapped_are_found(launches, used & expected)
 
 
 def check_connected_at_first(launches: list[Launch]) -> None:
@@ -155,13 +147,11 @@ def exchanges_of(flags: list[str]) -> tuple[int, int]:
 
     launches: list[Launch] = []
     priced: list[int] = []
-    note = MicrobatchPlanner._note
 
-    def noted(self: Any, layer: Any, counts_NE: Any, decision: Any, decide_s: float) -> None:
-        priced.append(self.pass_layouts.guard.costs.token_passes)
-        note(self, layer, counts_NE, decision, decide_s)
+    def note(planner: Any, *_: Any) -> None:
+        priced.append(planner.pass_layouts.guard.costs.token_passes)
 
-    with recorded(launches), mock.patch.object(MicrobatchPlanner, "_note", noted):
+    with recorded(launches), watching((MicrobatchPlanner, "_note", note)):
         train(flags)
     of_tokens = [of for of in launches if of.description == "EXPERT_MODEL_PARALLEL_GROUP"]
     return sum(of.operation in WITH_SPLITS for of in of_tokens), sum(priced)
@@ -172,17 +162,8 @@ def exchanges_of(flags: list[str]) -> tuple[int, int]:
     ["", FULL_RECOMPUTE, MOE_RECOMPUTE, HOMES],
     ids=["none", "full", "selective", "experts at home"],
 )
-def test_a_layer_exchanges_tokens_as_often_as_it_is_priced(
-    ranks: RankPools, text_data: str, extra: str
-) -> None:
-    flags = command_line(
-        text_data,
-        " --expert-parallel-mode fsep --fsep-sharding rows" + extra,
-        experts=4,
-        global_batch=8,
-        steps=2,
-    )
-    for launched, priced in ranks(2).run(exchanges_of, flags):
+def test_a_layer_exchanges_tokens_as_often_as_it_is_priced(trained: Trainings, extra: str) -> None:
+    for launched, priced in trained.each(FSEP + extra, by=exchanges_of, experts=4, steps=2):
         # Hidden states are dispatched with their probabilities, and combined without.
         assert launched == priced * 3 // 2 > 0
 
@@ -192,7 +173,7 @@ def launch(group: str, members: tuple[int, ...], batch: int, **changes: Any) -> 
     return replace(made, **changes)
 
 
-def test_operations_and_sizes_that_do_not_fit_are_found() -> None:
+def test_operations_sizes_and_messages_that_do_not_fit_are_found() -> None:
     pair = (0, 1)
     sizes = [((1, 2), (1, 3)), ((3, 4), (2, 4))]  # received from each, sent to each
     exchange = [
@@ -203,20 +184,5 @@ def test_operations_and_sizes_that_do_not_fit_are_found() -> None:
     assert "sizes" in problems([[launch("a", pair, 0)], [launch("a", pair, 0, sizes=(2,))]])[0]
     assert "operations" in problems([[launch("a", pair, 0)], exchange[0]])[0]
     assert "not launched by ranks [1]" in problems([[launch("a", pair, 0)], []])[0]
-
-
-def test_messages_meet_in_order_and_a_batch_is_launched_at_once() -> None:
-    pair = (0, 1)
-
-    def send(to: int, batch: int) -> Launch:
-        return launch("p", pair, batch, operation="send", peer=to)
-
-    def receive(source: int, batch: int) -> Launch:
-        return launch("p", pair, batch, operation="recv", peer=source)
-
-    assert problems([[send(1, 0), receive(1, 0)], [send(0, 0), receive(0, 0)]]) == []
-    assert problems([[send(1, 0), receive(1, 1)], [receive(0, 0), send(0, 1)]]) == []
-    (problem,) = problems([[send(1, 0), receive(1, 1)], [send(0, 0), receive(0, 1)]])
-    assert problem.startswith("a circle of 2 launches")
-    (problem,) = problems([[send(1, 0)], []])
-    assert problem == "messages on p from 0 to 1: 1 sent, 0 received"
+    message = launch("p", pair, 0, operation="send", peer=1)
+    assert problems([[message], []]) == ["messages on p from 0 to 1: 1 sent, 0 received"]

@@ -13,15 +13,13 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Probe, Record, train
+from tests.distributed.conftest import Trainings
 from tests.parity.compare import identical
-from tests.parity.flags import command_line
-from tests.parity.row import AT_HOME, HOMES
-from tests.parity.rows import FULL_RECOMPUTE, RANDOM
+from tests.parity.row import AT_HOME, FSEP, HOMES
+from tests.parity.rows import FULL_RECOMPUTE, MOE_RECOMPUTE, RANDOM
 from tests.probes import running
 
-FSEP = " --expert-parallel-mode fsep --fsep-sharding rows" + RANDOM
 # Buffers of direct exchanges grow with an expert's replicas.
 RELAY = " --fsep-set restore_algorithm=node"
 
@@ -103,18 +101,16 @@ VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-s
     ids=["off", "virtual pipeline 2 x 2, experts at home"],
 )
 def test_weights_that_fit_stay_until_backward_and_change_no_bit(
-    ranks: RankPools, text_data: str, size: int, layers: int, extra: str
+    trained: Trainings, size: int, layers: int, extra: str
 ) -> None:
-    flags = f"{FSEP}{extra} --fsep-capacity 8 --num-layers {layers}"
-    steps = 3
-    command = command_line(text_data, flags, global_batch=8, steps=steps)
-    plain, record, restores = ranks(size).run(kept_weights, command)[0]
+    flags = f"{FSEP}{RANDOM}{extra} --fsep-capacity 8 --num-layers {layers}"
+    plain, record, restores = trained(flags, by=kept_weights, size=size)
     gib = 1.5 * plain.layer_bytes / 2**30  # of one layer, not of two
-    keeping = [*command, "--fsep-restore", str(gib)]
-    held, same, fewer = ranks(size).run(kept_weights, keeping)[0]
+    keeping = f"{flags} --fsep-restore"
+    held, same, fewer = trained(f"{keeping} {gib}", by=kept_weights, size=size)
     assert identical(same, record)
-    assert restores - fewer >= steps
-    for result in ranks(size).run_raw(kept_weights, [*keeping[:-1], str(gib / 2)]):
+    assert restores - fewer >= len(record.losses)
+    for result in trained.ends(f"{keeping} {gib / 2}", by=kept_weights, size=size):
         assert f"--fsep-restore {gib / 2}: keeps no layer's" in result.message
     assert set(held.after_step) == {(0, 0)}
     most = plain.layers[0] + 1
@@ -127,10 +123,7 @@ CASES = {
     "plain": (2, RANDOM),
     "off": (2, RANDOM + " --fsep-set scheduler=off"),
     "full recompute": (2, RANDOM + FULL_RECOMPUTE),
-    "selective recompute": (
-        2,
-        RANDOM + " --recompute-granularity selective --recompute-modules moe",
-    ),
+    "selective recompute": (2, RANDOM + MOE_RECOMPUTE),
     # With this number of slots every layout has replicas.
     "experts at home": (2, RANDOM + AT_HOME + RELAY + " --fsep-capacity 8"),
     "step": (2, f"{RANDOM} --fsep-restore step"),
@@ -148,16 +141,11 @@ KNOWN = ("plain", "off", "full recompute", "selective recompute", "experts at ho
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_restored_weight_outlives_its_use_and_buffers_stay_as_they_are(
-    ranks: RankPools, text_data: str, case: str
+    trained: Trainings, case: str
 ) -> None:
     size, flags = CASES[case]
-    command = command_line(
-        text_data,
-        f" --expert-parallel-mode fsep --fsep-sharding rows --num-layers 3{flags}",
-        global_batch=4 * size,
-        steps=4,
-    )
-    for held, _ in ranks(size).run(held_buffers, command):
+    options = {"size": size, "global_batch": 4 * size, "steps": 4}
+    for held, _ in trained.each(f"{FSEP} --num-layers 3{flags}", by=held_buffers, **options):
         assert len(set(held.buffer_bytes)) == 1, "steady state allocates"
         weights, grads, _ = held.buffer_bytes[0]
         restored, arriving = held.layers
@@ -209,14 +197,12 @@ def kept_activations(command: list[str]) -> tuple[int, int]:
     return len(computed), kept
 
 
-def test_a_recomputed_activation_is_not_kept(ranks: RankPools, text_data: str) -> None:
-    def run(flags: str) -> list[tuple[int, int]]:
-        command = command_line(text_data, FSEP + flags, experts=4, steps=1)
-        return ranks(2).run(kept_activations, command)
-
+def test_a_recomputed_activation_is_not_kept(trained: Trainings) -> None:
     recompute = " --recompute-granularity selective --moe-grouped-gemm --recompute-modules"
-    for (computed, kept), (recomputed, left) in zip(
-        run(f"{recompute} core_attn"), run(f"{recompute} moe_act"), strict=True
-    ):
+    plain, under = (
+        trained.each(f"{FSEP}{recompute} {modules}", by=kept_activations, global_batch=4, steps=1)
+        for modules in ("core_attn", "moe_act")
+    )
+    for (computed, kept), (recomputed, left) in zip(plain, under, strict=True):
         assert kept > 0 and left == 0
         assert recomputed == 2 * computed > 0

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import train
 from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
 from megatron_laer.tools.report.metrics_recording import read_metrics
-from tests.parity.flags import command_line
+from tests.distributed.conftest import Trainings
+from tests.parity.row import FSEP
+from tests.parity.rows import PIPELINE
 
 STEPS = 6
 MICROBATCHES = 2
@@ -22,26 +22,15 @@ ROW_BYTES = 48 * 4  # of a hidden state in fp32
 EXPERT_BYTES = 3 * 48 * 64 * 4
 # A restore in each direction and a reduce, of each layer and microbatch.
 EXCHANGES = 3 * LAYERS * MICROBATCHES
-ROWS = " --fsep-sharding rows"
-HOMES = " --fsep-sharding experts --fsep-planner random --fsep-plan-mode forecast"
 
 
-@pytest.mark.parametrize(
-    ("size", "flags"),
-    [(2, ROWS), (4, ROWS + " --pipeline-model-parallel-size 2")],
-    ids=["flat", "pipeline"],
-)
+@pytest.mark.parametrize(("size", "flags"), [(2, ""), (4, PIPELINE)], ids=["flat", "pipeline"])
 def test_balance_and_planning_are_in_tensorboard(
-    ranks: RankPools, text_data: str, tmp_path: Path, size: int, flags: str
+    trained: Trainings, tmp_path: Path, size: int, flags: str
 ) -> None:
-    command = command_line(
-        text_data,
-        " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait --log-interval 2"
-        f" --tensorboard-dir {tmp_path} --fsep-record {tmp_path / 'recorded'} metrics" + flags,
-        global_batch=4 * MICROBATCHES,
-        steps=STEPS,
-    )
-    ranks(size).run(train, command)
+    flags += f" --log-interval 2 --tensorboard-dir {tmp_path}"
+    flags += f" --fsep-record {tmp_path / 'recorded'} metrics"
+    trained(f"{FSEP} --fsep-late-plan wait{flags}", size=size, steps=STEPS)
     events = events_of(tmp_path)
     tags = [tag for tag in events.Tags()["scalars"] if "fsep" in tag]
     names = {re.sub(r"_p\d+$|_layer_\d+$", "", tag.removeprefix("moe/")) for tag in tags}
@@ -112,28 +101,3 @@ def events_of(folder: Path) -> Any:
     events = EventAccumulator(str(folder))
     events.Reload()
     return events
-
-
-def test_only_replicas_are_moved_to_and_from_homes(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
-    flags = f"{HOMES} --log-interval 1 --tensorboard-dir {tmp_path}"
-    command = command_line(
-        text_data,
-        " --expert-parallel-mode fsep" + flags,
-        global_batch=4 * MICROBATCHES,
-        steps=STEPS,
-    )
-    ranks(2).run(train, command)
-    events = events_of(tmp_path)
-    names = ("fsep_replicas", "fsep_passes_without_replicas", "fsep_weight_mb")
-    scalars = [[event.value for event in events.Scalars(name)] for name in names]
-    assert len(scalars[0]) == STEPS
-    for step, (replicas, without, moved_mb) in enumerate(zip(*scalars, strict=True)):
-        all_mb = replicas * EXCHANGES * EXPERT_BYTES / 1e6
-        # After the first step, operations in a row of one layer hand its weights on.
-        assert moved_mb == pytest.approx(all_mb, rel=1e-5) or (
-            step > 0 and all_mb / 3 <= moved_mb < all_mb
-        )
-        assert (without == 1) == (replicas == 0)
-    assert any(scalars[0])

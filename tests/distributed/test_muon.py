@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.plugin import pretraining
+from tests.distributed.conftest import Trainings
 from tests.parity.compare import distance
-from tests.parity.flags import command_line
 from tests.parity.row import AT_HOME, BF16_BOUND, FSEP
 from tests.parity.rows import MUON_BF16, RANDOM
 
@@ -34,16 +33,12 @@ def train_with_layout(flags: list[str]) -> tuple[Record, set[bool]]:
     return record, record.probes[0]
 
 
-def test_replicas_share_updates_by_megatrons_layout_of_buffers_too(
-    ranks: RankPools, text_data: str
-) -> None:
-    def run(extra: str) -> Record:
-        command = command_line(
-            text_data, MUON_BF16 + " --use-distributed-optimizer" + extra, global_batch=8, steps=12
-        )
-        record, buffers = ranks(4).run(train_with_layout, command)[0]
-        assert buffers == {True, False}, "Muon's parameters have buffers of their own"
-        return record
-
-    found = distance(run(FSEP + AT_HOME + RANDOM), run(""))
+def test_replicas_share_updates_by_megatrons_layout_of_buffers_too(trained: Trainings) -> None:
+    flags = MUON_BF16 + " --use-distributed-optimizer"
+    (stock, of_stock), (homes, of_homes) = (
+        trained(flags + mode, by=train_with_layout, size=4, steps=12)
+        for mode in ("", FSEP + AT_HOME + RANDOM)
+    )
+    assert of_stock == of_homes == {True, False}, "Muon's parameters have buffers of their own"
+    found = distance(homes, stock)
     assert found.within(BF16_BOUND), found

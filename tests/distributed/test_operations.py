@@ -6,20 +6,19 @@ when every operation fetches for itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.planner.layout import ExpertLayout
+from tests.distributed.conftest import Trainings
 from tests.parity.compare import identical
-from tests.parity.flags import command_line
-from tests.parity.rows import FULL_RECOMPUTE, RANDOM
-from tests.probes import running
+from tests.parity.row import FSEP
+from tests.parity.rows import FULL_RECOMPUTE, RANDOM, SCHEDULER_OFF
+from tests.probes import running, watching
 
 STEPS = 3
 HOME = RANDOM + " --fsep-sharding experts"
@@ -58,21 +57,19 @@ def operations_of(flags: list[str]) -> list[Ran]:
 
     ran: list[Ran] = []
 
-    def operation(run: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            ran.append(Ran())
-            return run(*args, **kwargs)
+    def begin(*_: Any, **__: Any) -> None:
+        ran.append(Ran())
 
-        return call
+    def note(word: str, weights: Any) -> None:
+        ran[-1].events.append((word, weights.state.name))
 
-    def told(word: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, *args: Any) -> Any:
-            fetched = self.state.weights is not WeightState.SHARDED
-            if not (fetched if word == "fetches" else args == (None,)):
-                ran[-1].events.append((word, self.state.name))
-            return method(self, *args)
+    def fetch(weights: Any) -> None:
+        if weights.state.weights is WeightState.SHARDED:
+            note("fetches", weights)
 
-        return call
+    def hand_on(weights: Any, to: Any) -> None:
+        if to is not None:
+            note("hands on", weights)
 
     random_layout = Geometry.random_layout
 
@@ -82,13 +79,12 @@ def operations_of(flags: list[str]) -> list[Ran]:
 
     with (
         mock.patch.object(Geometry, "random_layout", with_replicas),
-        mock.patch.object(schedules, "forward_step", operation(schedules.forward_step)),
-        mock.patch.object(schedules, "backward_step", operation(schedules.backward_step)),
-        mock.patch.multiple(
-            RestoredWeights,
-            start_restore=told("fetches", RestoredWeights.start_restore),
-            hand_on=told("hands on", RestoredWeights.hand_on),
-            matrix=told("uses", RestoredWeights.matrix),
+        watching(
+            (schedules, "forward_step", begin),
+            (schedules, "backward_step", begin),
+            (RestoredWeights, "start_restore", fetch),
+            (RestoredWeights, "hand_on", hand_on),
+            (RestoredWeights, "matrix", lambda weights, _: note("uses", weights)),
         ),
     ):
         train(flags)
@@ -105,15 +101,9 @@ def operations_of(flags: list[str]) -> list[Ran]:
     ids=["virtual pipeline 2 x 2", "virtual pipeline 2 x 2, experts at home", "no pipeline"],
 )
 def test_no_operation_but_a_steps_first_fetches_its_own_first_layer(
-    ranks: RankPools, text_data: str, size: int, operations: int, extra: str
+    trained: Trainings, size: int, operations: int, extra: str
 ) -> None:
-    flags = command_line(
-        text_data,
-        " --expert-parallel-mode fsep --fsep-sharding rows" + extra,
-        global_batch=16,
-        steps=STEPS,
-    )
-    for ran in ranks(size).run(operations_of, flags):
+    for ran in trained.each(FSEP + extra, by=operations_of, size=size, global_batch=16):
         assert len(ran) == STEPS * operations
         late = [at for at, each in enumerate(ran) if each.fetches_first]
         assert late == [*range(operations), operations, 2 * operations]
@@ -167,12 +157,11 @@ def train_in_orders(flags: list[str]) -> tuple[Record, list[int], list[int]]:
 
 
 def test_another_order_than_that_of_the_last_step_costs_a_restore_and_changes_no_bit(
-    ranks: RankPools, text_data: str
+    trained: Trainings,
 ) -> None:
-    flags = " --expert-parallel-mode fsep --fsep-sharding rows --num-layers 3" + RANDOM
-    command = command_line(text_data, flags, global_batch=8, steps=len(ORDERS))
-    on, waiting, left = ranks(2).run(train_in_orders, command)[0]
-    off, _, _ = ranks(2).run(train_in_orders, [*command, "--fsep-set", "scheduler=off"])[0]
+    flags, steps = f"{FSEP}{RANDOM} --num-layers 3", len(ORDERS)
+    on, waiting, left = trained(flags, by=train_in_orders, steps=steps)
+    off, _, _ = trained(flags + SCHEDULER_OFF, by=train_in_orders, steps=steps)
     assert identical(on, off)
     assert left == [0] * len(ORDERS)
     kept = 2  # matrices of one layer, between operations whose order is known

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import sys
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -16,16 +15,15 @@ import torch
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.rules import STRATEGIES, WITH_FSDP
+from tests.distributed.conftest import refusal
 from tests.distributed.test_own_loop import (
     HOMES,
-    OWN_LOOP,
-    enabled_with,
     loaded,
     losses,
     metric,
+    run,
     two_ranks,
 )
-from tests.distributed.test_own_loop import run as run_plain
 
 AT_HOME = HOMES | {"late_plan": "wait"}
 # Classes of configurations in the script, and the names of arguments that they have by others.
@@ -88,30 +86,17 @@ def sharded(module: ModuleType, strategy: str) -> Iterator[None]:
         yield
 
 
-def run(words: str, settings: dict[str, Any], strategy: str) -> str:
-    output = io.StringIO()
-    with (
-        loaded() as module,
-        enabled_with(settings),
-        sharded(module, strategy),
-        mock.patch.object(sys, "argv", [str(OWN_LOOP), *words.split()]),
-        contextlib.redirect_stdout(output),
-    ):
-        module.main()
-    return output.getvalue()
-
-
 @pytest.fixture(scope="module")
 def stocks(ranks: RankPools) -> dict[int, float]:
     """Return the losses of stock without Megatron-FSDP, which with it has a fault of its own."""
-    return losses(ranks(2).run(run_plain, "--steps 4 --stock")[0])
+    return losses(ranks(2).run(run, "--steps 4 --stock")[0])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_loop_of_ones_own_trains_with_megatron_fsdp_as_without(
     ranks: RankPools, stocks: dict[int, float], strategy: str
 ) -> None:
-    fsep = ranks(2).run(run, "--steps 4", AT_HOME, strategy)[0]
+    fsep = ranks(2).run(run, "--steps 4", AT_HOME, partial(sharded, strategy=strategy))[0]
     assert losses(fsep) == pytest.approx(stocks, rel=1e-6)
     loads = metric(fsep, "load_imbalance"), metric(fsep, "stock_load_imbalance")
     assert loads[0][-1] < loads[1][-1], "no replica was made, so nothing is shown"
@@ -153,6 +138,6 @@ def test_the_same_settings_are_refused_as_by_flags_before_training(ranks: RankPo
 
 
 def test_rows_are_refused_in_a_loop_of_ones_own(ranks: RankPools) -> None:
-    for result in ranks(2).run_raw(run, "--steps 1", {"sharding": "rows"}, "optim"):
-        assert result.type_name == "ValueError", result.traceback
-        assert "--use-megatron-fsdp with --fsep-sharding rows: " in result.message
+    by_optim = partial(sharded, strategy="optim")
+    results = ranks(2).run_raw(run, "--steps 1", {"sharding": "rows"}, by_optim)
+    assert "--use-megatron-fsdp with --fsep-sharding rows: " in refusal(results, "ValueError")

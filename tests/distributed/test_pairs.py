@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_laer.arrays import Int64
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from megatron_laer.tools.traces.reading import read_recording
-from tests.parity.flags import command_line
+from tests.distributed.conftest import Trainings
 from tests.parity.rows import FULL_RECOMPUTE, PERMUTED
 from tests.releases import installed_release
 from tests.traces import pairs_of
@@ -29,14 +28,13 @@ STEPS = 5
     ids=["rows", "homes by a permutation", "homes, recompute"],
 )
 def test_pairs_of_a_run_are_those_of_its_sets(
-    ranks: RankPools, text_data: str, tmp_path: Path, flags: str
+    trained: Trainings, tmp_path: Path, flags: str
 ) -> None:
     ours, theirs = tmp_path / "fsep", tmp_path / "megatron"
     flags += f" --expert-parallel-mode fsep --fsep-record {ours} trace --fsep-set pairs_interval=2"
     flags += " --fsep-set sampled_sets=64"
     flags += f" --moe-routing-trace-path {theirs} --moe-router-topk 3"
-    command = command_line(text_data, flags, global_batch=8, steps=STEPS)
-    ranks(2).run(train_traced, command)
+    trained(flags, by=train_traced, steps=STEPS)
     recorded = read_recording(ours / "group-0.trace", pairs=True)
     calls = traced_calls(theirs)
     assert recorded.pairs is not None

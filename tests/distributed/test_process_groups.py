@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 
 from megatron_laer.cpu.ranks import RankPools
+from tests.distributed.conftest import refusal
 
 
 def groups_of(
@@ -61,34 +62,30 @@ def groups_of(
         dist.destroy_process_group()
 
 
-def test_groups_of_four_ranks_on_two_nodes(ranks: RankPools) -> None:
-    for rank, found in enumerate(ranks(4).run(groups_of, 4, 2)):
+@pytest.mark.parametrize(
+    ("node_size", "token_exchange", "distinct"),
+    [(2, "rank", 7), (2, "auto", 9), (1, "node", 3)],  # one stage goes over Megatron's group
+)
+def test_no_two_exchanges_of_four_ranks_on_nodes_share_a_communicator(
+    ranks: RankPools, node_size: int, token_exchange: str, distinct: int
+) -> None:
+    for rank, found in enumerate(ranks(4).run(groups_of, 4, node_size, token_exchange)):
         assert found["ranks"] == (0, 1, 2, 3)
-        assert found["intra_node"] == [[0, 1] if rank < 2 else [2, 3]] * 2
-        assert found["inter_node"] == [[0, 2] if rank % 2 == 0 else [1, 3]] * 2
+        stages: list[Any] = [None, None]
+        if node_size == 2:
+            stages = [[0, 1] if rank < 2 else [2, 3], [0, 2] if rank % 2 == 0 else [1, 3]]
+        assert [found["intra_node"], found["inter_node"]] == [[stage] * 2 for stage in stages]
+        assert found["tokens"] == (stages if token_exchange == "auto" else [None, None])
         assert found["parameters"] == found["gradients"] == [0, 1, 2, 3]
-        assert found["distinct"] == 7, "no two exchanges share a communicator"
-        assert found["tokens"] == [None, None], "nobody asked for them"
+        assert found["distinct"] == distinct
         assert found["destroyed"]
-
-
-def test_tokens_get_groups_for_both_stages_when_asked_for(ranks: RankPools) -> None:
-    for rank, found in enumerate(ranks(4).run(groups_of, 4, 2, "auto")):
-        inside = [0, 1] if rank < 2 else [2, 3]
-        assert found["tokens"] == [inside, [0, 2] if rank % 2 == 0 else [1, 3]]
-        assert found["distinct"] == 9, "no two exchanges share a communicator"
-        assert found["destroyed"]
-    for found in ranks(4).run(groups_of, 4, 1, "node"):
-        assert found["tokens"] == [None, None], "one stage goes over Megatron's group"
 
 
 def test_replicas_have_groups_of_their_own(ranks: RankPools) -> None:
     for rank, found in enumerate(ranks(4).run(groups_of, 2, None)):
         assert found["ranks"] == ((0, 1) if rank < 2 else (2, 3))
         assert found["index"] == rank // 2
-        assert found["intra_node"] == found["inter_node"] == [None, None], (
-            "one node holds the whole group"
-        )
+        assert found["intra_node"] == found["inter_node"] == [None, None], "one node has them all"
         assert found["distinct"] == 3
 
 
@@ -114,9 +111,7 @@ def groups_unlike(of_ranks: list[tuple[str, tuple[Any, ...]]]) -> None:
 def test_ranks_that_would_make_other_groups_are_refused_on_every_rank(
     ranks: RankPools, of_ranks: list[tuple[str, tuple[Any, ...]]], message: str
 ) -> None:
-    for raised in ranks(2).run_raw(groups_unlike, of_ranks):
-        assert raised.type_name == "ValueError"
-        assert message in raised.message
+    assert message in refusal(ranks(2).run_raw(groups_unlike, of_ranks), "ValueError")
 
 
 def groups_across_a_node_and_inside_one() -> tuple[int, float]:

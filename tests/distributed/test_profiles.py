@@ -16,11 +16,10 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
+from tests.distributed.conftest import Trainings
 from tests.parity.compare import identical
-from tests.parity.flags import command_line
-from tests.parity.row import AT_HOME
+from tests.parity.row import AT_HOME, FSEP
 
 STEPS = 6
 # Megatron profiles the third and the fourth step.
@@ -37,15 +36,6 @@ MODES = {
     "off": FORECAST + " --fsep-set scheduler=off",
     "without replicas": AT_HOME + " --fsep-planner static",
 }
-
-
-def flags(data: str, extra: str) -> list[str]:
-    return command_line(
-        data,
-        " --expert-parallel-mode fsep --fsep-sharding rows" + extra,
-        global_batch=4 * MICROBATCHES,
-        steps=STEPS,
-    )
 
 
 def train_profiled(command: list[str], all_threads: bool) -> Record:
@@ -86,17 +76,14 @@ def end(event: dict[str, Any]) -> float:
 
 
 @pytest.fixture(scope="module")
-def runs(
-    ranks: RankPools, text_data: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Run]:
+def runs(trained: Trainings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """Train with the scheduler on and off, and with experts at home alone."""
     found = {}
     for mode, of_mode in MODES.items():
         folder = tmp_path_factory.mktemp("run")
         board = folder / "board"
-        extra = f"{of_mode}{PROFILE} --log-interval 2 --tensorboard-dir {board}"
-        record = ranks(2).run(train_profiled, flags(text_data, extra), mode == "on")[0]
-        found[mode] = Run(record, folder)
+        flags = f"{FSEP}{of_mode}{PROFILE} --log-interval 2 --tensorboard-dir {board}"
+        found[mode] = Run(trained(flags, mode == "on", by=train_profiled, steps=STEPS), folder)
     return found
 
 
@@ -124,26 +111,5 @@ def test_a_backward_exchange_is_named_around_its_node(runs: dict[str, Run]) -> N
             assert len(inside) == 1
 
 
-def test_a_profile_changes_no_bit(ranks: RankPools, text_data: str, runs: dict[str, Run]) -> None:
-    plain = ranks(2).run(train, flags(text_data, FORECAST))[0]
-    assert identical(runs["on"].record, plain)
-
-
-def test_exposed_times_are_in_tensorboard(runs: dict[str, Run]) -> None:
-    """Without a schedule these are for all work of the stream."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(runs["off"].folder / "board"))
-    accumulator.Reload()
-    for what in ("restore", "reduce"):
-        series = [event.value for event in accumulator.Scalars(f"fsep_{what}_exposed_ms")]
-        assert len(series) == STEPS // 2
-        ranges_ms = sum(
-            float(event["dur"])
-            for rank in range(2)
-            for event in runs["off"].events(rank)
-            if event["name"].startswith(f"{what} ")
-        )
-        # The profiled steps are the second report's.
-        mean_of_ranks_and_steps_ms = ranges_ms / 1e3 / 2 / PROFILED
-        assert series[1] == pytest.approx(mean_of_ranks_and_steps_ms, rel=0.2, abs=0.5)
+def test_a_profile_changes_no_bit(trained: Trainings, runs: dict[str, Run]) -> None:
+    assert identical(runs["on"].record, trained(FSEP + FORECAST, steps=STEPS))

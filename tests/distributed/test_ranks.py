@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.cpu.ranks import RankPool, RankPools
-from tests.parity.flags import command_line
+from tests.distributed.conftest import Trainings
+from tests.parity.rows import DIST_OPT
 from tests.processes import outlive, python_path
 
 # A rank that starts a child of its own, and a process that ends while its pool is open.
@@ -123,13 +124,9 @@ def open_after_training(flags: list[str]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("mode", ["", " --expert-parallel-mode fsep"], ids=["stock", "fsep"])
-def test_a_run_leaves_no_process_group_in_its_rank(
-    ranks: RankPools, text_data: str, mode: str
-) -> None:
-    overlap = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-    flags = command_line(text_data, overlap + mode, steps=1)
+def test_a_run_leaves_no_process_group_in_its_rank(trained: Trainings, mode: str) -> None:
     # Files that the first run opens for good, such as the dataset, are not opened again.
-    runs = [ranks(2).run(open_after_training, flags) for _ in range(3)]
+    runs = [trained.each(DIST_OPT + mode, by=open_after_training, steps=1) for _ in range(3)]
     for (threads, files), (threads_after, files_after) in zip(runs[1], runs[2], strict=True):
         assert threads_after <= threads
         assert files_after <= files + 1

@@ -8,9 +8,8 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
-from tests.parity.flags import command_line
+from tests.distributed.conftest import Trainings
 
 FSEP = " --expert-parallel-mode fsep"
 
@@ -45,25 +44,22 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_cannot_work_is_refused_on_every_rank(
-    ranks: RankPools, text_data: str, case: str
-) -> None:
+def test_what_cannot_work_is_refused_on_every_rank(trained: Trainings, case: str) -> None:
     flags, *parts = CASES[case]
-    for result in ranks(2).run_raw(train, command_line(text_data, flags, steps=1)):
-        assert result.type_name == "RefusedError", result.traceback
-        assert [part for part in parts if part not in result.message] == [], result.message
+    message = trained.refused(flags, steps=1)
+    assert [part for part in parts if part not in message] == [], message
 
 
-def test_fsep_without_experts_is_refused(ranks: RankPools, text_data: str) -> None:
-    flags = command_line(text_data, FSEP, steps=1)
+def train_without_experts(flags: list[str]) -> object:
     at = flags.index("--num-experts")
-    del flags[at : at + 2]
-    for result in ranks(2).run_raw(train, flags):
-        assert result.type_name == "RefusedError"
-        assert "--num-experts" in result.message
+    return train([*flags[:at], *flags[at + 2 :]])
 
 
-def train_told(variables: dict[str, str], flags: list[str]) -> object:
+def test_fsep_without_experts_is_refused(trained: Trainings) -> None:
+    assert "--num-experts" in trained.refused(FSEP, by=train_without_experts, steps=1)
+
+
+def train_told(flags: list[str], variables: dict[str, str]) -> object:
     with mock.patch.dict(os.environ, variables):
         return train(flags)
 
@@ -77,27 +73,18 @@ def train_told(variables: dict[str, str], flags: list[str]) -> object:
     ],
 )
 def test_what_a_launcher_cannot_mean_is_refused_on_every_rank(
-    ranks: RankPools, text_data: str, variables: dict[str, str], quoted: str
+    trained: Trainings, variables: dict[str, str], quoted: str
 ) -> None:
-    for result in ranks(2).run_raw(
-        train_told, variables, command_line(text_data, FSEP, steps=1), timeout_s=60.0
-    ):
-        assert result.type_name == "RefusedError", result.traceback
-        assert quoted in result.message and "torchrun" in result.message, result.message
+    message = trained.refused(FSEP, variables, by=train_told, steps=1)
+    assert quoted in message and "torchrun" in message, message
 
 
-def test_settings_in_megatrons_yaml_file_are_refused(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
+def test_settings_in_megatrons_yaml_file_are_refused(trained: Trainings, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("num_experts: 8\nexpert_parallel_mode: fsep\nfsep_capacity: 5\n")
-    flags = command_line(text_data, f" --yaml-cfg {file}", steps=1)
-    for result in ranks(2).run_raw(train, flags, timeout_s=60.0):
-        assert result.type_name == "RefusedError", result.traceback
-        assert "expert_parallel_mode, fsep_capacity" in result.message, result.message
-        assert "as flags" in result.message
+    message = trained.refused(f" --yaml-cfg {file}", steps=1)
+    assert "expert_parallel_mode, fsep_capacity" in message and "as flags" in message, message
 
 
-def test_ranks_still_train_after_a_refusal(ranks: RankPools, text_data: str) -> None:
-    record = ranks(2).run(train, command_line(text_data, FSEP, steps=1))[0]
-    assert len(record.losses) == 1
+def test_ranks_still_train_after_a_refusal(trained: Trainings) -> None:
+    assert len(trained(FSEP, steps=1).losses) == 1

@@ -9,11 +9,12 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
+from tests.distributed.conftest import Trainings
 from tests.parity.compare import identical
-from tests.parity.flags import command_line
-from tests.parity.rows import DIST_OPT, EXACT, FULL_RECOMPUTE, MOE_RECOMPUTE, STEP
+from tests.parity.row import FSEP
+from tests.parity.rows import DIST_OPT, EXACT, FULL_RECOMPUTE, MOE_RECOMPUTE, RANDOM, STEP
+from tests.probes import watching
 
 STEPS = 4
 BLOCK = " --recompute-granularity full --recompute-method block --recompute-num-layers 2"
@@ -44,24 +45,19 @@ CASES = {
 }
 
 
-def command(data: str, batch: int, steps: int, extra: str) -> list[str]:
-    planner = "" if EXACT in extra or ADAPTIVE in extra else " --fsep-planner random"
-    return command_line(
-        data,
-        f" --expert-parallel-mode fsep --fsep-sharding rows{planner}{extra}",
-        global_batch=batch,
-        steps=steps,
-    )
+def flags_of(extra: str) -> str:
+    planner = "" if EXACT in extra or ADAPTIVE in extra else RANDOM
+    return FSEP + planner + extra
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_schedule_changes_no_bit(ranks: RankPools, text_data: str, case: str) -> None:
+def test_the_schedule_changes_no_bit(trained: Trainings, case: str) -> None:
     size, extra = CASES[case]
     batch = 8 * size // (2 if "pipeline" in case else 1)
-    evaluation = " --eval-interval 2 --eval-iters 1"
+    flags = f"{flags_of(extra)} --eval-interval 2 --eval-iters 1 --fsep-set scheduler="
     on, off = (
-        ranks(size).run(train, command(text_data, batch, STEPS, extra + scheduler + evaluation))[0]
-        for scheduler in (" --fsep-set scheduler=on", " --fsep-set scheduler=off")
+        trained(flags + scheduler, size=size, global_batch=batch, steps=STEPS)
+        for scheduler in ("on", "off")
     )
     assert len(on.losses) == STEPS
     assert identical(on, off)
@@ -73,15 +69,10 @@ def order_of_events(flags: list[str]) -> list[str]:
     Marks between them, for layer N: `attends N` ends its attention's forward, `tokens N` its
     dispatch. `experts N` is the call of its experts, `back N` the return of its tokens' gradients.
     `attention N` ends its attention's backward. Where tokens go through nodes, `tokens N` ends the
-    stage between nodes, and `inside N` starts the one inside. `embedding` starts the first forward;
-    `head` ends the output layer's backward.
+    stage between nodes, and `inside N` starts the one inside. `embedding` ends the embedding's
+    forward, and `head` the output layer's backward.
     """
-    from megatron.core.models.common.embeddings.language_model_embedding import (
-        LanguageModelEmbedding,
-    )
-    from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.moe.moe_layer import MoELayer
-    from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
     from megatron_laer.layer.moe_layer import FSEPMoELayer
@@ -91,71 +82,53 @@ def order_of_events(flags: list[str]) -> list[str]:
 
     events: list[str] = []
 
-    def told(word: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, *args: Any) -> Any:
-            if word != "restore" or self.state.weights is WeightState.SHARDED:
-                events.append(f"{word} {self._name.split()[1]}")
-            return method(self, *args)
-
-        return call
-
-    layer_init, model_init = TransformerLayer.__init__, GPTModel.__init__
-    embed, dispatch = LanguageModelEmbedding.forward, MoELayer.dispatch
-    compute = FSEPMoELayer.routed_experts_compute
-    pass_on = NodeTokenDispatcher.dispatch_postprocess
-
-    def layer_hooked(self: Any, *args: Any, **kwargs: Any) -> None:
-        layer_init(self, *args, **kwargs)
-        self.self_attention.register_forward_hook(
-            lambda *_: events.append(f"attends {self.layer_number}")
-        )
-        self.self_attention.register_full_backward_hook(
-            lambda *_: events.append(f"attention {self.layer_number}")
-        )
+    def happens(event: str) -> Callable[..., None]:
+        return lambda *_: events.append(event)
 
     def before_head(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        inputs[0].register_hook(lambda _: events.append("head"))
+        inputs[0].register_hook(happens("head"))
 
-    def model_hooked(self: Any, *args: Any, **kwargs: Any) -> None:
-        model_init(self, *args, **kwargs)
-        self.output_layer.register_forward_pre_hook(before_head)
+    def hook(chunk: Any) -> None:
+        chunk.embedding.register_forward_hook(happens("embedding"))
+        for layer in chunk.decoder.layers:
+            attention = layer.self_attention
+            attention.register_forward_hook(happens(f"attends {layer.layer_number}"))
+            attention.register_full_backward_hook(happens(f"attention {layer.layer_number}"))
+        chunk.output_layer.register_forward_pre_hook(before_head)
 
-    def embedding(self: Any, *args: Any, **kwargs: Any) -> Any:
-        events.append("embedding")
-        return embed(self, *args, **kwargs)
+    dispatch = MoELayer.dispatch
 
     def dispatched(self: Any, tokens: torch.Tensor, *args: Any) -> Any:
         if tokens.requires_grad:
-            tokens.register_hook(lambda _: events.append(f"back {self.layer_number}"))
+            tokens.register_hook(happens(f"back {self.layer_number}"))
         result = dispatch(self, tokens, *args)
         events.append(f"tokens {self.layer_number}")
         return result
 
-    def experts(self: Any, *args: Any) -> Any:
-        events.append(f"experts {self.layer_number}")
-        return compute(self, *args)
+    def note(word: str) -> Callable[..., None]:
+        return lambda of, *_: events.append(f"{word} {of._name.split()[1]}")
 
-    def passed_on(self: Any, *args: Any) -> Any:
-        events.append(f"inside {self._current.layer_name.split()[1]}")
-        return pass_on(self, *args)
+    def restore(weights: RestoredWeights) -> None:
+        if weights.state.weights is WeightState.SHARDED:
+            note("restore")(weights)
+
+    def pass_on(dispatcher: NodeTokenDispatcher, *_: Any) -> None:
+        events.append(f"inside {dispatcher._current.layer_name.split()[1]}")
+
+    def compute(layer: FSEPMoELayer, *_: Any) -> None:
+        events.append(f"experts {layer.layer_number}")
 
     with (
-        mock.patch.object(NodeTokenDispatcher, "dispatch_postprocess", passed_on),
-        mock.patch.object(TransformerLayer, "__init__", layer_hooked),
-        mock.patch.object(GPTModel, "__init__", model_hooked),
-        mock.patch.object(LanguageModelEmbedding, "forward", embedding),
         mock.patch.object(MoELayer, "dispatch", dispatched),
-        mock.patch.object(FSEPMoELayer, "routed_experts_compute", experts),
-        mock.patch.object(
-            RestoredWeights, "start_restore", told("restore", RestoredWeights.start_restore)
-        ),
-        mock.patch.multiple(
-            SlotGrads,
-            start_reduce=told("leave", SlotGrads.start_reduce),
-            finish_reduce=told("arrive", SlotGrads.finish_reduce),
+        watching(
+            (NodeTokenDispatcher, "dispatch_postprocess", pass_on),
+            (FSEPMoELayer, "routed_experts_compute", compute),
+            (RestoredWeights, "start_restore", restore),
+            (SlotGrads, "start_reduce", note("leave")),
+            (SlotGrads, "finish_reduce", note("arrive")),
         ),
     ):
-        train(flags)
+        train(flags, adapt=hook)
     return events
 
 
@@ -209,19 +182,19 @@ FORWARD = (
     ids=["plain", "full recompute", "selective recompute", "exact"],
 )
 def test_exchanges_start_early_and_arrive_late(
-    ranks: RankPools, text_data: str, extra: str, expected: str
+    trained: Trainings, extra: str, expected: str
 ) -> None:
-    flags = command(text_data, 4, 1, f" --num-layers 3{extra}")
-    for events in ranks(2).run(order_of_events, flags):
+    flags = flags_of(f" --num-layers 3{extra}")
+    for events in trained.each(flags, by=order_of_events, global_batch=4, steps=1):
         assert ", ".join(events) == expected
 
 
 def test_restores_start_when_tokens_crossed_nodes_and_before_they_are_passed_on(
-    ranks: RankPools, text_data: str
+    trained: Trainings,
 ) -> None:
-    flags = command(text_data, 8, 1, f" --num-layers 3{TOKENS}")
+    flags = flags_of(f" --num-layers 3{TOKENS}")
     passed_on = FORWARD
     for layer in "123":
         passed_on = passed_on.replace(f"experts {layer},", f"experts {layer}, inside {layer},")
-    for events in ranks(4).run(order_of_events, flags):
+    for events in trained.each(flags, by=order_of_events, size=4, steps=1):
         assert ", ".join(events).startswith(passed_on)

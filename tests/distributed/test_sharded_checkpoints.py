@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import Record, initial_weights, train
+from megatron_laer.cpu.training import initial_weights
 from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
 from megatron_laer.session import current_coordinator
 from tests.checkpoints import assert_equal, iteration_folder
+from tests.distributed.conftest import Trainings
 from tests.parity.compare import identical
-from tests.parity.flags import command_line
 from tests.parity.row import HOMES
 from tests.parity.rows import FSDP
 from tests.probes import running
 
 FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait" + HOMES
 # Megatron saves this format from models in 16 bits alone.
-SHARDED = f" --bf16{FSDP}"
-
-
-def command(data: str, flags: str, ranks: int, group: int, steps: int = 4) -> list[str]:
-    # Each run says for how many steps the learning rate is.
-    flags += " --override-opt_param-scheduler"
-    return command_line(data, flags, steps=steps, expert_parallel=group, global_batch=2 * ranks)
+SHARDED = f" --bf16 --override-opt_param-scheduler{FSDP}"
 
 
 def resumed_planner(_model: object) -> int | None:
@@ -33,42 +26,33 @@ def resumed_planner(_model: object) -> int | None:
     return None if resumption is None or resumption.state is None else resumption.state.version
 
 
-def test_stock_and_fsep_go_on_from_each_others_shards(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
-    whole: Record = ranks(2).run(train, command(text_data, SHARDED + "optim_grads" + FSEP, 2, 2))[0]
-    saves = f" --save {tmp_path} --save-interval 2"
-    first: Record = ranks(2).run(
-        train, command(text_data, SHARDED + "optim_grads" + FSEP + saves, 2, 2, steps=2)
-    )[0]
+def test_stock_and_fsep_go_on_from_each_others_shards(trained: Trainings, tmp_path: Path) -> None:
+    flags = SHARDED + "optim_grads" + FSEP
+    whole = trained(flags, steps=4, global_batch=4)
+    saves = f"{flags} --save {tmp_path} --save-interval 2"
+    first = trained(saves, steps=2, global_batch=4)
     assert first.losses == whole.losses[:2]
     assert [path.name for path in (iteration_folder(tmp_path, 2) / FOLDER).iterdir()]
 
     loads = f" --load {tmp_path}"
-    resumed: Record = ranks(2).run(
-        train, command(text_data, SHARDED + "optim_grads" + FSEP + loads, 2, 2), resumed_planner
-    )[0]
+    resumed = trained(flags + loads, resumed_planner, steps=4, global_batch=4)
     assert resumed.losses == whole.losses[2:] and None not in resumed.probes
     assert_equal(resumed.weights, whole.weights)
-    stock: Record = ranks(2).run(
-        train, command(text_data, SHARDED + "optim_grads_params" + loads, 2, 2), resumed_planner
-    )[0]
+    sharded = SHARDED + "optim_grads_params" + loads
+    stock = trained(sharded, resumed_planner, steps=4, global_batch=4)
     assert stock.probes == [None, None]
     for mine, theirs in zip(stock.losses, whole.losses[2:], strict=True):
         assert abs(mine - theirs) < 1e-3
-    for flags, size, group in (("optim_grads_params", 2, 2), ("optim" + FSEP, 4, 2)):
-        read = ranks(size).run(
-            initial_weights, command(text_data, SHARDED + flags + loads, size, group)
-        )[0]
+    for extra, size in ((sharded, 2), (SHARDED + "optim" + FSEP + loads, 4)):
+        read = trained(extra, by=initial_weights, size=size, steps=4, global_batch=2 * size)
         assert_equal(read, first.weights)
 
 
-def test_a_rerun_has_the_same_bits(ranks: RankPools, text_data: str) -> None:
+def test_a_rerun_has_the_same_bits(trained: Trainings) -> None:
     """Gathers ahead, reduces and exchanges of replicas run at once, in one order."""
     flags = f"{SHARDED}optim_grads_params --overlap-grad-reduce --overlap-param-gather{FSEP}"
     flags += " --micro-batch-size 1"
-    given = command(text_data, flags, 2, 2, steps=3)
-    first, again = (ranks(2).run(train, given, replicas)[0] for _ in range(2))
+    first, again = (trained(flags, replicas, global_batch=4) for _ in range(2))
     assert max(first.probes) > 0, "no replica was made, so nothing is shown"
     assert identical(again, first)
 

@@ -6,7 +6,6 @@ Skipped, with the reason, where Transformer Engine is not installed or cannot be
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import subprocess
 import sys
 from typing import Any
@@ -132,15 +131,3 @@ def test_layers_of_transformer_engine_are_built_around_ours(
         assert found["dtypes"] == ["torch.bfloat16"]
         assert found["graphable"] == 2
         assert found["hooked"] == [], "Transformer Engine captures no module with hooks"
-
-
-def parameters_of_grouped_gemm() -> tuple[str, ...]:
-    from megatron_laer.layer.experts.gemm import te
-
-    return tuple(inspect.signature(te.grouped_gemm()).parameters)
-
-
-def test_the_grouped_gemm_takes_what_we_call_it_with(ranks: RankPools) -> None:
-    from megatron_laer.layer.experts.gemm import te
-
-    assert ranks(2).run(parameters_of_grouped_gemm) == [te._PARAMETERS] * 2

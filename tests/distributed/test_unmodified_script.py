@@ -7,18 +7,14 @@ the `python3` in the PATH, which must be this one and have pybind11.
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import train
 from tests import processes
 from tests.checkouts import checkout
+from tests.distributed.conftest import Trainings
 from tests.parity.compare import identical
-from tests.parity.flags import command_line
 from tests.parity.rows import HYBRID_MTP
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -34,35 +30,28 @@ SCRIPTS = {"pretrain_gpt.py": "", "pretrain_hybrid.py": HYBRID_MTP}
 @pytest.mark.parametrize("mode", ["", FSEP], ids=["standard", "fsep"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_megatrons_script_and_ours_are_bitwise_equal(
-    ranks: RankPools, text_data: str, script: str, mode: str
+    trained: Trainings, script: str, mode: str
 ) -> None:
-    flags = command_line(text_data, SCRIPTS[script] + mode, global_batch=8, steps=10)
-    ours = ranks(2).run(train, flags)[0]
-    theirs = ranks(2).run(train, flags, None, str(CHECKOUT / script))[0]
+    flags = SCRIPTS[script] + mode
+    ours = trained(flags, steps=10)
+    theirs = trained(flags, None, str(CHECKOUT / script), steps=10)
     assert len(theirs.losses) == 10
     assert identical(ours, theirs)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_checkouts_own_megatron_trains_like_the_wheel(
-    text_data: str, tmp_path: Path, script: str
+    trained: Trainings, tmp_path: Path, script: str
 ) -> None:
     """Start as a user does: ranks of the other tests import the wheel's Megatron first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = command_line(
-        text_data, SCRIPTS[script] + FSEP + " --log-interval 1", global_batch=8, steps=10
-    )
+    flags = trained.flags(SCRIPTS[script] + FSEP + " --log-interval 1", steps=10)
 
     def scalars(name: str, command: list[str]) -> dict[str, list[tuple[int, float]]]:
         folder = tmp_path / name
         launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-        result = processes.run(
-            [sys.executable, *launcher, *command, *flags, "--tensorboard-dir", str(folder)],
-            timeout_s=1800.0,
-            env=os.environ | {"MEGATRON_LAER_DEVICE": "cpu", "PYTHONPATH": processes.python_path()},
-        )
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        processes.python(*launcher, *command, *flags, "--tensorboard-dir", folder)
         events = EventAccumulator(str(folder))
         events.Reload()
         return {

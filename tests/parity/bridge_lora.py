@@ -216,14 +216,6 @@ def lora_of_each_kind(model: torch.nn.Module) -> None:
         parameter.requires_grad_()
 
 
-def lora_on_attention_and_experts(model: torch.nn.Module) -> None:
-    lora_on_attention(model)
-    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    adapt_experts(model)
-    for parameter in adapters:
-        parameter.requires_grad_()
-
-
 def lora_on_experts_under_recompute(model: torch.nn.Module) -> None:
     """Adapt experts where layers are checkpoints, which need an input that needs a gradient."""
     adapt_experts(model)
