@@ -60,11 +60,18 @@ class Sent:
 
 @dataclass
 class Outcome:
+    """Tensors and rows of a whole exchange, calls of shared experts, and exchanges that are timed.
+
+    `experts` has their inputs and weights, and `grads` those of hidden states and probabilities.
+    """
+
     experts: list[torch.Tensor]
     combined: torch.Tensor
     grads: list[torch.Tensor]
     sent: dict[str, list[Sent]]
     kept_bytes: int
+    calls: list[str]
+    timed: list[tuple[str, str]]
 
 
 class SharedExperts:
@@ -83,14 +90,6 @@ class SharedExperts:
     def get_output(self) -> Any:
         self.calls.append("get_output")
         return self.hidden * 2
-
-
-def noting_times() -> tuple[list[tuple[str, str]], Any]:
-    noted: list[tuple[str, str]] = []
-    return noted, SimpleNamespace(
-        begin_exchange=lambda name: noted.append(("begin", str(name))),
-        end_exchange=lambda then: noted.append(("end", str(then))),
-    )
 
 
 @contextlib.contextmanager
@@ -190,21 +189,33 @@ def make_dispatcher(
 def run(
     case: Case,
     groups: FSEPGroups,
+    path: str,
     *,
-    nodes: bool,
     dtype: torch.dtype = torch.float32,
-    shared: Any = None,
-    times: Any = None,
+    with_shared: bool = False,
+    rerun: bool = False,
 ) -> Outcome:
-    """On a rank: dispatch tokens, let experts square and weigh them, combine, and run backward."""
+    """On a rank: dispatch tokens, let experts square and weigh them, combine, and run backward.
+
+    A `rerun` under a checkpoint is given another routing than its plan's.
+    """
     rank = groups.rank
     map_TE, plan = routing_maps(case)[rank], plan_of(case, rank)
     generator = torch.Generator().manual_seed(rank)
     tokens = len(map_TE)
     hidden = torch.randn(1, tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
-    probs = (torch.rand(map_TE.shape, generator=generator) * map_TE).requires_grad_()
+    probs = torch.rand(map_TE.shape, generator=generator) * map_TE
+    probs[:, 0] = 0  # tokens go to expert 0 even with probability zero
+    probs.requires_grad_()
     grad = torch.randn(hidden.shape, generator=generator).to(dtype)
-    path = "nodes" if nodes else "own"
+    if rerun:
+        plan, map_TE = plan.for_rerun(map_TE), ~map_TE
+    timed: list[tuple[str, str]] = []
+    times = SimpleNamespace(
+        begin_exchange=lambda name: timed.append(("begin", str(name))),
+        end_exchange=lambda then: timed.append(("end", str(then))),
+    )
+    shared = SharedExperts() if with_shared else None
     dispatcher = make_dispatcher(plan, case.top_k, path, groups, shared=shared, times=times)
     dispatcher.start_shared_experts(hidden)
     sent: dict[str, list[Sent]] = {}
@@ -214,7 +225,9 @@ def run(
     with recorded(sent, "backward"):
         combined.backward(grad)
     assert hidden.grad is not None and probs.grad is not None
-    return Outcome(experts, combined.detach(), [hidden.grad, probs.grad], sent, kept.total_bytes)
+    calls = shared.calls if shared else []
+    grads = [hidden.grad, probs.grad]
+    return Outcome(experts, combined.detach(), grads, sent, kept.total_bytes, calls, timed)
 
 
 def _forward(
@@ -266,11 +279,13 @@ def recorded(sent: dict[str, list[Sent]], phase: str) -> Iterator[None]:
     def exchange(
         received: torch.Tensor,
         given: torch.Tensor,
-        output_split_sizes: Sequence[int],
-        input_split_sizes: Sequence[int],
-        group: Any,
+        output_split_sizes: Sequence[int] | None = None,
+        input_split_sizes: Sequence[int] | None = None,
+        group: Any = None,
         **options: Any,
     ) -> Any:
+        if output_split_sizes is None:  # numbers, by a flex dispatcher's buffers
+            return true_exchange(received, given, group=group, **options)
         rows_N = [0] * size
         for rank, rows in zip(dist.get_process_group_ranks(group), output_split_sizes, strict=True):
             rows_N[rank] = rows

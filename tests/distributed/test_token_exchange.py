@@ -16,17 +16,18 @@ from benchmarks.token_traffic import dispatch_rows, metadata_bytes, metadata_byt
 from megatron_laer.choices import TokenExchange
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
-from tests.parity.flags import command_line
+from tests.distributed.conftest import Trainings
+from tests.parity.row import FSEP
+from tests.parity.rows import TOKENS
+from tests.probes import watching
 from tests.token_exchange import (
     HIDDEN,
     Case,
     Outcome,
     Sent,
-    SharedExperts,
     expected,
     gloo_groups,
     make_dispatcher,
-    noting_times,
     plan_of,
     routing_maps,
     routing_of,
@@ -50,8 +51,8 @@ def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome]:
     """Dispatch by Megatron's rows, and twice through nodes."""
     dtype = getattr(torch, dtype_name)
     with gloo_groups(case.node_size) as groups:
-        by_rank = run(case, groups, nodes=False, dtype=dtype)
-        nodes, again = (run(case, groups, nodes=True, dtype=dtype) for _ in range(2))
+        by_rank = run(case, groups, "own", dtype=dtype)
+        nodes, again = (run(case, groups, "nodes", dtype=dtype) for _ in range(2))
     return by_rank, nodes, again
 
 
@@ -97,37 +98,21 @@ def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: RankPools) -> None
     assert ranks(4).run(exchanges_of_sizes, EVEN) == [[1, 1]] * 4
 
 
-def exchanges_noted(case: Case) -> list[tuple[str, str]]:
-    noted, times = noting_times()
+def with_shared_experts(case: Case) -> list[Outcome]:
     with gloo_groups(case.node_size) as groups:
-        run(case, groups, nodes=True, times=times)
-    return noted
+        return [run(case, groups, path, with_shared=True) for path in ("own", "nodes")]
 
 
-def test_step_times_have_both_stages(ranks: RankPools) -> None:
-    crossing, inside = "dispatch layer 1", "dispatch layer 1, inside node"
-    back_inside, back = "combine layer 1, inside node", "combine layer 1"
-    expected_names = [crossing, inside, back_inside, back]
-    for noted in ranks(4).run(exchanges_noted, EVEN):
-        assert [event for event, _ in noted] == ["begin", "end"] * 8
-        names = [name for event, name in noted if event == "begin"]
-        assert names == expected_names + [f"{name}, backward" for name in expected_names[::-1]]
-
-
-def calls_of_shared_experts(case: Case) -> list[list[str]]:
-    """Return the calls of overlapping shared experts by either exchange."""
-    calls = []
-    with gloo_groups(case.node_size) as groups:
-        for nodes in (False, True):
-            shared = SharedExperts()
-            run(case, groups, nodes=nodes, shared=shared)
-            calls.append(shared.calls)
-    return calls
-
-
-def test_shared_experts_are_called_as_by_megatrons_exchange(ranks: RankPools) -> None:
-    for by_rank, by_node in ranks(4).run(calls_of_shared_experts, EVEN):
-        assert by_node == by_rank and len(by_rank) == 7
+def test_both_stages_are_timed_and_shared_experts_called_as_by_megatrons_exchange(
+    ranks: RankPools,
+) -> None:
+    names = ["dispatch layer 1", "dispatch layer 1, inside node"]
+    names += ["combine layer 1, inside node", "combine layer 1"]
+    names += [f"{name}, backward" for name in names[::-1]]
+    for by_rank, by_node in ranks(4).run(with_shared_experts, EVEN):
+        assert [event for event, _ in by_node.timed] == ["begin", "end"] * 8
+        assert [name for event, name in by_node.timed if event == "begin"] == names
+        assert by_node.calls == by_rank.calls and len(by_rank.calls) == 7
 
 
 # Top-4 of 12 experts, so that tokens share nodes and ranks; one rank has no token.
@@ -136,7 +121,7 @@ BYTES = Case((20, 9, 31, 0, 14, 25, 7, 18), 1, capacity=3, experts=12, top_k=4)
 
 def sent_by(case: Case) -> dict[bool, Outcome]:
     with gloo_groups(case.node_size) as groups:
-        return {nodes: run(case, groups, nodes=nodes) for nodes in (False, True)}
+        return {nodes: run(case, groups, "nodes" if nodes else "own") for nodes in (False, True)}
 
 
 def received_by_link(sent: list[Sent], rank: int, node_size: int) -> tuple[list[int], list[int]]:
@@ -208,14 +193,12 @@ def rows_unpacked(flags: list[str]) -> int:
     from megatron_laer.layer.dispatch import row_map
 
     unpacked = 0
-    unpack = row_map._unpack
 
-    def counted(kept: Any) -> torch.Tensor:
+    def count(kept: Any) -> None:
         nonlocal unpacked
         unpacked += isinstance(kept, tuple)
-        return unpack(kept)
 
-    with mock.patch.object(row_map, "_unpack", counted):
+    with watching((row_map, "_unpack", count)):
         train(flags)
     return unpacked
 
@@ -223,11 +206,6 @@ def rows_unpacked(flags: list[str]) -> int:
 @pytest.mark.parametrize(
     "flags", ["", " --moe-apply-probs-on-input --moe-router-topk 1 --moe-router-pre-softmax"]
 )
-def test_experts_in_megatrons_loop_keep_rows(ranks: RankPools, text_data: str, flags: str) -> None:
-    command = command_line(
-        text_data,
-        " --expert-parallel-mode fsep --fsep-sharding rows --fsep-node-size 1"
-        " --fsep-token-exchange node" + flags,
-        steps=3,
-    )
-    assert ranks(2).run(rows_unpacked, command) == [3 * 2] * 2
+def test_experts_in_megatrons_loop_keep_rows(trained: Trainings, flags: str) -> None:
+    flags += FSEP + TOKENS.format(1)
+    assert trained.each(flags, by=rows_unpacked, global_batch=4) == [3 * 2] * 2

@@ -99,6 +99,15 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
             self._compare(self._received.popleft())
         return dispatched
 
+    def combine_postprocess(self, hidden_states: torch.Tensor) -> Any:
+        """Return the output, of hidden_states' shape.
+
+        Megatron adds shared experts' output in place, which autograd allows no node that is timed.
+        """
+        if self.shared_experts is not None and self._current.step_times is not None:
+            hidden_states = hidden_states.clone()
+        return super().combine_postprocess(hidden_states)
+
     def end_step(self) -> None:
         while self._received:
             received = self._received.popleft()
