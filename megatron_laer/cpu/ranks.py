@@ -240,11 +240,7 @@ def share_gloo_device() -> None:
 def _serve(
     pipe: Connection, rank: int, world_size: int, log: str, environment: dict[str, str]
 ) -> None:
-    os.setsid()
-    threading.Thread(target=_end_with_the_starter, daemon=True).start()
-    output = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    lead_session(log)
     faulthandler.register(_STACK_SIGNAL, all_threads=True)
     from megatron_laer.cpu.rank_imports import ENVIRONMENT, SET_BY_PREPARE
 
@@ -286,6 +282,15 @@ def _serve(
             gc.collect()
             gc.freeze()
             frozen = True
+
+
+def lead_session(log: str) -> None:
+    """Give this process a session that ends with its starter, and write its output to a file."""
+    os.setsid()
+    threading.Thread(target=_end_with_the_starter, daemon=True).start()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
 
 
 def _end_with_the_starter() -> None:

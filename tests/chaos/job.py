@@ -9,8 +9,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import random
-import re
 import signal
 import socket
 import time
@@ -23,7 +21,6 @@ import psutil
 
 from megatron_laer.cpu import ranks
 from tests.chaos import rank
-from tests.chaos.damage import TORN, damaged
 from tests.chaos.plans import Fault, Plan
 
 # Limit of one start, an order of magnitude above need.
@@ -45,45 +42,26 @@ class Outcome:
     started: set[psutil.Process] = field(default_factory=set)
 
 
-def run_job(plan: Plan, data: str, folder: Path, another: Path | None = None) -> Outcome:
-    """Start a job until it ends; damage takes records of `another` run of the same kind."""
+def run_job(plan: Plan, data: str, folder: Path) -> Outcome:
+    """Start a job until it ends."""
     folder.mkdir(parents=True)
     outcome, faults = Outcome(folder), list(plan.faults)
     for start in range(len(faults) + 2):
         fault = faults.pop(0) if faults else None
-        codes = _start(plan, data, outcome, start, fault, str(start))
+        codes = _start(plan, data, outcome, start, fault)
         made = steps_made(folder)
         outcome.starts.append(f"{made[-1] + 1 if made else 0}:{','.join(map(str, codes))}")
         if not any(codes) and made and made[-1] == plan.steps - 1:
             return outcome
-        if fault is not None and fault.damage and another is not None:
-            draws = random.Random(f"{folder.name} {start}")
-            with damaged(folder, fault.damage, another, draws) as path:
-                # With all steps saved, nothing is recorded any more.
-                is_recorded = fault.damage != TORN and saved_step(folder) < plan.steps
-                if path is not None and is_recorded:
-                    _try_damaged(plan, data, outcome, start, path)
         if outcome.problem:
             return outcome
     outcome.problem = f"not ended after {len(outcome.starts)} starts"
     return outcome
 
 
-def _try_damaged(plan: Plan, data: str, outcome: Outcome, start: int, path: Path) -> None:
-    """Start with a damaged recording; every rank must name it before a step."""
-    before = steps_made(outcome.folder)
-    _start(plan, data, outcome, start, None, f"refused-{start}")
-    says = re.compile(rf"RefusedError: .*{re.escape(path.name)}")
-    logs = [log.read_text() for log in outcome.folder.glob(f"start-refused-{start}-*.log")]
-    told = sum(says.search(log) is not None for log in logs)
-    outcome.starts.append(f"{told} ranks refuse {path.name}")
-    if steps_made(outcome.folder) != before or told != plan.variant.ranks:
-        outcome.problem = f"after start {start}, {outcome.starts[-1]}"
-
-
-def steps_made(folder: Path, of_rank: int = 0) -> list[int]:
-    """Return the steps that a rank has ended, in order, repeated ones included."""
-    path = folder / f"rank-{of_rank}.jsonl"
+def steps_made(folder: Path) -> list[int]:
+    """Return the steps that rank 0 has ended, in order, repeated ones included."""
+    path = folder / "rank-0.jsonl"
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -95,19 +73,16 @@ def saved_step(folder: Path) -> int:
     return int(tracker.read_text() or 0) if tracker.exists() else 0
 
 
-def _start(
-    plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None, name: str
-) -> list[int]:
+def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None) -> list[int]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([ranks.preparation])
     environment = _environment(plan, start)
     processes = []
-    # A run that begins anew must keep its sharding, since initial experts differ.
-    turn = start if saved_step(outcome.folder) else 0
-    flags, folder = plan.flags(data, str(outcome.folder), turn), str(outcome.folder)
+    folder = str(outcome.folder)
+    flags = plan.flags(data, folder)
     for number in range(plan.variant.ranks):
         own = environment | {"RANK": str(number), "LOCAL_RANK": str(number)}
-        log = f"{folder}/start-{name}-rank-{number}.log"
+        log = f"{folder}/start-{start}-rank-{number}.log"
         last_step = None if fault is None else fault.awaited_by(number)
         process = context.Process(
             target=rank.run, args=(number, flags, folder, log, own, last_step)
@@ -175,10 +150,6 @@ def _inject(processes: Sequence[ForkServerProcess], fault: Fault) -> None:
         # A rank may have ended just now.
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
-    if name == "STOP":
-        time.sleep(fault.stopped_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(chosen[0].pid, signal.SIGCONT)
 
 
 def _signal(processes: Sequence[ForkServerProcess], number: int) -> None:

@@ -9,51 +9,38 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.chaos.damage import DAMAGES
 from tests.parity.flags import command_line
 from tests.parity.row import HOMES
 
 STEPS, SAVE_EVERY = 18, 4
 
 _WAIT = "--expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait"
-_IN_TURN = ("", HOMES)
 _ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
 _LAER = "--fsep-planner laer --fsep-set cluster=cpu-gloo plan_lag=2"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Kind of run; starts take the flags of `turns` in turn, and then begin to plan anew."""
-
     name: str
     flags: str
     ranks: int = 2
     saves: bool = True
-    turns: tuple[str, ...] = ("",)
-
-    @property
-    def switches(self) -> bool:
-        return len(self.turns) > 1
 
 
 VARIANTS = (
     Variant("greedy, sync", "--fsep-planner greedy"),
     Variant("greedy, async", f"--fsep-planner greedy {_ASYNC}"),
-    Variant("laer lag 2, sync", _LAER),
     Variant("laer lag 2, async", f"{_LAER} {_ASYNC}"),
     Variant("greedy, forecast, sync", "--fsep-planner greedy --fsep-plan-mode forecast"),
     Variant("restored per step, async", f"--fsep-planner greedy --fsep-restore step {_ASYNC}"),
     Variant("two groups, sync", "--fsep-planner greedy", ranks=4),
     Variant("no checkpoints", "--fsep-planner greedy", saves=False),
     Variant("experts at home, async", f"--fsep-planner greedy{HOMES} {_ASYNC}"),
-    Variant("experts at home, sync", f"--fsep-planner greedy{HOMES}"),
     Variant("experts at home, restored per step", f"--fsep-restore step{HOMES}"),
     Variant("experts at home, two groups", f"--fsep-planner greedy{HOMES}", ranks=4),
-    Variant("rows and experts at home in turn", "--fsep-capacity 5", turns=_IN_TURN),
-    Variant("in turn, async", f"--fsep-capacity 5 {_ASYNC}", turns=_IN_TURN),
 )
 
-KINDS = ("KILL one", "KILL all", "TERM one", "TERM all", "STOP one", "KILL saving")
+KINDS = ("KILL one", "KILL all", "TERM one", "TERM all", "KILL saving")
 
 
 @dataclass(frozen=True)
@@ -62,18 +49,15 @@ class Fault:
 
     `kind` names the signal, and `rank` its target if it is one rank. It comes `delay_s` after the
     end of the `step`, counted from 1; 0 is while the ranks start. All ranks of `saving` are killed
-    `delay_s` after the first save from there on began. A stopped rank is continued after
-    `stopped_s`. With `is_awaited`, its ranks wait after this step until it comes. Then `damage` is
-    done to a recording.
+    `delay_s` after the first save from there on began. With `is_awaited`, its ranks wait after this
+    step until it comes.
     """
 
     kind: str
     rank: int
     step: int
     delay_s: float
-    stopped_s: float = 0.0
     is_awaited: bool = False
-    damage: str = ""
 
     def awaited_by(self, rank: int) -> int | None:
         """Return the step after which a rank waits for this fault, counted from 1, if any."""
@@ -83,7 +67,7 @@ class Fault:
     def __str__(self) -> str:
         who = f"{self.kind.split()[0]} {self.rank}" if self.kind.endswith("one") else self.kind
         moment = f"after step {self.step}" if self.step else "while starting"
-        return " ".join(filter(None, (who, moment, f"+{self.delay_s:.2f} s", self.damage)))
+        return f"{who} {moment} +{self.delay_s:.2f} s"
 
 
 @dataclass(frozen=True)
@@ -95,17 +79,13 @@ class Plan:
     faults: tuple[Fault, ...]
     steps: int = STEPS
 
-    def flags(self, data: str, folder: str, turn: int) -> list[str]:
+    def flags(self, data: str, folder: str) -> list[str]:
         saved = f"{folder}/saved"
         saves = f"--save {saved} --load {saved} --save-interval {SAVE_EVERY}"
         handles = "--exit-signal-handler" if self.handles_term else ""
-        # A recording of layouts has one sharding.
-        recorded = [*("trace", "metrics"), *(() if self.variant.switches else ("layouts",))]
-        own = self.variant.turns[turn % len(self.variant.turns)]
         return command_line(
             data,
-            f"{_WAIT} {self.variant.flags}{own} "
-            + " ".join(f"--fsep-record {folder}/recorded {kind}" for kind in recorded)
+            f"{_WAIT} {self.variant.flags} --fsep-record {folder}/recorded trace metrics layouts"
             + (f" {saves} {handles}" if self.variant.saves else ""),
             global_batch=4 * self.variant.ranks,
             steps=self.steps,
@@ -132,6 +112,4 @@ def _fault(draws: random.Random, variant: Variant, step: int) -> Fault:
         step,
         # A start takes seconds, and a step tenths of one.
         draws.uniform(0.0, 0.3 if step else 4.0),
-        draws.uniform(0.1, 3.0),
-        damage=draws.choice(("", *DAMAGES)),
     )

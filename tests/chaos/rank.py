@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+
+from megatron_laer.cpu.ranks import lead_session, share_gloo_device
 
 
 def run(
@@ -27,19 +27,14 @@ def run(
 
     After `last_step`, counted from 1, it waits for a signal. None trains on.
     """
-    os.setsid()
+    lead_session(log)
     # As in a rank that a launcher starts; children of a fork server would ask it for theirs.
     multiprocessing.set_start_method(None, force=True)
-    threading.Thread(target=_end_with_the_starter, daemon=True).start()
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
     from megatron_laer.cpu.rank_imports import ENVIRONMENT, SET_BY_PREPARE
 
     os.environ.update(SET_BY_PREPARE | ENVIRONMENT | environment)
     from megatron.training import training
 
-    from megatron_laer.cpu.ranks import share_gloo_device
     from megatron_laer.cpu.training import train
     from tests.faults.delays import digest
     from tests.faults.injected import current_step
@@ -70,11 +65,3 @@ def _is_told_to_end() -> bool:
 
     handles = get_args().exit_signal_handler
     return handles and get_signal_handler()._signal_received  # type: ignore[no-any-return]
-
-
-def _end_with_the_starter() -> None:
-    """End this rank and all of its session when its parent process ends."""
-    starter = multiprocessing.parent_process()
-    assert starter is not None
-    starter.join()
-    os.killpg(0, signal.SIGKILL)

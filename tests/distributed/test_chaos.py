@@ -66,7 +66,7 @@ def test_random_faults_change_no_digit_and_leave_nothing_behind(
     undisturbed: Callable[[Variant], Path], text_data: str, tmp_path: Path, plan: Plan
 ) -> None:
     expected = undisturbed(plan.variant)
-    outcome = run_job(plan, text_data, tmp_path / "run", expected)
+    outcome = run_job(plan, text_data, tmp_path / "run")
     faults, starts = "; ".join(map(str, plan.faults)), ", ".join(outcome.starts)
     print(f"\n{plan.variant.name} | {faults} | {starts} | cut from {cut_from(outcome.folder)}")
     assert problems(plan, outcome, expected) == []

@@ -30,37 +30,30 @@ SAVE_ALL = 'echo 10 >"$CHECKPOINT/latest_checkpointed_iteration.txt"'
 Submit = Callable[..., Job]
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Return `settings(body, **more)`: a job's variables; `body` replaces torchrun."""
-
-    def make(body: str = "", **more: str) -> dict[str, str]:
-        python = tmp_path / "python"
-        python.write_text(
-            "#!/usr/bin/env bash\n"
-            f'[[ $* == *torch.distributed.run* ]] || exec {shlex.quote(sys.executable)} "$@"\n'
-            # A separate file, since srun mixes long lines of two nodes in the job's log.
-            'printf "%s %s\\n" "$SLURMD_NODENAME" "$*" >>"$0.started"\n'
-            'echo "started: $SLURMD_NODENAME"\n'
-            f"{body}\n"
-        )
-        python.chmod(0o755)
-        return {"PYTHON": str(python), "PYTHONPATH": processes.python_path()} | more
-
-    return make
+def settings(folder: Path, body: str = "", **more: str) -> dict[str, str]:
+    """Return a job's variables; `body` replaces torchrun."""
+    python = folder / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f'[[ $* == *torch.distributed.run* ]] || exec {shlex.quote(sys.executable)} "$@"\n'
+        # A separate file, since srun mixes long lines of two nodes in the job's log.
+        'printf "%s %s\\n" "$SLURMD_NODENAME" "$*" >>"$0.started"\n'
+        'echo "started: $SLURMD_NODENAME"\n'
+        f"{body}\n"
+    )
+    python.chmod(0o755)
+    return {"PYTHON": str(python), "PYTHONPATH": processes.python_path()} | more
 
 
 @pytest.fixture
-def submit(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
-) -> Submit:
+def submit(slurm_cluster: Cluster, tmp_path: Path) -> Submit:
     """Return `submit(options, body, **variables)`: a job of ten steps with a checkpoint folder."""
 
     def job(options: Sequence[str], body: str = "", **variables: str) -> Job:
         own = {"CHECKPOINT": str(tmp_path / "run")} | variables
         return slurm_cluster.submit(
             *(*options, str(SBATCH), str(SCRIPT), "--train-iters", "10"),
-            environment=settings(body, **own),
+            environment=settings(tmp_path, body, **own),
         )
 
     return job
@@ -87,10 +80,10 @@ def value_of(flag: str, words: list[str]) -> str:
 
 @pytest.mark.quick
 def test_every_node_starts_its_ranks_in_the_order_of_slurm_and_meets_on_the_first(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+    slurm_cluster: Cluster, tmp_path: Path
 ) -> None:
     body = 'echo "connections: $CUDA_DEVICE_MAX_CONNECTIONS, $MINE"'
-    variables = settings(body, MINE="7", LOG_DIR=str(tmp_path / "logs"))
+    variables = settings(tmp_path, body, MINE="7", LOG_DIR=str(tmp_path / "logs"))
     # By name, as where Slurm hides the environment.
     named = ",".join(f"{name}={value}" for name, value in variables.items())
     options = *TWO_NODES, "--cpus-per-task=2", f"--export={named}"
@@ -112,12 +105,12 @@ def test_every_node_starts_its_ranks_in_the_order_of_slurm_and_meets_on_the_firs
 
 @pytest.mark.quick
 def test_an_interactive_allocation_has_as_many_ranks_as_it_asked_gpus_for(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+    slurm_cluster: Cluster, tmp_path: Path
 ) -> None:
     printed = slurm_cluster.run(
         *("salloc", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2"),
         *("bash", str(SBATCH), str(SCRIPT)),
-        environment=settings(),
+        environment=settings(tmp_path),
     )
     assert printed.count("started:") == 2, printed
     words_by_node = started(tmp_path)
@@ -125,39 +118,28 @@ def test_an_interactive_allocation_has_as_many_ranks_as_it_asked_gpus_for(
     assert {value_of("--nproc-per-node", words) for words in words_by_node.values()} == {"2"}
 
 
-def test_a_requeued_job_keeps_its_log_and_says_whose_checkpoint_it_goes_on_from(
-    slurm_cluster: Cluster, submit: Submit, tmp_path: Path
-) -> None:
-    body = f"""
-        [[ ${{SLURM_RESTART_COUNT:-0}} == 0 ]] || {{ {SAVE_ALL}; exit; }}
-        echo 4 >"$CHECKPOINT/latest_checkpointed_iteration.txt"
-        echo waiting
-        sleep 600"""
-    job = submit(ONE_NODE, body)
-    job.wait_for_text("waiting")
-    slurm_cluster.run("scontrol", "requeue", str(job.number))
-    job.restart_now()
-    assert job.end() == "COMPLETED", job.log
-    assert job.log.count("started:") == 2
-    assert f"{tmp_path}/run holds step 4 of this job, as it was before restart 1" in job.log
-
-
-def test_without_a_checkpoint_a_job_is_not_requeued(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]]
-) -> None:
-    job = slurm_cluster.submit(
-        *ONE_NODE, str(SBATCH), str(SCRIPT), environment=settings("sleep 600")
-    )
+def test_without_a_checkpoint_a_job_is_not_requeued(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    environment = settings(tmp_path, "sleep 600")
+    job = slurm_cluster.submit(*ONE_NODE, str(SBATCH), str(SCRIPT), environment=environment)
     job.wait_for_text("started:")
     assert "without CHECKPOINT a requeued job would begin at step 0" in job.log
     assert job.field("Requeue") == "0"
     with pytest.raises(RuntimeError, match="disabled"):
         slurm_cluster.run("scontrol", "requeue", str(job.number))
+
+
+def test_a_job_that_is_told_to_end_is_not_started_again(
+    slurm_cluster: Cluster, submit: Submit
+) -> None:
+    job = submit(TWO_NODES, "sleep 600", MAX_RESTARTS="9")
+    job.wait_for_text("started:", 2)
     slurm_cluster.run("scancel", str(job.number))
-    assert job.end() == "CANCELLED"
+    assert job.end() == "CANCELLED", job.log
+    assert job.log.count("started:") == 2
+    assert "it is started again" not in job.log
 
 
-def test_a_job_is_requeued_while_steps_remain_and_no_more_often_than_allowed(
+def test_a_job_is_requeued_with_its_log_while_steps_remain_and_no_more_often_than_allowed(
     submit: Submit, tmp_path: Path
 ) -> None:
     body = (
@@ -169,6 +151,7 @@ def test_a_job_is_requeued_while_steps_remain_and_no_more_often_than_allowed(
         job.restart_now()
     assert job.end() == "COMPLETED", job.log
     assert job.log.count("started:") == 3
+    assert f"{tmp_path}/run holds step 1 of this job, as it was before restart 1" in job.log
     assert "step 3 of 10" in job.log
     assert "not requeued: MAX_REQUEUES=2 is reached" in job.log
     minutes = [
@@ -212,17 +195,6 @@ def test_a_run_that_fails_on_one_node_ends_on_both_and_is_started_again_as_often
     assert len(ports) == 4 and len(set(ports)) == 2
 
 
-def test_a_job_that_is_told_to_end_is_not_started_again(
-    slurm_cluster: Cluster, submit: Submit
-) -> None:
-    job = submit(TWO_NODES, "sleep 600", MAX_RESTARTS="9")
-    job.wait_for_text("started:", 2)
-    slurm_cluster.run("scancel", str(job.number))
-    assert job.end() == "CANCELLED", job.log
-    assert job.log.count("started:") == 2
-    assert "it is started again" not in job.log
-
-
 def test_usr1_to_the_batch_shell_reaches_what_handles_it_and_nothing_else_ends(
     submit: Submit,
 ) -> None:
@@ -264,12 +236,8 @@ def test_a_checkpoint_in_use_is_refused_and_another_jobs_is_named(
     assert "nothing is left to do" in third.log and "started:" not in third.log
 
 
-# The last task of an array has the number of the whole array.
-
-
-def test_a_task_of_an_array_requeues_itself_alone(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
-) -> None:
+def test_a_task_of_an_array_requeues_itself_alone(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """The last task of an array has the number of the whole array."""
     # The second task stops halfway and then waits for the first to end.
     body = """
         step=10; [[ $CHECKPOINT == */1 || $SLURM_RESTART_COUNT == 1 ]] || step=5
@@ -279,7 +247,7 @@ def test_a_task_of_an_array_requeues_itself_alone(
     wrapped = f"CHECKPOINT={own}$SLURM_ARRAY_TASK_ID bash {SBATCH} {SCRIPT} --train-iters 10"
     others, requeued = slurm_cluster.submit_array(
         *("1-2", "--requeue", *ONE_NODE, "--exclusive", f"--wrap={wrapped}"),
-        environment=settings(body),
+        environment=settings(tmp_path, body),
     )
     assert others.end() == "COMPLETED", others.log
     (tmp_path / "ended").touch()

@@ -21,7 +21,6 @@ from megatron_laer.telemetry import log
 from tests import processes
 from tests.checkpoints import saved_iteration
 from tests.distributed.test_slurm import SBATCH, SCRIPT, TWO_NODES
-from tests.parity.row import HOMES
 from tests.slurm import Cluster, Job, kill_node, start_node
 
 pytestmark = pytest.mark.slurm
@@ -97,15 +96,12 @@ def training(make: Make, tmp_path: Path) -> Iterator[Training]:
     training.cluster.cancel_jobs()
 
 
-def train_undisturbed(training: Training, words: str = "") -> Job:
-    job = training.submit(*TWO_NODES, words=words, LOG_DIR=str(training.folder / "logs"))
-    assert job.end() == "COMPLETED", job.log[-6000:]
-    return job
-
-
 @pytest.fixture(scope="module")
 def undisturbed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return train_undisturbed(make(tmp_path_factory.mktemp("undisturbed")))
+    training = make(tmp_path_factory.mktemp("undisturbed"))
+    job = training.submit(*TWO_NODES, LOG_DIR=str(training.folder / "logs"))
+    assert job.end() == "COMPLETED", job.log[-6000:]
+    return job
 
 
 def steps_of(job: Job) -> dict[int, log.Step]:
@@ -125,21 +121,10 @@ def assert_same(job: Job, undisturbed: Job, resumed_at: int, first: int = 1) -> 
             assert step.values[name] == other[name], (number, name)
 
 
-@pytest.mark.parametrize(
-    "sharding",
-    ["", pytest.param(HOMES, marks=pytest.mark.nightly)],
-    ids=["rows", "experts at home"],
-)
 def test_usr1_saves_and_the_requeued_job_goes_on_from_the_step_it_came_in(
-    training: Training,
-    make: Make,
-    undisturbed: Job,
-    tmp_path_factory: pytest.TempPathFactory,
-    sharding: str,
+    training: Training, undisturbed: Job
 ) -> None:
-    if sharding:
-        undisturbed = train_undisturbed(make(tmp_path_factory.mktemp("at_home")), sharding)
-    job = training.submit_held(f"--num-workers 2 {sharding}")
+    job = training.submit_held("--num-workers 2")
     job.signal("USR1")
     job.wait_for_text(f"is at step {HELD_IN} of {STEPS}")
     assert saved_iteration(training.checkpoint) == HELD_IN

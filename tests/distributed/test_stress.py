@@ -10,20 +10,18 @@ Runs 5 seeds each day. The 200 are for a machine with time:
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import torch
 
-from megatron_laer.cpu.ranks import Raised, RankPools
+from megatron_laer.cpu.ranks import RankPools
 from tests.faults.delays import STEPS_PER_SEED, Trace, train_with_delays
 from tests.parity.flags import command_line
 from tests.parity.row import HOMES
-from tests.parity.rows import DIST_OPT, FULL_RECOMPUTE
+from tests.parity.rows import FULL_RECOMPUTE
 
 VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 FORECAST = " --fsep-plan-mode forecast"
@@ -58,33 +56,19 @@ class Case:
 QUICK = "restored per layer"
 CASES = {
     "restored per layer": Case(2, 2, 2, 3, FORECAST),
-    "by nodes, 2 of 2": Case(4, 4, 2, 2, FORECAST + NODES),
-    "tokens by nodes, 2 of 2": Case(4, 4, 2, 2, FORECAST + TOKENS),
     "experts and tokens by nodes, 2 of 2": Case(4, 4, 2, 2, FORECAST + NODES + TOKENS),
     "restored per step, accumulation 4": Case(2, 2, 4, 3, " --fsep-restore step"),
     "pipeline 2 x virtual 2": Case(4, 2, 4, 4, FORECAST + VIRTUAL),
-    "full recompute": Case(2, 2, 2, 3, FORECAST + FULL_RECOMPUTE),
-    "adaptive": Case(2, 2, 2, 3, ADAPTIVE),
     "full recompute, adaptive": Case(2, 2, 2, 3, ADAPTIVE + FULL_RECOMPUTE),
-    "experts at home": Case(4, 2, 2, 3, FORECAST + HOMES + DIST_OPT),
     "experts at home by relay, adaptive": Case(4, 4, 2, 2, ADAPTIVE + HOMES + NODES),
 }
-# Together they have each part of the others.
-DAILY = (
-    QUICK,
-    "experts and tokens by nodes, 2 of 2",
-    "pipeline 2 x virtual 2",
-    "full recompute, adaptive",
-    "experts at home by relay, adaptive",
-)
 WAIT = " --fsep-late-plan wait"
 
 
 def seeds_of_delays() -> Iterator[Any]:
-    """Yield 5 seeds of some cases each day, one in the quick set too, and at night 200 of all."""
-    for case in DAILY:
-        yield pytest.param(case, 5, marks=pytest.mark.quick if case == QUICK else ())
+    """Yield 5 seeds of each case by day, one in the quick set too, and 200 at night."""
     for case in CASES:
+        yield pytest.param(case, 5, marks=pytest.mark.quick if case == QUICK else ())
         yield pytest.param(case, 200, marks=pytest.mark.nightly)
 
 
@@ -132,42 +116,3 @@ def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
     slept = sum(trace.slept for trace in disturbed)
     print(f"\n{case}, wait: {seeds} seeds, {slept} delays, {reordered} seeds reordered completions")
     assert reordered > 0
-
-
-def train_without_waiting(flags: list[str], first_seed: int | None) -> Trace:
-    """Let experts compute with a buffer that a restore is still filling."""
-    from unittest import mock
-
-    from megatron_laer.runtime.comm.streams import ThreadStream
-
-    submit = ThreadStream.submit
-
-    class Unawaited:
-        def __init__(self, out: torch.Tensor) -> None:
-            self._out = out
-
-        def wait(self) -> torch.Tensor:
-            return self._out
-
-    def careless_submit(self: ThreadStream, work: Any, label: Any) -> Any:
-        if label.kind != "restore":
-            return submit(self, work, label)
-        restore: Any = inspect.unwrap(work)  # as submitted, without the observation
-        (steps,) = restore.args
-        out = steps.gi_frame.f_locals["out"]
-        submit(self, work, label)
-        return Unawaited(out)
-
-    with mock.patch.object(ThreadStream, "submit", careless_submit):
-        return train_with_delays(flags, first_seed)
-
-
-def test_a_restore_that_is_not_waited_for_is_found(ranks: RankPools, text_data: str) -> None:
-    """Control: delays reveal a missing wait."""
-    command = CASES["restored per layer"].command(text_data, 10, WAIT)
-    steady = ranks(2).run(train_with_delays, command, None)
-    careless = ranks(2).run_raw(train_without_waiting, command, 0)
-    # Megatron may also find random bits, since its loss must be finite.
-    assert any(isinstance(result, Raised) for result in careless) or differing_steps(
-        careless, steady
-    )

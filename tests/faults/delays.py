@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from megatron_laer.cpu.training import Record, rank_of_environment, train
-from tests.probes import running
+from tests.probes import running, watching
 
 STEPS_PER_SEED = 2
 WATCHDOG_S = 30.0
@@ -149,26 +149,18 @@ def _injected(
 
     from megatron_laer.planner.guard import Guard
     from megatron_laer.planner.service import PlannerService
-    from megatron_laer.runtime import coordinator
     from megatron_laer.runtime.comm.collectives import CountsExchange, TokenSizesExchange
     from megatron_laer.runtime.comm.stages import Stage
     from megatron_laer.runtime.comm.streams import InlineStream, ThreadStream
+    from megatron_laer.runtime.coordinator import Coordinator
     from megatron_laer.runtime.planning import layouts_in_force
 
-    all_to_all, tokens = Stage.all_to_all, _AllToAll.forward
-    start = coordinator.Coordinator.begin_step
-    next_job, decide = PlannerService._next_job, Guard.decide
-    delay = delays.at
-
-    def slow_stage(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The stream's thread, or the caller's without overlap; each stage is a call.
-        delay(f"stage {self.group.group_name}")
-        return all_to_all(self, *args, **kwargs)
+    tokens, next_job = _AllToAll.forward, PlannerService._next_job
 
     def slow_tokens(ctx: Any, *args: Any) -> Any:
         # Dispatch and combine, forward and backward: Megatron's backward applies it again. Each
         # stage of an exchange through nodes has a group with its own delays.
-        delay(f"tokens {args[0].group_name}")
+        delays.at(f"tokens {args[0].group_name}")
         result = tokens(ctx, *args)
         completed("tokens")
         return result
@@ -180,20 +172,12 @@ def _injected(
             delays.at_plan(job[0])
         return job
 
-    def slow_decision(self: Any, *args: Any) -> Any:
-        delay("decision")
-        return decide(self, *args)
+    def slow(site: str) -> Callable[..., None]:
+        return lambda *_, **__: delays.at(site)
 
-    def started(self: Any, step: int, *args: Any) -> Any:
-        begin_step(step)
-        return start(self, step, *args)
-
-    def slow(function: Callable[..., Any], site: str) -> Callable[..., Any]:
-        def delayed(*args: Any) -> Any:
-            delay(site)
-            return function(*args)
-
-        return delayed
+    def slow_stage(stage: Stage, *_: Any, **__: Any) -> None:
+        # The stream's thread, or the caller's without overlap; each stage is a call.
+        delays.at(f"stage {stage.group.group_name}")
 
     def observed(submit: Callable[..., Any]) -> Callable[..., Any]:
         def observed_submit(self: Any, work: Callable[[], Any], label: Any) -> Any:
@@ -207,22 +191,18 @@ def _injected(
 
         return observed_submit
 
-    with contextlib.ExitStack() as stack:
-        for owner, name, replacement in (
+    with (
+        mock.patch.object(_AllToAll, "forward", staticmethod(slow_tokens)),
+        mock.patch.object(PlannerService, "_next_job", slow_job),
+        mock.patch.object(ThreadStream, "submit", observed(ThreadStream.submit)),
+        mock.patch.object(InlineStream, "submit", observed(InlineStream.submit)),
+        watching(
+            (Coordinator, "begin_step", lambda _, step, *__: begin_step(step)),
             (Stage, "all_to_all", slow_stage),
-            (_AllToAll, "forward", staticmethod(slow_tokens)),
-            (PlannerService, "_next_job", slow_job),
-            (Guard, "decide", slow_decision),
-            (coordinator.Coordinator, "begin_step", started),
-            (CountsExchange, "start", slow(CountsExchange.start, "counts")),
-            (TokenSizesExchange, "start", slow(TokenSizesExchange.start, "token sizes")),
-            (
-                layouts_in_force,
-                "broadcast_layouts",
-                slow(layouts_in_force.broadcast_layouts, "layouts"),
-            ),
-            (ThreadStream, "submit", observed(ThreadStream.submit)),
-            (InlineStream, "submit", observed(InlineStream.submit)),
-        ):
-            stack.enter_context(mock.patch.object(owner, name, replacement))
+            (Guard, "decide", slow("decision")),
+            (CountsExchange, "start", slow("counts")),
+            (TokenSizesExchange, "start", slow("token sizes")),
+            (layouts_in_force, "broadcast_layouts", slow("layouts")),
+        ),
+    ):
         yield

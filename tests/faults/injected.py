@@ -6,12 +6,10 @@ Each is a context manager, or a function that a rank runs. The tests check the c
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -20,7 +18,7 @@ import torch
 
 from megatron_laer.cpu.training import Record, rank_of_environment, train
 from tests.faults.delays import digest
-from tests.probes import running
+from tests.probes import running, watching
 
 
 def current_step() -> int:
@@ -127,34 +125,20 @@ def _one_expert(map_TE: torch.Tensor) -> torch.Tensor:
     return routed_TE
 
 
-def _first_half(map_TE: torch.Tensor) -> torch.Tensor:
-    routed_TE = map_TE.clone()
-    routed_TE[:, map_TE.shape[1] // 2 :] = False
-    return routed_TE
-
-
 def _silent_rank(map_TE: torch.Tensor) -> torch.Tensor:
     return map_TE if rank_of_environment() == 0 else torch.zeros_like(map_TE)
 
 
-def _one_token(map_TE: torch.Tensor) -> torch.Tensor:
-    routed_TE = torch.zeros_like(map_TE)
-    routed_TE[0, 3] = rank_of_environment() == 0
-    return routed_TE
-
-
 ROUTINGS: dict[str, Routing] = {
     "every token to one expert": _one_expert,
-    "half of the experts get none": _first_half,
     "a rank sends none": _silent_rank,
-    "one token in all": _one_token,
     "no token at all": torch.zeros_like,
 }
 
 
 @contextlib.contextmanager
-def routed(routing: Callable[[], Routing | None]) -> Iterator[None]:
-    """Replace the router's choice in MoE layers, asked for at every pass; None keeps it."""
+def routed(choose: Routing) -> Iterator[None]:
+    """Replace the choices of the routers of MoE layers."""
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -162,9 +146,6 @@ def routed(routing: Callable[[], Routing | None]) -> Iterator[None]:
 
     def other_route(self: Any, *args: Any, **kwargs: Any) -> Any:
         probs_TE, map_TE = route(self, *args, **kwargs)
-        choose = routing()
-        if choose is None:
-            return probs_TE, map_TE
         routed_TE = choose(map_TE)
         # A token keeps the router's probabilities where it has them, so that gradients flow.
         return (probs_TE + 0.5 * (routed_TE & ~map_TE)) * routed_TE, routed_TE
@@ -183,54 +164,28 @@ def routed(routing: Callable[[], Routing | None]) -> Iterator[None]:
 
 
 def train_with_routing(flags: list[str], name: str) -> Record:
-    with routed(lambda: ROUTINGS[name]):
+    with routed(ROUTINGS[name]):
         return train(flags)
 
 
-@dataclass
-class Received:
-    """Tokens and memory of one rank over a run with bursts; the index is the step.
+def train_with_burst(flags: list[str]) -> list[tuple[int, int]]:
+    """Send all tokens to one expert.
 
-    `tokens` has (received by this rank, routed by all ranks) per microbatch and layer.
-    `tensor_bytes` counts each storage once; `rss_bytes` is the process's resident memory.
+    Return the numbers (received by this rank, routed by all ranks) per microbatch and layer.
     """
-
-    tokens: list[tuple[int, int]] = field(default_factory=list)
-    tensor_bytes: list[int] = field(default_factory=list)
-    rss_bytes: list[int] = field(default_factory=list)
-
-
-def train_with_bursts(flags: list[str], every: int, look_every: int) -> Received:
-    """Send all tokens to one expert in every `every`-th step; measure every `look_every`-th."""
     from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
 
-    received, preprocess, steps = Received(), SlotTokenDispatcher.preprocess, 0
+    received = []
 
-    def counted(self: Any, routing_map: torch.Tensor) -> Any:
-        plan = self._current.plan
-        mine = int(plan.quotas.columns_NC.sum())
+    def count(dispatcher: Any, _map_TE: torch.Tensor) -> None:
+        mine = int(dispatcher._current.plan.quotas.columns_NC.sum())
         total = torch.tensor([mine])
-        torch.distributed.all_reduce(total, group=self.ep_group)
-        received.tokens.append((mine, int(total)))
-        return preprocess(self, routing_map)
+        torch.distributed.all_reduce(total, group=dispatcher.ep_group)
+        received.append((mine, int(total)))
 
-    def look(_model: object) -> None:
-        nonlocal steps
-        steps += 1
-        if steps % look_every == 0:
-            gc.collect()
-            found = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
-            storages = {item.untyped_storage().data_ptr(): item for item in found}
-            received.tensor_bytes.append(
-                sum(item.untyped_storage().nbytes() for item in storages.values())
-            )
-            received.rss_bytes.append(psutil.Process().memory_info().rss)
-
-    def burst() -> Routing | None:
-        return _one_expert if every and current_step() % every == 0 else None
-
-    with routed(burst), mock.patch.object(SlotTokenDispatcher, "preprocess", counted):
-        train(flags, look)
+    one_expert = ROUTINGS["every token to one expert"]
+    with routed(one_expert), watching((SlotTokenDispatcher, "preprocess", count)):
+        train(flags)
     return received
 
 
