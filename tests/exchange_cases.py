@@ -45,11 +45,10 @@ class Case:
     seed: int
 
     @classmethod
-    def draw(cls, seed: int, ranks: tuple[int, int] | None = None) -> Case:
-        """Draw a case, of these ranks per group and node if given."""
+    def draw(cls, seed: int) -> Case:
         rng = np.random.default_rng(seed)
         node_size, nodes = int(rng.integers(1, 5)), int(rng.integers(1, 5))
-        num_ranks, node_size = ranks or (node_size * nodes, node_size)
+        num_ranks = node_size * nodes
         at_home = num_ranks > 1 and rng.random() < 0.5
         home, least = (int(rng.integers(1, 4)), 1) if at_home else (0, 0)
         experts = home * num_ranks or int(rng.integers(1, 3 * num_ranks + 1))

@@ -5,7 +5,7 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from megatron_laer.cpu.ranks import Raised, RankPools
-from megatron_laer.cpu.training import initial_weights, train
+from megatron_laer.cpu.training import initial_weights
 from megatron_laer.cpu.weights import Tensors
 from megatron_laer.planner.homes_file import read_homes, write_homes
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layout_recording import read_layouts
 from tests.checkpoints import assert_equal
-from tests.parity.flags import command_line
+from tests.distributed.conftest import BIASED, Trainings, train_grouped
 from tests.parity.replay import train_row
 from tests.parity.row import REPLICAS_PAY
 from tests.parity.rows import DIST_OPT, REPLAY
@@ -28,10 +28,6 @@ from tests.parity.rows import DIST_OPT, REPLAY
 AT_HOME = " --expert-parallel-mode fsep --fsep-sharding experts"
 STATIC = AT_HOME + " --fsep-planner static"
 RESHARDABLE = DIST_OPT + " --dist-ckpt-optim-fully-reshardable --ckpt-format torch_dist"
-
-
-def command(data: str, extra: str, steps: int = 3, ranks: int = 2) -> list[str]:
-    return command_line(data, extra, expert_parallel=ranks, global_batch=8, steps=steps)
 
 
 def homes(folder: Path, seed: int, ranks: int = 2, experts: int = 8) -> str:
@@ -48,9 +44,9 @@ def moved_to(expert_E: list[int]) -> list[tuple[float, float]]:
     from megatron_laer.layer.experts.home_moves import move_home
     from megatron_laer.planner.home_order import HomeOrder
     from megatron_laer.runtime.weights.layer import Homes
-    from tests.distributed.test_exchange import gloo_groups
     from tests.doubles.fp8_experts import Recipe
     from tests.doubles.fp8_parameters import keep_in_fp8
+    from tests.token_exchange import gloo_groups
 
     config = SimpleNamespace(fp8="e4m3", fp8_recipe="tensorwise")
     with gloo_groups(2) as groups:
@@ -80,18 +76,14 @@ def test_master_weights_of_fp8_parameters_move_as_well(ranks: RankPools) -> None
 PLANNED = AT_HOME + f" --fsep-late-plan wait --fsep-set cluster={REPLICAS_PAY}"
 
 
-def test_training_goes_on_where_homes_moved(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
+def test_training_goes_on_where_homes_moved(trained: Trainings, tmp_path: Path) -> None:
     """Two experts of a token commute in its sum, so without replicas only sums of norms differ."""
-    flags = STATIC + RESHARDABLE + " --override-opt_param-scheduler"
+    flags = RESHARDABLE + " --override-opt_param-scheduler"
     saved = tmp_path / "saved"
-    here, there = homes(tmp_path, 6), homes(tmp_path, 7)
-    first = flags + here + f" --save {saved} --save-interval 3"
-    ranks(2).run(train, command(text_data, first, steps=3))
+    here, there = STATIC + homes(tmp_path, 6), STATIC + homes(tmp_path, 7)
+    trained(f"{flags}{here} --save {saved} --save-interval 3")
     stayed, moved, stock = (
-        ranks(2).run(train, command(text_data, f"{mode} --load {saved}", steps=6))[0]
-        for mode in (flags + here, flags + there, RESHARDABLE + " --override-opt_param-scheduler")
+        trained(f"{flags}{mode} --load {saved}", steps=6) for mode in (here, there, "")
     )
     assert len(stock.losses) == 3
     for other in (stayed, moved):
@@ -101,30 +93,27 @@ def test_training_goes_on_where_homes_moved(
 
 
 def test_optimizer_buffers_are_read_with_the_same_homes_alone(
-    ranks: RankPools, text_data: str, tmp_path: Path
+    trained: Trainings, tmp_path: Path
 ) -> None:
     saved = tmp_path / "saved"
     flags = DIST_OPT + " --ckpt-format torch_dist --override-opt_param-scheduler"
     first = STATIC + flags + homes(tmp_path, 8)
-    ranks(2).run(train, command(text_data, f"{first} --save {saved} --save-interval 2", steps=2))
+    trained(f"{first} --save {saved} --save-interval 2", steps=2)
     for mode, said in (
         (STATIC + homes(tmp_path, 9), "or other --fsep-homes"),
         (STATIC, "or other --fsep-homes"),
         ("", ".fsep-homes-"),
     ):
-        again = mode + flags + f" --load {saved}"
-        for result in ranks(2).run_raw(train, command(text_data, again, steps=4)):
+        for result in trained.ends(f"{mode}{flags} --load {saved}", steps=4):
             assert isinstance(result, Raised) and said in result.traceback
 
 
 def test_layers_without_homes_beyond_the_decoder_are_refused_on_every_rank(
-    ranks: RankPools, text_data: str, tmp_path: Path
+    trained: Trainings, tmp_path: Path
 ) -> None:
     """Layers of the decoder are judged with the arguments."""
     given = homes(tmp_path, 10)
-    flags = STATIC + given + " --mtp-num-layers 1"
-    for result in ranks(2).run_raw(train, command(text_data, flags)):
-        assert isinstance(result, Raised)
+    for result in trained.ends(STATIC + given + " --mtp-num-layers 1"):
         assert f"--fsep-homes '{given.split()[1]}': has no homes for mtp" in result.message
 
 
@@ -136,20 +125,14 @@ def misses(_: list[torch.nn.Module]) -> int:
     return coordinator.pass_layouts.misses
 
 
-def test_announced_choices_are_known_by_home(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
+def test_announced_choices_are_known_by_home(trained: Trainings, tmp_path: Path) -> None:
     flags = f"{AT_HOME} --fsep-set cluster={REPLICAS_PAY}{REPLAY} --fsep-plan-mode announced"
-    command_ = command(text_data, flags + homes(tmp_path, 12))
-    assert ranks(2).run(train_row, command_, misses)[0].probes == [0, 0, 0]
+    assert trained(flags + homes(tmp_path, 12), misses, by=train_row).probes == [0, 0, 0]
 
 
-def test_layouts_are_recorded_with_experts_numbers(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
+def test_layouts_are_recorded_with_experts_numbers(trained: Trainings, tmp_path: Path) -> None:
     folder, here = tmp_path / "recorded", homes(tmp_path, 13)
-    record = PLANNED + here + f" --fsep-record {folder} layouts"
-    ranks(2).run(train, command(text_data, record, steps=5))
+    trained(f"{PLANNED}{here} --fsep-record {folder} layouts", steps=5)
     _, layouts = [*read_layouts(folder / "group-0.layouts")][-1]
     orders = read_homes(Path(here.split()[1])).by_layer.values()
     for layout, home in zip(layouts, orders, strict=True):
@@ -157,26 +140,22 @@ def test_layouts_are_recorded_with_experts_numbers(
         assert [expert for of_rank in at_home for expert in of_rank] == home.expert_E.tolist()
 
 
-BIAS = "--disable-bias-linear"
+def initial_weights_of_grouped(flags: list[str]) -> Tensors:
+    found: Tensors = train_grouped(flags, by=initial_weights)
+    return found
 
 
-def initial_of_kind(flags: list[str], grouped: bool) -> Tensors:
-    from tests.grouped_experts import grouped as grouped_experts
-
-    with grouped_experts() if grouped else contextlib.nullcontext():
-        return initial_weights(flags)
-
-
-@pytest.mark.parametrize("grouped", [False, True], ids=["sequence", "grouped"])
+@pytest.mark.parametrize(
+    "by", [initial_weights, initial_weights_of_grouped], ids=["sequence", "grouped"]
+)
 def test_experts_with_biases_go_home_as_they_are_made_and_as_they_are_loaded(
-    ranks: RankPools, text_data: str, tmp_path: Path, grouped: bool
+    trained: Trainings, tmp_path: Path, by: Callable[..., Tensors]
 ) -> None:
     saved = " --ckpt-format torch_dist --save {0} --save-interval 1"
     loaded = " --ckpt-format torch_dist --load {0} --finetune --no-load-optim --no-load-rng"
 
     def weights(mode: str, extra: str = "") -> Tensors:
-        flags = command_line(text_data, mode + extra, global_batch=8, steps=1, without=BIAS)
-        found: Tensors = ranks(2).run(initial_of_kind, flags, grouped)[0]
+        found: Tensors = trained(mode + extra, by=by, **BIASED)
         assert any("linear_fc1_bias" in name or "fc1.bias" in name for name in found)
         return found
 
@@ -184,7 +163,7 @@ def test_experts_with_biases_go_home_as_they_are_made_and_as_they_are_loaded(
     one, two = tmp_path / "one", tmp_path / "two"
     drawn = weights(here, saved.format(one))
     assert_equal(drawn, weights(""))
-    trained = weights("", loaded.format(one) + saved.format(two))
-    assert not all(torch.equal(trained[name], drawn[name]) for name in drawn)
-    assert_equal(weights(there, loaded.format(one)), trained)
+    learned = weights("", loaded.format(one) + saved.format(two))
+    assert not all(torch.equal(learned[name], drawn[name]) for name in drawn)
+    assert_equal(weights(there, loaded.format(one)), learned)
     assert_equal(weights(here, loaded.format(two)), weights("", loaded.format(two)))
