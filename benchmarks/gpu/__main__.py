@@ -89,11 +89,7 @@ _TASKS = (
     # Each of its tests starts ranks of its own, so it takes more time than all others.
     Task(
         *("modes", "benchmarks.gpu.card_tests", 4, 2),
-        arguments=(
-            "tests/gpu/test_training.py",
-            "tests/gpu/test_fp8_experts.py",
-            "tests/gpu/test_flex.py",
-        ),
+        arguments=("tests/gpu/test_training.py", "tests/gpu/test_fp8_experts.py"),
     ),
 )
 PARTS = tuple(dict.fromkeys(task.name for task in _TASKS))

@@ -1,111 +1,130 @@
-"""Modes that `--fsep-allow-unproven` names, in Megatron's loop with Transformer Engine's layers.
+"""Modes that need a card, in Megatron's loop: each trains as the plain run that it should equal.
 
-These tests have not been run yet.
+Those that `--fsep-allow-unproven` names have Transformer Engine's layers. The flex dispatcher has
+the true buffers of DeepEP and HybridEP, on two ranks that reach each other's memory. These tests
+have not been run yet.
 """
 
 from __future__ import annotations
 
+from itertools import product
+from typing import NamedTuple
+
 import pytest
 import torch
 
-from megatron_laer.layer.experts.gemm import gemm_names, slot_gemm
-from tests.gpu.two_ranks import RECOMPUTE, Train, trainer
-from tests.slot_gemm import COLUMNS, ROWS, SPLITS, check_back_end, check_weight_grad
+from megatron_laer.device import CPU_FLAGS
+from tests.gpu.two_ranks import Train, cannot_compute, trainer
 
-WARMUP = 3
 # The first layer is dense.
-MODEL = (
+TE_MODEL = (
     "--transformer-impl transformer_engine --num-layers 3 --moe-layer-freq ([0]*1+[1]*2)"
     " --moe-ffn-hidden-size 512 --no-gradient-accumulation-fusion --no-rope-fusion"
 )
+LOCAL_MODEL = f"--moe-router-dtype fp32 --fsep-capacity 6 {' '.join(CPU_FLAGS[2:])}"  # but gloo
+RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
+OVERLAP = " --moe-shared-expert-overlap"
+FLEX = " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend "
 HOMES = " --fsep-sharding experts --fsep-set restore_algorithm="
-GRAPHS = (
-    " --fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine"
-    f" --cuda-graph-warmup-steps {WARMUP} --cuda-graph-modules "
-)
-FP8 = " --fsep-allow-unproven dense-fp8 --fp8-format hybrid --fp8-recipe "
-BOTH = " --fsep-allow-unproven te-graphs dense-fp8"  # of several, the last one counts
+GRAPHS = " --cuda-graph-impl transformer_engine --cuda-graph-warmup-steps 3 --cuda-graph-modules "
+FP8 = " --fp8-format {} --fp8-recipe {}"
+KEPT_IN_FP8 = " --use-distributed-optimizer --fp8-param-gather"
+RECIPES = [("hybrid", "tensorwise"), ("e4m3", "tensorwise"), ("e4m3", "blockwise")]
+RECIPES += [("e4m3", "mxfp8"), ("hybrid", "mxfp8")]
 
 
-@pytest.fixture(autouse=True)
-def needs_transformer_engine() -> None:
-    """Import it here, since every session collects this file."""
-    pytest.importorskip("transformer_engine.pytorch")
+class Run(NamedTuple):
+    """Flags of a run, and those of the plain run whose losses it has but for `within`.
+
+    Attributes:
+        allowed: words of `--fsep-allow-unproven`, which the run warns of.
+        recipe: of fp8, which must have an effect.
+        says: a text of its output.
+    """
+
+    flags: str
+    like: str = ""
+    within: float = 5e-3
+    allowed: tuple[str, ...] = ()
+    recipe: str = ""
+    says: str = ""
+    model: str = TE_MODEL
+
+
+def graphed(modules: str, like: str = "") -> Run:
+    says = "Time spent in CUDA Graphs capture"
+    return Run(like + GRAPHS + modules, like, allowed=("te-graphs",), says=says)
+
+
+def dense_fp8(recipe: str, like: str) -> Run:
+    flags = like + FP8.format("hybrid", recipe)
+    return Run(flags, like, 5e-2, ("dense-fp8",), recipe)
+
+
+def experts_in_fp8(fp8_format: str, recipe: str, algorithm: str, extra: str) -> Run:
+    homes = HOMES + algorithm + extra
+    flags = homes + FP8.format(fp8_format, recipe)
+    if recipe == "mxfp8" and KEPT_IN_FP8 in extra:
+        flags += " --reuse-grad-buf-for-mxfp8-param-ag"
+    # Megatron takes parameters in fp8 with fp8 alone.
+    like = homes.replace(" --fp8-param-gather", "")
+    return Run(flags, like, 5e-2, ("fp8-experts",), recipe)
+
+
+RUNS = [
+    *(graphed(modules) for modules in ("attn", "moe_router", "attn moe_router mlp")),
+    graphed("attn", RECOMPUTE),
+    *(
+        Run(HOMES + algorithm + gemm, f" --expert-parallel-mode standard{gemm}")
+        for algorithm, gemm in product(("flat", "node"), ("", " --moe-grouped-gemm"))
+    ),
+    *(
+        dense_fp8(recipe, like)
+        for recipe, like in product(
+            ("delayed", "tensorwise", "blockwise", "mxfp8"), ("", RECOMPUTE)
+        )
+    ),
+    graphed("attn moe_router")._replace(
+        flags=GRAPHS + "attn moe_router" + FP8.format("hybrid", "tensorwise"),
+        within=5e-2,
+        allowed=("te-graphs", "dense-fp8"),
+        recipe="tensorwise",
+    ),
+    *(
+        experts_in_fp8(*recipe, algorithm, extra)
+        for recipe, algorithm, extra in product(
+            RECIPES, ("flat", "node --fsep-node-size 1"), ("", RECOMPUTE, KEPT_IN_FP8)
+        )
+    ),
+    *(
+        Run(like + FLEX + backend, like, model=LOCAL_MODEL)
+        for backend, like in product(("deepep", "hybridep"), ("", RECOMPUTE, OVERLAP))
+    ),
+]
 
 
 @pytest.fixture(scope="module")
 def train(text_data: str) -> Train:
-    return trainer(text_data, MODEL)
+    return trainer(text_data)
 
 
-@pytest.mark.parametrize(
-    ("modules", "extra"),
-    [("attn", ""), ("attn", RECOMPUTE), ("moe_router", ""), ("attn moe_router mlp", "")],
-)
-def test_graphs_change_losses_by_rounding_at_most(modules: str, extra: str, train: Train) -> None:
-    plain, _ = train(extra)
-    graphed, output = train(extra + GRAPHS + modules)
-    assert "Time spent in CUDA Graphs capture" in output
-    assert "--fsep-allow-unproven te-graphs: nobody has run" in output
-    assert graphed == pytest.approx(plain, rel=5e-3)
-    assert graphed[-1] < 0.9 * graphed[0]
-
-
-@pytest.mark.parametrize("gemm", ["", " --moe-grouped-gemm"], ids=["sequential", "grouped"])
-@pytest.mark.parametrize("algorithm", ["flat", "node"])
-def test_experts_at_home_train_as_stock_does(algorithm: str, gemm: str, train: Train) -> None:
-    stock, _ = train(f" --expert-parallel-mode standard{gemm}")
-    at_home, _ = train(HOMES + algorithm + gemm)
-    assert at_home == pytest.approx(stock, rel=5e-3)
-    assert at_home[-1] < 0.9 * at_home[0]
-
-
-def cannot_compute(recipe: str) -> str | None:
-    """Return the reason why this card cannot compute in fp8 by this recipe; None if it can."""
-    from transformer_engine.pytorch import fp8
-
-    asked = {
-        "delayed": fp8.check_fp8_support,
-        "tensorwise": fp8.check_fp8_support,
-        "blockwise": fp8.check_fp8_block_scaling_support,
-        "mxfp8": fp8.check_mxfp8_support,
-    }
-    can, why = asked[recipe]()
-    return None if can else why
-
-
-@pytest.mark.parametrize("extra", ["", RECOMPUTE], ids=["plain", "recompute"])
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
-def test_fp8_of_dense_layers_trains_as_bf16_does(recipe: str, extra: str, train: Train) -> None:
-    if why := cannot_compute(recipe):
+@pytest.mark.parametrize("run", [pytest.param(run, id=run.flags.strip()) for run in RUNS])
+def test_a_run_trains_as_its_plain_one(run: Run, train: Train) -> None:
+    if FLEX in run.flags:
+        deep_ep = pytest.importorskip("deep_ep")
+        if torch.cuda.device_count() < 2:
+            pytest.skip("a rank needs a card of its own")
+        if "hybridep" in run.flags and not hasattr(deep_ep, "HybridEPBuffer"):
+            pytest.skip("this deep_ep has no HybridEP; its branch hybrid-ep has")
+    else:
+        pytest.importorskip("transformer_engine.pytorch")
+    if run.recipe and (why := cannot_compute(run.recipe)):
         pytest.skip(why)
-    plain, _ = train(extra)
-    losses, output = train(extra + FP8 + recipe)
-    assert "--fsep-allow-unproven dense-fp8: nobody has run" in output
-    assert losses != plain, "fp8 had no effect"
-    assert losses == pytest.approx(plain, rel=5e-2)
+    allow = f" --fsep-allow-unproven {' '.join(run.allowed)}" if run.allowed else ""
+    plain, _ = train(run.model + run.like)
+    losses, output = train(run.model + run.flags + allow)
+    assert run.says in output
+    assert all(f"--fsep-allow-unproven {word}: nobody has run" in output for word in run.allowed)
+    assert losses != plain or not run.recipe, "fp8 had no effect"
+    assert losses == pytest.approx(plain, rel=run.within)
     assert losses[-1] < 0.9 * losses[0]
-
-
-def test_fp8_and_graphs_train_together(train: Train) -> None:
-    if why := cannot_compute("tensorwise"):
-        pytest.skip(why)
-    losses, output = train(GRAPHS + "attn moe_router" + FP8 + "tensorwise" + BOTH)
-    assert "Time spent in CUDA Graphs capture" in output
-    assert losses == pytest.approx(train("")[0], rel=5e-2)
-
-
-@pytest.mark.parametrize("name", gemm_names())
-def test_fp8_does_not_reach_the_products_of_experts(name: str) -> None:
-    from transformer_engine.pytorch import fp8_autocast
-
-    if why := cannot_compute("delayed"):
-        pytest.skip(why)
-    device, gemm = torch.device("cuda"), slot_gemm(name)
-    if (problem := gemm.problem(device, torch.bfloat16, (ROWS, COLUMNS))) is not None:
-        pytest.skip(f"{name}: {problem}")
-    for tokens_C in SPLITS.values():
-        with fp8_autocast(enabled=True):
-            check_back_end(gemm, torch.bfloat16, device, tokens_C)
-            for out_dtype in (torch.bfloat16, torch.float32):
-                check_weight_grad(gemm, torch.bfloat16, out_dtype, device, tokens_C)

@@ -32,21 +32,33 @@ _FLAGS = f"""
     --micro-batch-size 2 --global-batch-size 8 --train-iters {_STEPS} --num-workers 0
     --log-interval 1 --eval-iters 0 --eval-interval 1000 --logging-level 20
 """.split()
-RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
-
 Train = Callable[[str], tuple[list[float], str]]
 
 
-def trainer(data: str, model: str) -> Train:
-    """Return `train(flags)`: the losses of this model's run, each made once, and its output."""
+def trainer(data: str) -> Train:
+    """Return `train(flags)`: the losses of a run, each made once, and its output."""
     found: dict[str, tuple[list[float], str]] = {}
 
     def train(extra: str) -> tuple[list[float], str]:
         if extra not in found:
-            found[extra] = _run(["--data-path", data, *model.split(), *extra.split()])
+            found[extra] = _run(["--data-path", data, *extra.split()])
         return found[extra]
 
     return train
+
+
+def cannot_compute(recipe: str) -> str | None:
+    """Return the reason why this card cannot compute in fp8 by this recipe; None if it can."""
+    from transformer_engine.pytorch import fp8
+
+    asked = {
+        "delayed": fp8.check_fp8_support,
+        "tensorwise": fp8.check_fp8_support,
+        "blockwise": fp8.check_fp8_block_scaling_support,
+        "mxfp8": fp8.check_mxfp8_support,
+    }
+    can, why = asked[recipe]()
+    return None if can else why
 
 
 def _run(flags: list[str]) -> tuple[list[float], str]:
