@@ -8,7 +8,8 @@ Legend: C router calls in a run's order (step, microbatch, layer), T tokens, E e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -17,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_laer.cpu.training import Adapt, Record, rank_of_environment
+from megatron_laer.cpu.training import rank_of_environment
 from tests import te_graphs
-from tests.parity.replay import train_row
 
 Chosen = npt.NDArray[np.int16]
 
@@ -77,6 +77,12 @@ class _TopK:
         used_TK = self.choose(scores, own_TK)
         return values if used_TK is own_TK else scores.gather(1, used_TK), used_TK
 
+    @property
+    def decisions(self) -> Decisions:
+        if not self.chosen:
+            return Decisions(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.int16))
+        return Decisions(np.stack(self.scores), np.stack(self.chosen))
+
     def choose(self, scores_TE: torch.Tensor, own_TK: torch.Tensor) -> torch.Tensor:
         if te_graphs.makes.get():  # of samples, which stock does not route
             return own_TK
@@ -91,13 +97,9 @@ class _TopK:
         return torch.where(differ_T[:, None], given_TK, own_TK)
 
 
-def train_choosing(
-    flags: list[str],
-    given: list[Chosen] | None = None,
-    adapt: Adapt | None = None,
-    gradients: bool = True,
-) -> tuple[Record, Decisions]:
-    """Train with all ranks' given choices, if any; return record and decisions. Collective."""
+@contextlib.contextmanager
+def choices(given: list[Chosen] | None = None) -> Iterator[_TopK]:
+    """Note the routers' choices inside the block, which follow all ranks' given ones, if any."""
     from megatron.core.transformer.moe import router
     from megatron.training import get_args
 
@@ -123,7 +125,4 @@ def train_choosing(
         mock.patch.object(router, "sinkhorn", observed_sinkhorn),
         mock.patch.object(router, "qb_dual_update", observed_quantiles),
     ):
-        record = train_row(flags, None, adapt, gradients)
-    if not top_k.chosen:
-        return record, Decisions(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.int16))
-    return record, Decisions(np.stack(top_k.scores), np.stack(top_k.chosen))
+        yield top_k

@@ -114,7 +114,7 @@ class Made:
             weights={"weight": torch.ones(1)},
         )
         scores_CTE = np.array([[[3.0, 2.0, 1.0]]], np.float32)
-        return [Outcome(record, Decisions(scores_CTE, np.array([[[0, 1]]], np.int16)), 0.5)]
+        return [Outcome(record, Decisions(scores_CTE, np.array([[[0, 1]]], np.int16)))]
 
 
 def case_with(*names: str, but: tuple[str, ...] = ()) -> Case:
@@ -157,6 +157,4 @@ def test_a_verdict_follows_from_distances(case: Case, made: Made, verdict: Verdi
     judgement = judge(case, made, "text")  # type: ignore[arg-type]
     assert judgement.verdict is verdict
     assert verdict.is_fault == (verdict in (Verdict.BEYOND, Verdict.FAILED))
-    failed = {Verdict.FAILED: 1, Verdict.SKIPPED: 1}.get(verdict, int(made.floor is None))
-    assert judgement.processor_s == 0.5 * (made.runs - failed)
     assert "\n" not in judgement.message

@@ -10,7 +10,7 @@ rounding larger or smaller. No bound is ever widened.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
@@ -49,7 +49,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Case with its verdict, its processor time on all ranks, and FSEP's distance from stock.
+    """Case with its verdict, and FSEP's distance from stock.
 
     The floor is at least a rounding of fp32. `explained` is the distance of another run that is
     within the bound, if one was needed; `near_ties` are those of the run with stock's choices.
@@ -62,7 +62,6 @@ class Judgement:
     explained: Distance | None = None
     near_ties: str = ""
     message: str = ""
-    processor_s: float = 0.0
 
     def __str__(self) -> str:
         parts = [f"{self.case.seed}: {self.verdict}", ", ".join(self.case.features)]
@@ -70,7 +69,6 @@ class Judgement:
             if (found := getattr(self, name)) is not None:
                 parts.append(f"{name} {found}")
         parts += [text for text in (self.near_ties, self.message) if text]
-        parts.append(f"{self.processor_s:.1f} s of processor")
         if self.verdict.is_fault:
             parts.append(f"again: python -m tests.parity.random --only {self.case.seed}")
         return " | ".join(parts)
@@ -84,7 +82,6 @@ class _RunFailed(Exception):
 class _Runs:
     case: Case
     ranks: RankPools
-    processor_s: float = 0.0
 
     def train(
         self,
@@ -109,7 +106,6 @@ class _Runs:
             # Others lose the connection to the rank that raised first.
             told = [item for item in raised if "gloo" not in item.message] or raised
             raise _RunFailed(f"{told[0].type_name}: {told[0].message}")
-        self.processor_s += sum(result.processor_s for result in results)
         return results
 
 
@@ -120,10 +116,9 @@ def judge(case: Case, ranks: RankPools, data: str) -> Judgement:
     except _RunFailed as error:
         return Judgement(case, Verdict.SKIPPED, message=_one_line(error))
     try:
-        judgement = _compare(runs, reference, data)
+        return _compare(runs, reference, data)
     except _RunFailed as error:
-        judgement = Judgement(case, Verdict.FAILED, message=_one_line(error))
-    return replace(judgement, processor_s=runs.processor_s)
+        return Judgement(case, Verdict.FAILED, message=_one_line(error))
 
 
 def _compare(runs: _Runs, reference: list[Outcome], data: str) -> Judgement:

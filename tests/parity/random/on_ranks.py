@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from unittest import mock
 
 from megatron_laer.cpu import weights
 from megatron_laer.cpu.training import Adapt, Record
-from tests.parity.decisions import Chosen, Decisions, train_choosing
+from tests.parity.decisions import Chosen, Decisions, choices
 from tests.parity.exact_sums import exact_sums
 from tests.parity.replay import train_row
 
@@ -20,7 +19,6 @@ from tests.parity.replay import train_row
 class Outcome:
     record: Record
     decisions: Decisions | None
-    processor_s: float
 
 
 def train_case(
@@ -37,15 +35,14 @@ def train_case(
     `given` are each rank's choices to follow; `exact` keeps partial sums of tokens across ranks in
     fp32; `nudge` is the relative change of all weights at the start.
     """
-    begin_s = time.process_time()
-    decisions = None
     nothing = contextlib.nullcontext()
-    with exact_sums() if exact else nothing, _nudged(nudge) if nudge else nothing:
-        if chooses:
-            record, decisions = train_choosing(flags, given, adapt, gradients)
-        else:
-            record = train_row(flags, None, adapt, gradients)
-    return Outcome(record, decisions, time.process_time() - begin_s)
+    with (
+        exact_sums() if exact else nothing,
+        _nudged(nudge) if nudge else nothing,
+        choices(given) if chooses else nothing as observed,
+    ):
+        record = train_row(flags, None, adapt, gradients)
+    return Outcome(record, None if observed is None else observed.decisions)
 
 
 @contextlib.contextmanager
