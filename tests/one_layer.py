@@ -1,4 +1,4 @@
-"""One FSEP layer, on one rank alone or on all ranks of a pool, for runs on one GPU or none.
+"""One FSEP layer, or several, on one rank alone or on all of a pool, for a GPU or none.
 
 Command lines refuse a single rank, since no other rank shares the experts. A layer built by itself
 runs all its code.
@@ -46,9 +46,36 @@ nodes need another wait, for sizes, and another upload behind it. In backward th
 """
 
 
+class _Chunk(torch.nn.Module):
+    """Layers one after the other, whose restores run ahead; perhaps the last one twice."""
+
+    def __init__(self, layers: list[torch.nn.Module], *, repeats: bool) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+        self._passed = [*layers, layers[-1]] if repeats else layers
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+        for layer in self._passed:
+            hidden = torch.tanh(layer(hidden)[0])
+        return hidden, None
+
+
 @contextlib.contextmanager
-def one_layer(backend: str, model: str, token_exchange: str = "rank", **more: Any) -> Iterator[Any]:
-    """Build a layer in Megatron's data-parallel wrapper; `more` are fields of `FSEPConfig`."""
+def one_layer(
+    backend: str,
+    model: str,
+    token_exchange: str = "rank",
+    *,
+    layers: int = 1,
+    repeats: bool = False,
+    **more: Any,
+) -> Iterator[Any]:
+    """Build a layer in Megatron's data-parallel wrapper; `more` are fields of `FSEPConfig`.
+
+    Args:
+        layers: of them; 0 for one outside of the wrapper, whose gradients autograd keeps.
+        repeats: whether the last one is passed twice, as in multi-token prediction.
+    """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -67,7 +94,7 @@ def one_layer(backend: str, model: str, token_exchange: str = "rank", **more: An
         parallel_state.initialize_model_parallel(expert_model_parallel_size=size)
         model_parallel_cuda_manual_seed(1)
         config = TransformerConfig(
-            num_layers=1,
+            num_layers=layers or 1,
             hidden_size=HIDDEN,
             num_attention_heads=1,
             num_moe_experts=EXPERTS,
@@ -80,11 +107,20 @@ def one_layer(backend: str, model: str, token_exchange: str = "rank", **more: An
             expert_model_parallel_size=size,
             expert_tensor_parallel_size=1,
             params_dtype=torch.float32,
+            mtp_num_layers=2 if repeats else None,
+            mtp_use_repeated_layer=repeats,
             **MODELS[model],
         )
         spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
-        layer = build_module(spec, config=config, layer_number=1).mlp.cuda()
-        yield DistributedDataParallel(config, DistributedDataParallelConfig(), layer)
+        numbers = range(1, config.num_layers + 1)
+        of_mtp = [repeats and number == layers for number in numbers]
+        parts = [
+            build_module(spec, config=config, layer_number=number, is_mtp_layer=is_mtp).mlp.cuda()
+            for number, is_mtp in zip(numbers, of_mtp, strict=True)
+        ]
+        chunk = parts[0] if len(parts) == 1 else _Chunk(parts, repeats=repeats)
+        ddp_config = DistributedDataParallelConfig()
+        yield DistributedDataParallel(config, ddp_config, chunk) if layers else chunk
     finally:
         megatron_laer.disable()
         parallel_state.destroy_model_parallel()

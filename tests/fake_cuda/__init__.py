@@ -9,6 +9,8 @@
 * `streams`: streams and events, whose orders a checker of races gets.
 * `kernels`: Triton's kernels, interpreted.
 
+`layers` trains on it, and `faults.txt` has faults that it must report.
+
 Values are true, so a run's losses are those of the CPU. Results of CUDA's kernels, NCCL and the
 allocator are not seen.
 """

@@ -1,7 +1,6 @@
 """Findings on the labelled device that are right, or not this package's: kind and place of each.
 
 They are those of the steady state, from the end of the first step to the last one.
-`python -m tests.fake_cuda.allowed` prints them all.
 """
 
 from __future__ import annotations
@@ -90,21 +89,3 @@ def split(found: Iterable[Finding]) -> tuple[set[Place], set[Place]]:
 def is_ours(place: Place) -> bool:
     """Return whether it is in this package, except in replacements for the CPU."""
     return place[1].startswith("megatron_laer/") and not place[1].startswith("megatron_laer/cpu/")
-
-
-def main() -> None:
-    """Print the whole list, Megatron's own findings apart."""
-    for title, places in (
-        ("Of this package", {DOWNLOAD, ANNOUNCED, HYBRID_EP}),
-        ("Megatron's own", STOCK),
-        ("Megatron's own with DeepEP", DEEP_EP),
-        ("Megatron's own with Megatron-FSDP", FSDP_REDUCE),
-        ("Megatron's own when it captures graphs", CAPTURE),
-    ):
-        print(f"{title}:")
-        for kind, place in sorted(places, key=lambda one: (one[1], one[0])):
-            print(f"  {kind}: {place}")
-
-
-if __name__ == "__main__":
-    main()

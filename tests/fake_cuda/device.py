@@ -12,7 +12,8 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_laer.runtime.comm import streams as comm_streams
-from tests.fake_cuda import entered, findings, labels, names, observing, streams
+from tests import entered
+from tests.fake_cuda import findings, labels, names, observing, streams
 from tests.fake_cuda.clocks import Checker
 from tests.fake_cuda.findings import Finding, Findings
 from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
@@ -33,7 +34,7 @@ class Watched:
         found: findings of the labelled device.
         launches: number of launches of each of Triton's kernels.
         compiled_in_steps: kernels with a variant that no launch before the first step compiled.
-        entered: functions of this package that ran, by file and name.
+        entered: functions that ran, as `tests.entered` names them.
         captured: operations that a CUDA graph would record, with their places.
         held_up: launches that wait too early, if the card has one hardware queue.
         losses: of each step, if the run trains a model.

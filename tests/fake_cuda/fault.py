@@ -1,28 +1,73 @@
-"""A deliberate fault, which the labelled device or its checker of races must report."""
+"""Deliberate faults planted in this process, each of which the labelled device must report.
+
+Tables have the form of `tests/planted/faults.txt`, with a module in place of a file, and in place
+of tests: a case, a part of the report about it, and perhaps the words below.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import contextlib
+import importlib
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from operator import attrgetter
+from pathlib import Path
+from types import CodeType
 from typing import Any, NamedTuple
-from unittest import mock
+
+from tests.planted import faults as planted
+
+ONE_QUEUE, AT_NIGHT = "one-queue", "at-night"
 
 
 class Fault(NamedTuple):
-    """Replaced function, a part of the report about it, and the scene in which it shows.
+    """Changes of functions, the case in which they show, a part of the report, and words."""
 
-    Attributes:
-        found: by default a race.
-        one_queue: whether the card has one hardware queue.
-        at_night: whether it is left to the night.
-    """
+    changes: list[planted.Fault]
+    case: str
+    found: str
+    words: tuple[str, ...]
 
-    replaced: Callable[[], AbstractContextManager[Any]]
-    found: str = "nothing orders them"
-    scene: str = "plain"
-    one_queue: bool = False
-    at_night: bool = False
+    @contextlib.contextmanager
+    def planted(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for change in self.changes:
+                stack.enter_context(_changed(change))
+            yield
 
 
-def replaced(owner: Any, name: str, replacement: Any) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: mock.patch.object(owner, name, replacement)
+def read(table: Path) -> dict[str, Fault]:
+    """Return a table's faults by name; sections that share one have its changes."""
+    changes = defaultdict[str, list[planted.Fault]](list)
+    for change in planted.read(table):
+        changes[change.name].append(change)
+    found = {}
+    for name, of_fault in changes.items():
+        case, report, *words = of_fault[0].tests
+        found[name] = Fault(of_fault, case, report, tuple(words))
+    return found
+
+
+@contextlib.contextmanager
+def _changed(change: planted.Fault) -> Iterator[None]:
+    """Change a function in place, so that all who imported it have the fault."""
+    module = importlib.import_module(change.file)
+    function: Any = inspect.unwrap(attrgetter(change.definition)(module))
+    source = planted.planted(change, inspect.getsource(module))
+    whole = compile(source, inspect.getfile(module), "exec", dont_inherit=True)
+    right, function.__code__ = function.__code__, _code_of(whole, change.definition)
+    try:
+        yield
+    finally:
+        function.__code__ = right
+
+
+def _code_of(code: CodeType, name: str) -> CodeType:
+    left = [code]
+    while left:
+        found = left.pop()
+        if found.co_qualname == name:
+            return found
+        left += [part for part in found.co_consts if isinstance(part, CodeType)]
+    raise ValueError(f"{code.co_filename} has no function {name}")

@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -58,16 +59,6 @@ class Launches:
 Kernels = Callable[[Launches], AbstractContextManager[None]]
 
 
-def interpreted(launches: Launches) -> AbstractContextManager[None]:
-    """Run kernels, which is slow, and count them."""
-    return _replaced(launches, runs=True)
-
-
-def only_counted(launches: Launches) -> AbstractContextManager[None]:
-    """Count kernels without running them; results are what memory holds."""
-    return _replaced(launches, runs=False)
-
-
 @contextlib.contextmanager
 def replaced_by_torch(_: Launches) -> Iterator[None]:
     """Compute by torch, as a machine without Triton does."""
@@ -117,6 +108,13 @@ def _replaced(launches: Launches, *, runs: bool) -> Iterator[None]:
         mock.patch.object(Coordinator, "begin_step", begin),
     ):
         yield
+
+
+interpreted: Kernels = partial(_replaced, runs=True)
+"""Run kernels, which is slow, and count them."""
+
+only_counted: Kernels = partial(_replaced, runs=False)
+"""Count kernels without running them; results are what memory holds."""
 
 
 def _variant(kernel: Any, given: dict[str, Any]) -> Hashable:

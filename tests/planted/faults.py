@@ -36,8 +36,8 @@ class Fault:
     tests: tuple[str, ...]
 
 
-def _read() -> Iterator[Fault]:
-    for section in _TABLE.read_text(encoding="utf-8").split("# ")[1:]:
+def read(table: Path) -> Iterator[Fault]:
+    for section in table.read_text(encoding="utf-8").split("# ")[1:]:
         head, _, faults = section.partition("\n")
         file, _, tests = head.partition(": ")
         for found in _FAULT.finditer(faults):
@@ -46,7 +46,7 @@ def _read() -> Iterator[Fault]:
             yield Fault(found["name"], file, definition, right, wrong, (*shlex.split(tests),))
 
 
-FAULTS = (*_read(),)
+FAULTS = (*read(_TABLE),)
 
 
 def planted(fault: Fault, content: str) -> str:

@@ -20,33 +20,47 @@ from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda import findings
 from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, FSDP_REDUCE, HYBRID_EP, Place
 from tests.fake_cuda.device import B200, H100, Watched, observed
+from tests.fake_cuda.fault import read
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
 from tests.fake_cuda.observing import side_stream_of_leaves
 from tests.launch_order import Launch, recorded
 from tests.parity.bridge_lora import lora_on_experts
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
-from tests.parity.row import REPLICAS_PAY
-from tests.parity.rows import FSDP, GRAPHS, IN_FP8, MXFP8
-from tests.races.faults import TRAINING_FAULTS
-from tests.races.graphs import GRAPH_FAULTS
-
-_RANDOM = " --fsep-planner random"
-_HOME = _RANDOM + " --fsep-sharding experts"
-_MXFP8 = f" --bf16{MXFP8}{IN_FP8}"
-_OVERLAPS = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-_FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-_VIRTUAL = (
-    " --pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
+from tests.parity.row import HOMES
+from tests.parity.rows import (
+    BEHIND_DISPATCH,
+    DEEPEP,
+    DELAYED,
+    DIST_OPT,
+    EXACT,
+    FP32_ROUTER,
+    FSDP,
+    FULL_RECOMPUTE,
+    GRAPHS,
+    HYBRIDEP,
+    IN_FP8,
+    MOE_RECOMPUTE,
+    MXFP8,
+    NODES,
+    OVERLAPPED,
+    RANDOM,
+    SHARED,
+    STEP,
+    VIRTUAL,
 )
+
+_HOME = RANDOM + " --fsep-sharding experts"
+_RELAY = NODES.format(1)
+_MXFP8 = f" --bf16{MXFP8}{IN_FP8}"
 # Saves at the end alone.
 _NEVER = "--save-interval", "1000"
 _COMBINED = " --bf16 --overlap-moe-expert-parallel-comm"
-_DELAYED = " --delay-wgrad-compute"
+_BY_NODE = " --fsep-token-exchange node"
+_IN_NODES_OF_2 = " --expert-model-parallel-size 4 --fsep-node-size 2"
 _COUNT = ("aten::sum", "megatron_laer/layer/dispatch/slot_dispatch.py:SlotDispatching.count")
 _COPY = ("aten::clone", "megatron_laer/layer/moe_layer.py:FSEPMoELayer._count")
 _GRAPHS = GRAPHS.replace("modules", "warmup-steps 2 --cuda-graph-modules")
-_MOE = " --recompute-granularity selective --recompute-modules moe"
 
 
 class Training(NamedTuple):
@@ -78,48 +92,37 @@ class Training(NamedTuple):
 
 
 DAILY = {
-    "fresh layouts after the gate": Training(" --fsep-plan-mode exact"),
+    "fresh layouts after the gate": Training(EXACT),
     "announced layouts": Training(
         f" --fsep-plan-mode announced {REPLAY}", more=frozenset({ANNOUNCED})
     ),
-    "full recompute": Training(_RANDOM + _FULL),
-    "tokens through nodes of 2": Training(
-        _RANDOM + " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-token-exchange node", 4
-    ),
-    "virtual pipeline 2 x 2": Training(_RANDOM + _VIRTUAL, 4),
-    "both overlaps, slices replicated": Training(_RANDOM + _OVERLAPS, 4),
-    "experts at home, fused accumulation, both overlaps": Training(_HOME + _OVERLAPS, fuses=True),
-    "LoRA on experts, both overlaps": Training(_HOME + _OVERLAPS, adapt=lora_on_experts),
-    "experts at home held over a step, both overlaps": Training(
-        _HOME + _OVERLAPS + " --fsep-restore step"
-    ),
+    "full recompute": Training(RANDOM + FULL_RECOMPUTE),
+    "tokens through nodes of 2": Training(RANDOM + _IN_NODES_OF_2 + _BY_NODE, 4),
+    "virtual pipeline 2 x 2": Training(RANDOM + VIRTUAL, 4),
+    "both overlaps, slices replicated": Training(RANDOM + DIST_OPT, 4),
+    "experts at home, fused accumulation, both overlaps": Training(_HOME + DIST_OPT, fuses=True),
+    "LoRA on experts, both overlaps": Training(_HOME + DIST_OPT, adapt=lora_on_experts),
+    "experts at home held over a step, both overlaps": Training(_HOME + DIST_OPT + STEP),
     "experts at home by a permutation, pairs counted": Training(
-        _HOME + _OVERLAPS + " --fsep-homes {folder}/homes.json --fsep-record {folder} trace"
+        f"{_HOME}{DIST_OPT} --fsep-homes {{folder}}/homes.json --fsep-record {{folder}} trace"
         " --fsep-set pairs_interval=2",
         steps=4,
     ),
     "experts at home in mxfp8 by relay, full recompute": Training(
-        f"{_HOME}{_MXFP8}{_FULL} --fsep-node-size 1 --fsep-set restore_algorithm=node",
-        capability=B200,
+        _HOME + _MXFP8 + FULL_RECOMPUTE + _RELAY, capability=B200
     ),
     # Most features at once, with Triton's kernels.
     "kernels, by nodes of 1": Training(
-        f"{_RANDOM}{_MOE}{_OVERLAPS} --fsep-node-size 1 --fsep-set restore_algorithm=node "
-        "--fsep-token-exchange node",
-        kernels=interpreted,
-        steps=2,
-        batch=4,
+        RANDOM + MOE_RECOMPUTE + DIST_OPT + _RELAY + _BY_NODE, kernels=interpreted, steps=2, batch=4
     ),
     "one queue, experts at home by relay, full recompute": Training(
-        f"{_HOME}{_FULL}{_OVERLAPS} --fsep-node-size 1 --fsep-set restore_algorithm=node",
-        one_queue=True,
+        _HOME + FULL_RECOMPUTE + DIST_OPT + _RELAY, one_queue=True
     ),
     "combined 1F1B with delayed weight gradients, experts at home, both overlaps": Training(
-        f"{_HOME}{_COMBINED}{_DELAYED}{_OVERLAPS}"
+        _HOME + _COMBINED + DELAYED + DIST_OPT
     ),
     "graphs of attention, router and counts, both overlaps": Training(
-        f"{_RANDOM}{_OVERLAPS} --moe-shared-expert-intermediate-size 32{_GRAPHS} attn moe_router "
-        "moe_preprocess",
+        f"{RANDOM}{DIST_OPT}{SHARED}{_GRAPHS} attn moe_router moe_preprocess",
         more=CAPTURE,
         steps=4,
         captured=frozenset({_COUNT}),
@@ -132,102 +135,64 @@ DAILY = {
         captured=frozenset({_COUNT, _COPY}),
     ),
     "Megatron-FSDP, experts at home, full recompute, shared experts": Training(
-        f"{_HOME}{_FULL}{FSDP}optim_grads_params --moe-shared-expert-intermediate-size 32",
-        more=FSDP_REDUCE,
+        f"{_HOME}{FULL_RECOMPUTE}{FSDP}optim_grads_params{SHARED}", more=FSDP_REDUCE
     ),
     "Megatron-FSDP, home experts replicated, both overlaps, fresh layouts": Training(
-        f" --fsep-sharding experts --fsep-set cluster={REPLICAS_PAY}"
-        f" --fsep-plan-mode exact{_OVERLAPS}{FSDP}optim_grads_params",
-        4,
-        more=FSDP_REDUCE,
+        f"{HOMES}{EXACT}{DIST_OPT}{FSDP}optim_grads_params", 4, more=FSDP_REDUCE
     ),
 }
-# Their parts are in others, and in faults.
+# Settings that no scenario of a day has, and one hardware queue with the most of them.
 AT_NIGHT = {
-    "experts held over a step": Training(_RANDOM + " --fsep-restore step"),
-    "experts at home by relay, recompute of the MoE layer": Training(
-        _HOME + _MOE + " --fsep-node-size 1 --fsep-set restore_algorithm=node"
-    ),
-    "LoRA on experts by relay, held over a step": Training(
-        f"{_HOME} --fsep-restore step --fsep-node-size 1 --fsep-set restore_algorithm=node",
-        adapt=lora_on_experts,
-    ),
-    "combined 1F1B, shared experts": Training(
-        f"{_RANDOM}{_COMBINED} --moe-shared-expert-intermediate-size 32"
-    ),
-    "both overlaps": Training(_RANDOM + _OVERLAPS),
-    "experts at home in mxfp8, both overlaps": Training(
-        _HOME + _MXFP8 + _OVERLAPS, capability=B200
-    ),
+    "both overlaps": Training(RANDOM + DIST_OPT),
+    "experts at home in mxfp8, both overlaps": Training(_HOME + _MXFP8 + DIST_OPT, capability=B200),
     "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer": Training(
-        f"{_HOME}{_MXFP8}{_MOE} --fsep-restore step", one_queue=True, capability=B200
-    ),
-    "kernels, experts at home by relay": Training(
-        f"{_HOME}{_FULL} --expert-model-parallel-size 4 --fsep-node-size 2 "
-        "--fsep-set restore_algorithm=node",
-        4,
-        kernels=interpreted,
-    ),
-    "kernels, rows in nodes of 2": Training(
-        f"{_RANDOM} --expert-model-parallel-size 4 --fsep-node-size 2 "
-        "--fsep-set restore_algorithm=node --fsep-token-exchange node",
-        4,
-        kernels=interpreted,
-    ),
-    "one queue, kernels, by nodes of 1": Training(
-        f"{_RANDOM}{_OVERLAPS} --fsep-node-size 1 --fsep-set restore_algorithm=node "
-        "--fsep-token-exchange node",
-        kernels=interpreted,
-        steps=2,
-        batch=4,
-        one_queue=True,
+        _HOME + _MXFP8 + MOE_RECOMPUTE + STEP, one_queue=True, capability=B200
     ),
     "one queue, kernels, rows in nodes of 2": Training(
-        f"{_RANDOM} --expert-model-parallel-size 4 --fsep-node-size 2 "
-        "--fsep-set restore_algorithm=node --fsep-token-exchange node",
+        f"{RANDOM}{_IN_NODES_OF_2} --fsep-set restore_algorithm=node{_BY_NODE}",
         4,
         kernels=interpreted,
         steps=2,
-        batch=8,
         one_queue=True,
     ),
-    "one queue, fresh layouts after the gate": Training(" --fsep-plan-mode exact", one_queue=True),
-    "one queue, virtual pipeline 2 x 2": Training(_RANDOM + _VIRTUAL, 4, one_queue=True),
+    "one queue, virtual pipeline 2 x 2": Training(RANDOM + VIRTUAL, 4, one_queue=True),
     "DeepEP, fresh layouts, shared experts": Training(
-        " --fsep-plan-mode exact --moe-token-dispatcher-type flex "
-        "--moe-flex-dispatcher-backend deepep --moe-router-dtype fp32 "
-        "--moe-shared-expert-intermediate-size 32",
-        more=DEEP_EP,
+        EXACT + DEEPEP + FP32_ROUTER + SHARED, more=DEEP_EP
     ),
     "HybridEP, grouped GEMMs in bf16": Training(
-        f"{_RANDOM} --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep "
-        "--moe-router-dtype fp32 --fsep-set gemm=torch --bf16 --fsep-capacity 4",
+        f"{RANDOM}{HYBRIDEP}{FP32_ROUTER} --fsep-set gemm=torch --bf16 --fsep-capacity 4",
         more=frozenset({HYBRID_EP}),
     ),
     "shared experts that overlap, permute fusion": Training(
-        f"{_RANDOM} --fsep-restore step --moe-permute-fusion "
-        "--moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap"
+        f"{RANDOM}{STEP} --moe-permute-fusion{SHARED}{OVERLAPPED}"
     ),
     "combined 1F1B with delayed weight gradients, virtual pipeline 2 x 2": Training(
-        f"{_RANDOM}{_COMBINED}{_DELAYED}{_VIRTUAL}", 4
+        RANDOM + _COMBINED + DELAYED + VIRTUAL, 4
     ),
-    "experts' weight gradients during the dispatch's backward": Training(
-        f"{_RANDOM} --overlap-dispatch-backward-with-experts-wgrad"
-    ),
+    "experts' weight gradients during the dispatch's backward": Training(RANDOM + BEHIND_DISPATCH),
     "Megatron-FSDP of gradients, home experts replicated": Training(
-        f"{_HOME}{_MOE}{_OVERLAPS}{FSDP}optim_grads", 4, more=FSDP_REDUCE
+        f"{_HOME}{MOE_RECOMPUTE}{DIST_OPT}{FSDP}optim_grads", 4, more=FSDP_REDUCE
     ),
     "Muon": Training(f"{_HOME} --optimizer muon"),
-    "save and load": Training(f"{_HOME}{_OVERLAPS} --override-opt-param-scheduler", resumes=True),
+    "save and load": Training(f"{_HOME}{DIST_OPT} --override-opt-param-scheduler", resumes=True),
 }
 SCENARIOS = DAILY | AT_NIGHT
-FAULTS = TRAINING_FAULTS | GRAPH_FAULTS
+FAULTS = read(Path(__file__).with_name("faults.txt"))
 
 
-def watch(data: str, scenario: str, fault: str | None) -> Watched:
-    """Train a scenario, with a fault or none; return the findings on this rank."""
+def watch(
+    data: str,
+    scenario: str,
+    fault: str | None = None,
+    capability: tuple[int, int] | None = None,
+) -> Watched:
+    """Train a scenario, with a fault or none; return the findings on this rank.
+
+    Args:
+        capability: of another card than the scenario's.
+    """
     settings, command = SCENARIOS[scenario], command_of(data, scenario)
-    broken = contextlib.nullcontext() if fault is None else FAULTS[fault].replaced()
+    broken = contextlib.nullcontext() if fault is None else FAULTS[fault].planted()
     launches: list[Launch] = []
     losses, error = list[float](), ""
     with (
@@ -236,7 +201,9 @@ def watch(data: str, scenario: str, fault: str | None) -> Watched:
         mock.patch.object(build, "make_comm_stream", make_comm_stream),
         _fresh_streams(),
         observed(
-            settings.kernels, one_queue=settings.one_queue, capability=settings.capability
+            settings.kernels,
+            one_queue=settings.one_queue,
+            capability=capability or settings.capability,
         ) as device,
         side_stream_of_leaves(),
         mock.patch.object(training, "fresh_megatron", _synchronised),
@@ -251,13 +218,6 @@ def watch(data: str, scenario: str, fault: str | None) -> Watched:
                 raise
             error = f"{type(raised).__name__}: {raised}"
     return device.watched(losses=losses, orders=launches, error=error)
-
-
-def watch_on(capability: tuple[int, int], data: str, scenario: str) -> Watched:
-    """Train a scenario on another card."""
-    other = SCENARIOS[scenario]._replace(capability=capability)
-    with mock.patch.dict(SCENARIOS, {scenario: other}):
-        return watch(data, scenario, None)
 
 
 def save_on_cpu(data: str, scenario: str) -> None:
