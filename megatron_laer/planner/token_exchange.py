@@ -3,7 +3,7 @@
 The cost model counts pairs of tokens and experts. Rows per pair depend on the experts that tokens
 choose together; they are estimated once, for even counts.
 
-Legend: N ranks, E experts, S slots, T tokens of a rank, K top-k; X sampled ranks.
+Legend: N ranks, E experts, C slots per rank.
 """
 
 from __future__ import annotations
@@ -11,19 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding, TokenExchange
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
-
-# Sampled ranks: even counts make ranks much alike, and all would take time in N².
-_RANKS = 16
 
 
 def choose_token_exchange(
@@ -81,76 +75,44 @@ class _Rows:
 
 
 def _crossings(geometry: Geometry, top_k: int, tokens: int) -> dict[TokenExchange, _Rows]:
-    """Estimate an average rank's rows by exchange, for equally likely experts."""
-    num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
+    """Estimate an average rank's rows by exchange, for experts that are chosen independently.
+
+    All experts are equally likely. A rank keeps the pairs of its own ones, and a node those of its
+    ranks'. Ranks elsewhere have equal parts of the others. A row of `node` that is passed on counts
+    for its source.
+    """
+    num_experts, size, far_nodes = geometry.num_experts, geometry.node_size, geometry.num_nodes - 1
     if tokens < 1 or not 1 <= top_k <= num_experts:
         raise ValueError(
             f"{tokens} tokens with {top_k} of {num_experts} experts each: give at least one token, "
             f"and 1..{num_experts} experts of a token"
         )
-    # Dealt out in turn, so that no expert has more tokens than there are.
-    share, left = divmod(tokens * top_k, num_experts)
-    counts_NE = np.full((num_ranks, num_experts), share, dtype=np.int64)
-    extra_N1 = np.arange(num_ranks)[:, None] * left
-    counts_NE += (np.arange(num_experts) - extra_N1) % num_experts < left
-    layout = geometry.static_layout
-    if geometry.sharding == Sharding.ROWS:  # at home, even counts need no replica
-        layout = construct_layout(counts_NE, layout, geometry.node_size)
-    return _expected_crossings(counts_NE, layout, geometry.node_size, tokens)
+    own, near = _experts_held(geometry)
+    far = num_experts - near
 
+    def rows(experts: float, places: int) -> float:
+        """Expect the rows to places that have equal parts of these experts: distinct tokens."""
+        missed = (1.0 - top_k / num_experts) ** (experts / max(places, 1))
+        return places * tokens * (1.0 - missed)
 
-def _expected_crossings(
-    counts_NE: Int64, layout: ExpertLayout, node_size: int, tokens: int
-) -> dict[TokenExchange, _Rows]:
-    """Estimate the rows of an average rank's tokens by exchange, from sampled ranks.
-
-    A row of `node` that is passed on counts for its source.
-    """
-    quotas = exact_split(layout, node_size).solve(counts_NE)
-    rank_X = np.unique(np.linspace(0, layout.num_ranks - 1, _RANKS).astype(np.int64))
-    row_XS = np.stack([quotas.rank_row(rank) for rank in rank_X.tolist()])
-    rank_N = np.arange(layout.num_ranks)
-    rank_S = np.repeat(rank_N, layout.capacity)
-    pairs_XN = row_XS.reshape(len(rank_X), layout.num_ranks, -1).sum(axis=2)
-    tokens_X = np.full(len(rank_X), tokens)
-    expected = [
-        expected_tokens(
-            row_XS, tokens_X, layout.slot_expert_S, rank_S // size, layout.num_ranks // size
-        )
-        for size in (1, node_size)
-    ]
-    is_near_XN = rank_X[:, None] // node_size == rank_N // node_size
-    is_own_XN = rank_X[:, None] == rank_N
-    is_passed_on_XN = rank_X[:, None] % node_size != rank_N % node_size
-    is_home_XM = rank_X[:, None] // node_size == np.arange(layout.num_ranks // node_size)
+    pairs = tokens * top_k / num_experts
+    passed_on = rows(near - own, size - 1) + rows(far, far_nodes * size) * (size - 1) / size
     return {
-        TokenExchange.RANK: _Rows(
-            float(pairs_XN[is_near_XN & ~is_own_XN].sum()) / len(rank_X),
-            float(pairs_XN[~is_near_XN].sum()) / len(rank_X),
-        ),
-        TokenExchange.NODE: _Rows(
-            float(expected[0][is_passed_on_XN].sum()) / len(rank_X),
-            float(expected[1][~is_home_XM].sum()) / len(rank_X),
-        ),
+        TokenExchange.RANK: _Rows((near - own) * pairs, far * pairs),
+        TokenExchange.NODE: _Rows(passed_on, rows(far, far_nodes)),
     }
 
 
-def expected_tokens(
-    quota_NS: Int64,
-    tokens_N: Int64,
-    expert_S: npt.NDArray[np.int16],
-    place_S: Int64,
-    num_places: int,
-) -> npt.NDArray[np.float64]:
-    """Return the expected distinct tokens of each source for each place, a node or a rank."""
-    filled_F = np.flatnonzero(expert_S != EMPTY)
-    quota_NS, expert_S, place_S = quota_NS[:, filled_F], expert_S[filled_F], place_S[filled_F]
-    # A token goes to one slot of an expert, so slots of one expert and place add up.
-    keys_X, at_S = np.unique(place_S * (int(expert_S.max()) + 1) + expert_S, return_inverse=True)
-    share_NX = np.zeros((len(quota_NS), len(keys_X)))
-    np.add.at(share_NX.T, at_S, (quota_NS / np.maximum(tokens_N, 1)[:, None]).T)
-    place_X = keys_X // (int(expert_S.max()) + 1)
-    missed_NB = np.ones((len(quota_NS), num_places))
-    np.multiply.at(missed_NB.T, place_X, 1 - np.minimum(share_NX, 1.0).T)
-    expected: npt.NDArray[np.float64] = tokens_N[:, None] * (1 - missed_NB)
-    return expected
+def _experts_held(geometry: Geometry) -> tuple[float, float]:
+    """Return the mean numbers of experts on a rank and on a node, for even counts."""
+    layout, num_ranks = geometry.static_layout, geometry.num_ranks
+    if geometry.sharding == Sharding.ROWS:  # at home, even counts need no replica
+        even_NE = np.ones((num_ranks, geometry.num_experts), dtype=np.int64)
+        layout = construct_layout(even_NE, layout, geometry.node_size)
+    slots_NC = layout.slot_expert_S.reshape(num_ranks, -1)
+    filled = [
+        [len({*of.tolist()} - {EMPTY}) for of in slots_NC.reshape(places, -1)]
+        for places in (num_ranks, geometry.num_nodes)
+    ]
+    own, near = map(np.mean, filled)
+    return float(own), float(near)

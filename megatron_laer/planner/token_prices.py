@@ -16,7 +16,6 @@ import numpy as np
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.quotas import SplitTotals
 
 # All-to-Alls per direction: dispatch and combine.
 _PASSES_OF_A_DIRECTION = 2
@@ -60,10 +59,6 @@ class TokenPrices:
             return far_N
         sums_M = far_N.reshape(-1, node_size).sum(axis=1)
         return np.repeat(-(-sums_M // node_size), node_size)
-
-    def sent_between_nodes(self, totals: SplitTotals) -> float:
-        """Return the rows between nodes of a split, for independent choices of experts."""
-        return int(totals.far_S.sum()) * self.inter_rows
 
     def latency_seconds(
         self, geometry: Geometry, collective_s: float, in_node_s: float, forwards: int

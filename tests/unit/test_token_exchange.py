@@ -15,10 +15,9 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_exchange import (
     choose_token_exchange,
-    expected_tokens,
     token_seconds,
     with_token_exchange,
 )
@@ -50,15 +49,6 @@ def test_auto_takes_rank_where_nothing_is_to_be_gained(
     assert choose_token_exchange(QWEN, Geometry(32, 128, 4, 8), 8, 8192) == NODE
     with pytest.raises(ValueError, match=r"8 tokens with 9 of 8 experts each: give at least one"):
         choose_token_exchange(QWEN, Geometry(4, 8, 2, 2), 9, 8)
-
-
-def test_empty_slots_are_no_place_for_tokens() -> None:
-    quota_NS = np.array([[4, 2, 0, 0], [1, 0, 0, 7]], dtype=np.int64)
-    tokens_N, place_S = np.array([5, 8]), np.array([0, 0, 1, 1])
-    expert_S = np.array([0, EMPTY, EMPTY, 1], dtype=np.int16)
-    quota_NS[:, expert_S == EMPTY] = 0
-    found = expected_tokens(quota_NS, tokens_N, expert_S, place_S, 2)
-    np.testing.assert_allclose(found, [[4, 0], [1, 7]])
 
 
 def test_seconds_are_those_of_the_rows_by_arithmetic() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.token_traffic import TokenRouting, dispatch_rows
-from megatron_laer.choices import Split, TokenExchange
+from megatron_laer.choices import Sharding, Split, TokenExchange
 from megatron_laer.layer.dispatch.node_dispatcher import rows_through_nodes
 from megatron_laer.layer.dispatch.row_map import RowMap
 from megatron_laer.layer.dispatch.slot_dispatch import rows_by_node
@@ -24,9 +24,12 @@ from megatron_laer.layer.dispatch.token_routes import (
     second_stage,
     token_order,
 )
+from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.token_exchange import expected_tokens
+from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.planner.token_rows import SizeMessages
+from tests.costs import make_costs
 from tests.token_exchange import known_rows
 from tests.unit.planner_cases import geometries
 from tests.unit.routed import Rank, route
@@ -198,13 +201,17 @@ def test_node_never_sends_more_rows_between_nodes_than_rank(ranks: list[Rank]) -
         assert (by_node.sent_intra_N <= by_rank.sent_intra_N).all()
 
 
-@pytest.mark.parametrize("capacity", [4, 5, 8])
-def test_expected_rows_are_near_to_those_of_random_routing(capacity: int) -> None:
-    """Tokens have exactly K experts, so true numbers are larger by some 3 %."""
-    layout = ExpertLayout.random(8, 2 * capacity, 64, seed=(0,))
+@pytest.mark.parametrize("sharding", list(Sharding))
+@pytest.mark.parametrize("capacity", [9, 12, 48])
+def test_expected_rows_are_near_to_those_of_random_routing(
+    sharding: Sharding, capacity: int
+) -> None:
+    geometry = Geometry(8, 64, capacity, 2, sharding)
+    even_NE = np.full((8, 64), 128)
+    layout = construct_layout(even_NE, geometry.static_layout, 2, sharding)
     ranks = route(layout, [1024] * 8, top_k=8, node_size=2)
-    quota_NS, tokens_N = np.stack([rank.quotas.row_S for rank in ranks]), np.full(8, 1024)
-    rank_S, found = np.arange(layout.num_slots) // layout.capacity, counted(ranks)
-    for exact, places, of in ((found.to_ranks_NN, 8, rank_S), (found.to_nodes_NM, 4, rank_S // 2)):
-        guess = expected_tokens(quota_NS, tokens_N, layout.slot_expert_S, of, places)
-        assert guess.sum() == pytest.approx(exact.sum(), rel=0.04)
+    pairs, rows = (dispatch_rows(counted(ranks), exchange) for exchange in (RANK, NODE))
+    priced = with_token_exchange(make_costs(), NODE, geometry, 8, 1024).tokens
+    leaving = pairs.intra_N.sum() + pairs.inter_N.sum()
+    assert priced.intra_rows * leaving == pytest.approx(rows.intra_N.sum(), rel=0.05)
+    assert priced.inter_rows * pairs.inter_N.sum() == pytest.approx(rows.inter_N.sum(), rel=0.05)
