@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.flexmoe import FlexMoEStrategy
 from megatron_laer.choices import ExchangeAlgorithm, Recompute, Sharding, TokenExchange
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.balance import stock_tokens_N
@@ -25,6 +24,7 @@ from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.precision import Precision
+from megatron_laer.schedule import make_schedule
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
@@ -53,6 +53,7 @@ CLUSTER = load_cluster("a100-4x8-ib800")
 TINY = replace(read_model("mixtral-8x7b-e8k2"), layer_has_experts=(True,) * 4)
 H100 = replace(load_cluster("h100-8"), spreads=())
 RATES = Rates(CLUSTER, 2)
+ALONE = make_schedule(overlaps=False)
 
 
 def predicted(trace, model=TINY, names=METHODS, rates=(RATES,), mode="adaptive", **run):
@@ -207,7 +208,7 @@ def test_the_host_takes_time_for_replicas_where_the_device_does_not_hide_it():
         host = replace(H100.host, launch_s=0.0, replicas_s=replicas_s)
         rates = Rates(replace(H100, host=host), 2)
         timing = Timing(TINY, RunShape(8, 8, tokens=800, microbatches=1), rates, rates)
-        return timing.layer("layer 1", True, LayerWork.of(totals, rates, restore)).host_s[0]
+        return timing.layer(0, LayerWork.of(totals, rates, restore), ALONE).host_s[0]
 
     without_s = forward_s(1.0, None)
     assert forward_s(0.0, restore) == forward_s(1e-7, restore) == without_s
@@ -234,7 +235,7 @@ def test_a_layers_host_time_grows_with_its_slots_and_chunks_and_hides_behind_the
         timing = Timing(TINY, RunShape(8, 8, tokens=tokens, microbatches=1), rates, rates)
         totals = grouped_totals(np.full((8, 16), tokens // 8), ranks, 8)
         work = LayerWork.of(totals, rates, passing=TokenPassing(ranks, **passing))
-        return timing.layer("layer 1", True, work).host_s
+        return timing.layer(0, work, ALONE).host_s
 
     assert host_s(800, 0.0) == host_s(10**8, 4e-6) == (0.0, 0.0)
     forward_s, backward_s = host_s(800, 1.0)
@@ -254,23 +255,6 @@ def test_stocks_groups_wait_for_their_own_counts():
         trace = Trace(("1", "2"), step_R, layer_R, np.zeros_like(step_R), counts_RNE)
         found.append(predicted(trace, model, names=[STOCK], microbatches=1)[STOCK].iteration_s)
     assert found[1] < 0.6 * found[0], found
-
-
-def test_flexmoe_makes_the_busiest_rank_less_busy_and_keeps_nodes_whole():
-    strategy = FlexMoEStrategy(Geometry(8, 8, 4, 4))
-    even_NE = np.full((8, 8), 10)
-    hot_NE = even_NE.copy()
-    hot_NE[:, 2] = 300
-    before = ExpertLayout.from_slots(8, 4, 8, np.arange(32) % 8)
-    after = strategy.plan(hot_NE, before)
-    assert after.replicas_E[2] > before.replicas_E[2]
-    assert (even_split(after, 4).node_replicas_QE > 0).all()
-    now, then = (
-        even_split(layout, 4).slot_loads(hot_NE).reshape(8, -1).sum(axis=1).max()
-        for layout in (after, before)
-    )
-    assert now < then
-    assert strategy.plan(even_NE, before) == before
 
 
 def test_balanced_routing_gives_stock_the_time_of_perfect_balance():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-
 import pytest
 
 from megatron_laer.choices import Unproven
 from megatron_laer.tools.cli.check_recipe import STATUS
-from megatron_laer.tools.recipes.verdict import Verdict, judge
+from megatron_laer.tools.recipes.verdict import Verdict
 from tests.bridge_table import COLUMNS, judge_recipe
 
 NAME = "megatron.bridge.recipes.qwen.h100.qwen3_moe:qwen3_30b_a3b_pretrain_8gpu_h100_bf16_config"
@@ -183,13 +181,6 @@ def test_gradients_that_are_reduced_early_are_told_from_those_that_are_not():
     assert any("behind the dispatch" in pair for pair in found.proof.no_row_together)
 
 
-def test_a_dense_model_is_refused_and_not_sent_to_expert_parallelism():
-    settings = Namespace(num_experts=None, expert_model_parallel_size=1)
-    found = judge(settings)
-    assert found.verdict is Verdict.REFUSED
-    assert "no experts" in found.because[0]
-
-
 # Fields without a column in the tables of recipes; their functions set them at 067f987d.
 OFFLOADING, FSDP = "--fine-grained-activation-offloading", "--use-megatron-fsdp"
 UNSAID = {
@@ -208,14 +199,6 @@ def test_settings_that_no_column_has_are_known_of_their_recipes(recipe):
     found = judge_recipe(NONE | {"recipe": f"{PERF}.{recipe}_config", "pool": "perf"})
     assert found.verdict is Verdict.REFUSED
     assert any(reason.startswith(UNSAID[recipe]) for reason in found.because), found.because
-
-
-def test_sizes_that_cannot_be_are_quoted():
-    for name in ("expert_model_parallel_size", "num_experts"):
-        settings = {"num_experts": 8, "expert_model_parallel_size": 4} | {name: 10**18}
-        flag = f"--{name.replace('_', '-')}"
-        with pytest.raises(ValueError, match=f"{flag} '{10**18}': more than there can be"):
-            judge(Namespace(**settings))
 
 
 def test_every_verdict_has_a_status_of_its_own_and_none_is_that_of_an_error():

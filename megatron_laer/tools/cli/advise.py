@@ -19,10 +19,9 @@ from megatron_laer.tools.cli.argument_types import (
     describe,
     option,
     shared,
-    yaml_inputs,
 )
 from megatron_laer.tools.cli.megatron_flags import parsed
-from megatron_laer.tools.cli.outputs import bar, check_outputs, write_json
+from megatron_laer.tools.cli.outputs import bar, write_json
 from megatron_laer.tools.recipes.command_lines import script_flags
 from megatron_laer.tools.simulator.advisor import output
 from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run
@@ -67,12 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.trace is None and args.workload is None:
         args.workload = NATURAL
     args.ranks = args.gpus  # a workload has the ranks of each group
-    prediction_input.check_routing(args, "advise on")
-    inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
-    check_outputs({"--json": args.json}, inputs, args.trace)
-    cluster = prediction_input.cluster_of(args)
-    model = prediction_input.model_of(args)
-    most_gib = prediction_input.most_gib(args, cluster)
+    cluster, model, most_gib = prediction_input.read_inputs(args, "advise on")
     if most_gib is None:
         raise ValueError(f"--cluster {cluster.name} has no card; give --memory-gib")
     words = script_flags(args.flags)

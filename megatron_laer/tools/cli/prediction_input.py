@@ -27,8 +27,9 @@ from megatron_laer.tools.cli.argument_types import (
     option,
     path,
     shared,
+    yaml_inputs,
 )
-from megatron_laer.tools.cli.outputs import bar
+from megatron_laer.tools.cli.outputs import bar, check_outputs
 from megatron_laer.tools.model_flags import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
 from megatron_laer.tools.report.metrics_recording import MetricsRecording, read_metrics
 from megatron_laer.tools.report.run_files import metrics_beside
@@ -100,28 +101,28 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> No
             raise ValueError(f"{flag} {value}: no effect here; {way_out}, or leave {flag} out")
 
 
-def cluster_of(args: argparse.Namespace) -> Cluster:
-    """Return the cluster of the flag, else of the run that recorded the trace, else the default."""
+def read_inputs(args: argparse.Namespace, purpose: str) -> tuple[Cluster, ModelShape, float | None]:
+    """Return cluster, model and GiB of a rank; refuse inputs and outputs that contradict.
+
+    The cluster is that of the flag, else of the run that recorded the trace, else the default.
+    Memory is the flag's, else less than the card's, if there is one.
+    """
+    check_routing(args, purpose)
+    inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
+    check_outputs({"--json": args.json}, inputs, args.trace)
     beside = None
     if args.cluster is None and args.trace is not None:
         beside = metrics_beside(args.trace)
-    return cluster_by(args.cluster, None if beside is None else read_metrics(beside))
-
-
-def model_of(args: argparse.Namespace) -> ModelShape:
-    return named("--model", args.model, read_model)
+    cluster = cluster_by(args.cluster, None if beside is None else read_metrics(beside))
+    most_gib = args.memory_gib
+    if most_gib is None and cluster.card is not None:
+        most_gib = cluster.card.memory_gib - _MARGIN_GIB
+    return cluster, named("--model", args.model, read_model), most_gib
 
 
 def rates_of(model: ModelShape, cluster: Cluster) -> tuple[Rates, ...]:
     cluster.gemm_in(model.precision)  # refuses an unknown speed
     return rate_sets(Rates(cluster, model.bytes_per_element, precision=model.precision))
-
-
-def most_gib(args: argparse.Namespace, cluster: Cluster) -> float | None:
-    """Return the limit of a rank's memory: the flag's, else below the card's, if there is one."""
-    if args.memory_gib is not None:
-        return float(args.memory_gib)
-    return None if cluster.card is None else cluster.card.memory_gib - _MARGIN_GIB
 
 
 def workload(model: ModelShape, name: str, ranks: int, tokens: int | None) -> Trace:

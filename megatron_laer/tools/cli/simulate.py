@@ -28,9 +28,8 @@ from megatron_laer.tools.cli.argument_types import (
     option,
     refuse_repeated,
     shared,
-    yaml_inputs,
 )
-from megatron_laer.tools.cli.outputs import check_outputs, write_json
+from megatron_laer.tools.cli.outputs import write_json
 from megatron_laer.tools.cli.prediction_input import ROWS_IN_FP8
 from megatron_laer.tools.simulator import output
 from megatron_laer.tools.simulator.iteration.methods import (
@@ -141,9 +140,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    _check(args)
-    cluster = prediction_input.cluster_of(args)
-    model = prediction_input.model_of(args)
+    refuse_repeated(args, ["--method"])
+    if args.overlap and args.token_exchange == TokenExchange.NODE:
+        raise ValueError(
+            "--overlap with --token-exchange node: inside a node tokens move with the experts' "
+            "compute, which hides none of them; give --token-exchange rank or flex"
+        )
+    cluster, model, most_gib = prediction_input.read_inputs(args, "simulate")
     rates = prediction_input.rates_of(model, cluster)
     at_home = model.precision.is_quantised
     if at_home and args.sharding == Sharding.ROWS:
@@ -172,7 +175,6 @@ def run(args: argparse.Namespace) -> int:
     geometry = chosen.geometry
     sizes = f"N={num_ranks} G={geometry.node_size} C={geometry.capacity}"
     label = f"{sizes} {geometry.sharding} {config.mode} T={shape.tokens}"
-    most_gib = prediction_input.most_gib(args, cluster)
     most_bytes = None if most_gib is None else most_gib * 2**30
 
     predict = partial(predict_iterations, routing, model, shape, steps=args.steps)
@@ -227,19 +229,6 @@ def run(args: argparse.Namespace) -> int:
     print(output.parts_text(predicted), end="\n\n")
     print(output.LEGEND)
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuse contradictory flags, a routing that is missing, and a file that cannot be written."""
-    refuse_repeated(args, ["--method"])
-    if args.overlap and args.token_exchange == TokenExchange.NODE:
-        raise ValueError(
-            "--overlap with --token-exchange node: inside a node tokens move with the experts' "
-            "compute, which hides none of them; give --token-exchange rank or flex"
-        )
-    prediction_input.check_routing(args, "simulate")
-    inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
-    check_outputs({"--json": args.json}, inputs, args.trace)
 
 
 def _recompute(args: argparse.Namespace) -> Recompute:

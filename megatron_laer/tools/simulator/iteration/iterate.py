@@ -42,126 +42,94 @@ class Iteration:
 
 def run_iteration(method: Method, timing: Timing, work: WorkOf) -> Iteration:
     """Run one iteration through all stages."""
-    run, rates, contention = timing.run, timing.rates, timing.rates.cluster.contention
-    by_parts = method.schedule.by_parts
-    hides = method.schedule.restores_ahead or by_parts
-    stages = [
-        Clocks(
-            run.ranks,
-            run.node_size,
-            pace=slowest_pace(run.world),
-            contention=contention.gemm - 1.0,
-            stretch=contention.exchange if hides else 1.0,
-            one_stream=method.one_stream,
-        )
-        for _ in range(run.stages)
-    ]
-    for clocks in stages:
-        clocks.work("host", rates.gap_s)
-        clocks.gathered_s = rates.gap_s
-    passes = _Passes(method, timing, work)
-    orders = [
-        order(stage, run.stages, run.chunks, run.microbatches, by_parts=by_parts)
-        for stage in range(run.stages)
-    ]
-    following = [passes.following(stage, of_stage) for stage, of_stage in enumerate(orders)]
-    fetched: list[Flight | None] = [None] * run.stages
-
-    def operate(stage: int, operations: Operations) -> None:
-        begun = []
-        for each in reversed(operations):
-            place = each.chunk * run.stages + stage
-            ends = place == run.stages * run.chunks - 1
-            of = Pass(
-                *(stages[stage], passes.layers(place, each.microbatch), method.schedule),
-                *(fetched[stage], following[stage].get(each)),
-                is_backward=not each.is_forward,
-                head_s=timing.head_seconds()[not each.is_forward] if ends else 0.0,
-                in_turn=len(operations) > 1,
-            )
-            begun.append(of.parts())
-        fetched[stage] = run_passes(*begun)
-
-    sweep(stages, orders, run.chunks, operate, timing.send_seconds())
-    _finish(method, timing, stages)
-    seconds = max(float(clocks.now_N.max()) for clocks in stages)
-    spent = {
-        kind: float(np.mean([clocks.spent[kind].mean() for clocks in stages])) for kind in KINDS
-    }
-    return Iteration(seconds, spent)
+    return _Running(method, timing, work).iteration()
 
 
-def _finish(method: Method, timing: Timing, stages: Sequence[Clocks]) -> None:
-    run, rates = timing.run, timing.rates
-    for stage, clocks in enumerate(stages):
-        if not run.overlaps_data_parallel:
-            layers = run.stage_layers(len(timing.model.layer_has_experts), stage)
-            clocks.meet()
-            exchanged = (data_parallel(method, timing, layer) for layer in layers)
-            clocks.work("data_parallel", sum(map(sum, exchanged)))
-        clocks.wait("data_parallel", clocks.scattered_s)
-        clocks.meet()
-    last_s = max(float(clocks.now_N.max()) for clocks in stages)
-    latency_s = rates.collective_seconds(run.world, run.node_size)
-    for stage, clocks in enumerate(stages):
-        clocks.wait("pipeline", last_s)
-        clocks.work("optimizer", _STEP_COLLECTIVES * latency_s)
-        held = stage_state(timing.model, run, method, stage).optimizer / OPTIMIZER_BYTES
-        clocks.work("optimizer", rates.memory_seconds(held * _MOVED_BYTES))
-    end_s = max(float(clocks.now_N.max()) for clocks in stages)
-    for clocks in stages:
-        clocks.wait(WAITING, end_s)
-
-
-def data_parallel(method: Method, timing: Timing, layer: int) -> tuple[float, float]:
-    """Return the times of gathering a layer's parameters and of reducing its gradients, in a step.
-
-    Dense ones go over the stage's data-parallel ranks, experts' over the ranks that hold the same.
-    Without the distributed optimizer, gradients are all-reduced and no parameters are gathered.
-    """
-    model, run = timing.model, timing.run
-    has_experts = model.layer_has_experts[layer]
-    dense = model.layer_weights(has_experts) / run.tensor
-    scatter_s, gather_s = _ring_seconds(timing, dense, run.data_parallel, run.tensor)
-    if not has_experts:
-        return gather_s, scatter_s
-    experts = method.experts_held * model.expert_weights
-    copies, stride = method.replicas * run.replicas, run.ranks // method.replicas
-    of_experts = _ring_seconds(timing, experts, copies, stride)
-    return gather_s + of_experts[1], scatter_s + of_experts[0]
-
-
-def _ring_seconds(timing: Timing, weights: float, copies: int, stride: int) -> tuple[float, float]:
-    """Return the times of exchanging the gradients of weights, and of gathering the weights."""
-    run, rates = timing.run, timing.rates
-    ring = copies, run.node_size, stride
-    reduced_s = rates.ring_seconds(weights * GRADIENT_BYTES, *ring)
-    if not run.shards_optimizer:
-        return 2 * reduced_s, 0.0
-    return reduced_s, rates.ring_seconds(weights * timing.model.bytes_per_element, *ring)
-
-
-class _Passes:
-    """Times of layers, kept for backward and for other microbatches with the same work."""
+class _Running:
+    """An iteration's stages, with times of layers that serve all passes with the same work."""
 
     def __init__(self, method: Method, timing: Timing, work: WorkOf) -> None:
         self._method, self._timing, self._work = method, timing, work
-        run = timing.run
-        self._by_place = run.layers_by_chunk(len(timing.model.layer_has_experts))
+        self._model, self._run, self._rates = timing.model, timing.run, timing.rates
+        self._by_place = self._run.layers_by_chunk(len(self._model.layer_has_experts))
         self._kept: dict[tuple[int, int, bool, bool], LayerTimes] = {}
+        contention, schedule = self._rates.cluster.contention, method.schedule
+        hides = schedule.restores_ahead or schedule.by_parts
+        self._stages = [
+            Clocks(
+                self._run.ranks,
+                self._run.node_size,
+                pace=slowest_pace(self._run.world),
+                contention=contention.gemm - 1.0,
+                stretch=contention.exchange if hides else 1.0,
+                one_stream=method.one_stream,
+            )
+            for _ in range(self._run.stages)
+        ]
 
-    def layers(self, place: int, microbatch: int) -> list[LayerTimes]:
-        run = self._timing.run
-        first, last = microbatch == 0, microbatch == run.microbatches - 1
-        return [self._layer(layer, microbatch, first, last) for layer in self._by_place[place]]
+    def iteration(self) -> Iteration:
+        stages, run = self._stages, self._run
+        for clocks in stages:
+            clocks.work("host", self._rates.gap_s)
+            clocks.gathered_s = self._rates.gap_s
+        sizes, by_parts = (run.stages, run.chunks, run.microbatches), self._method.schedule.by_parts
+        orders = [order(stage, *sizes, by_parts=by_parts) for stage in range(run.stages)]
+        following = [self._following(stage, of_stage) for stage, of_stage in enumerate(orders)]
+        fetched: list[Flight | None] = [None] * run.stages
 
-    def following(self, stage: int, order: Sequence[Operations]) -> dict[Operation, Following]:
+        def operate(stage: int, operations: Operations) -> None:
+            begun = []
+            for each in reversed(operations):
+                place = each.chunk * run.stages + stage
+                ends = place == run.stages * run.chunks - 1
+                of = Pass(
+                    *(stages[stage], self._layers(place, each.microbatch), self._method.schedule),
+                    *(fetched[stage], following[stage].get(each)),
+                    is_backward=not each.is_forward,
+                    head_s=self._timing.head_seconds()[not each.is_forward] if ends else 0.0,
+                    in_turn=len(operations) > 1,
+                )
+                begun.append(of.parts())
+            fetched[stage] = run_passes(*begun)
+
+        sweep(stages, orders, run.chunks, operate, self._timing.send_seconds())
+        self._finish()
+        seconds = max(float(clocks.now_N.max()) for clocks in stages)
+        spent = {
+            kind: float(np.mean([clocks.spent[kind].mean() for clocks in stages])) for kind in KINDS
+        }
+        return Iteration(seconds, spent)
+
+    def _finish(self) -> None:
+        """Exchange data-parallel gradients that are left, and update the weights."""
+        run, rates, stages = self._run, self._rates, self._stages
+        for stage, clocks in enumerate(stages):
+            if not run.overlaps_data_parallel:
+                layers = run.stage_layers(len(self._model.layer_has_experts), stage)
+                clocks.meet()
+                exchanged = (self._data_parallel(layer) for layer in layers)
+                clocks.work("data_parallel", sum(map(sum, exchanged)))
+            clocks.wait("data_parallel", clocks.scattered_s)
+            clocks.meet()
+        last_s = max(float(clocks.now_N.max()) for clocks in stages)
+        latency_s = rates.collective_seconds(run.world, run.node_size)
+        for stage, clocks in enumerate(stages):
+            clocks.wait("pipeline", last_s)
+            clocks.work("optimizer", _STEP_COLLECTIVES * latency_s)
+            state = stage_state(self._model, run, self._method, stage)
+            moved_bytes = state.optimizer / OPTIMIZER_BYTES * _MOVED_BYTES
+            clocks.work("optimizer", rates.memory_seconds(moved_bytes))
+        end_s = max(float(clocks.now_N.max()) for clocks in stages)
+        for clocks in stages:
+            clocks.wait(WAITING, end_s)
+
+    def _following(self, stage: int, order: Sequence[Operations]) -> dict[Operation, Following]:
         """Return the layers that are fetched during operations, where chunks have MoE layers."""
         first_of: list[tuple[Operation, LayerTimes]] = []
-        follows = self._method.schedule.restores_following and not self._timing.run.synchronises
+        follows = self._method.schedule.restores_following and not self._run.synchronises
         for each in chain.from_iterable(order) if follows else ():
-            place = each.chunk * self._timing.run.stages + stage
-            layers = [of for of in self.layers(place, each.microbatch) if of.moe is not None]
+            place = each.chunk * self._run.stages + stage
+            layers = [of for of in self._layers(place, each.microbatch) if of.moe is not None]
             if layers:
                 first_of.append((each, layers[0 if each.is_forward else -1]))
         return {
@@ -169,26 +137,45 @@ class _Passes:
             for (before, _), (after, layer) in pairwise(first_of)
         }
 
-    def _layer(self, layer: int, microbatch: int, first: bool, last: bool) -> LayerTimes:
-        work = self._work(layer, microbatch)
-        key = layer, id(work), first, last
-        if (found := self._kept.get(key)) is not None:
-            return found
-        timing, run = self._timing, self._timing.run
-        gather_s = scatter_s = 0.0
-        if run.overlaps_data_parallel:
-            gather_s, scatter_s = data_parallel(self._method, timing, layer)
-        holds = self._method.schedule.holds_step
-        times = timing.layer(
-            f"layer {layer + 1}",
-            timing.model.layer_has_experts[layer],
-            work,
-            restores=first or not holds,
-            restores_backward=not holds,
-            reduces=last or not holds,
-            gather_s=gather_s if first else 0.0,
-            scatter_s=scatter_s if last else 0.0,
-            by_parts=self._method.schedule.by_parts,
-        )
-        self._kept[key] = times
-        return times
+    def _layers(self, place: int, microbatch: int) -> list[LayerTimes]:
+        """Return the layers of a chunk; work that recurs has the same times."""
+        first, last = microbatch == 0, microbatch == self._run.microbatches - 1
+        found = []
+        for layer in self._by_place[place]:
+            work = self._work(layer, microbatch)
+            key = layer, id(work), first, last
+            if key not in self._kept:
+                exchanged = (0.0, 0.0)
+                if self._run.overlaps_data_parallel:
+                    exchanged = self._data_parallel(layer)
+                ends = (first, last), exchanged
+                self._kept[key] = self._timing.layer(layer, work, self._method.schedule, *ends)
+            found.append(self._kept[key])
+        return found
+
+    def _data_parallel(self, layer: int) -> tuple[float, float]:
+        """Return the times of gathering a layer's parameters and reducing its gradients in a step.
+
+        Dense ones go over the stage's data-parallel ranks, experts' over the ranks that hold the
+        same.
+        """
+        model, run, replicas = self._model, self._run, self._method.replicas
+        has_experts = model.layer_has_experts[layer]
+        dense = model.layer_weights(has_experts) / run.tensor
+        rings = [(dense, run.data_parallel, run.tensor)]
+        if has_experts:
+            experts = self._method.experts_held * model.expert_weights
+            rings.append((experts, replicas * run.replicas, run.ranks // replicas))
+        gather_s, scatter_s = zip(*(self._ring_seconds(*ring) for ring in rings), strict=True)
+        return sum(gather_s), sum(scatter_s)
+
+    def _ring_seconds(self, weights: float, copies: int, stride: int) -> tuple[float, float]:
+        """Return the times of gathering weights, and of reducing their gradients.
+
+        Without the distributed optimizer, gradients are all-reduced and nothing is gathered.
+        """
+        rates, ring = self._rates, (copies, self._run.node_size, stride)
+        reduced_s = rates.ring_seconds(weights * GRADIENT_BYTES, *ring)
+        if not self._run.shards_optimizer:
+            return 0.0, 2 * reduced_s
+        return rates.ring_seconds(weights * self._model.bytes_per_element, *ring), reduced_s

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from megatron_laer.choices import Recompute
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes
 from megatron_laer.tools.simulator.iteration.clocks import INTER, INTRA
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
@@ -66,23 +67,20 @@ class Timing:
 
     def layer(
         self,
-        name: str,
-        has_experts: bool,
+        layer: int,
         work: LayerWork | None,
-        *,
-        restores: bool = True,
-        restores_backward: bool = True,
-        reduces: bool = True,
-        gather_s: float = 0.0,
-        scatter_s: float = 0.0,
-        by_parts: bool = False,
+        schedule: Schedule,
+        ends: tuple[bool, bool] = (True, True),
+        data_parallel_s: tuple[float, float] = (0.0, 0.0),
     ) -> LayerTimes:
         """Return the times of one microbatch in one layer; `work` is None for a dense layer.
 
-        With `restores`, `restores_backward` or `reduces` False, it has no such exchange. A form of
-        weights that serves one direction is restored in backward too with `restores`. With
-        `by_parts` the host has no time while tokens travel, but that of both directions together.
+        `ends` say whether it is the first and the last of an iteration, which exchange weights and
+        gradients over data-parallel ranks, and those that are held over a step. By parts the host
+        has no time while tokens travel, but that of both directions together.
         """
+        has_experts, by_parts = self.model.layer_has_experts[layer], schedule.by_parts
+        first, last = ends
         attention_s, attention_backward_s = self._attention()
         dense_s, dense_backward_s = self._dense(has_experts)
         if self.run.recompute == Recompute.COMPUTE:
@@ -93,12 +91,13 @@ class Timing:
         device_s.append(attention_backward_s + dense_backward_s + tensor_s)
         moe = None
         if work is not None:
-            moe = self._moe(work, restores, restores_backward, reduces)
+            holds = schedule.holds_step
+            moe = self._moe(work, first or not holds, not holds, last or not holds)
             for direction, compute_N in enumerate((moe.forward_N, moe.backward_N)):
                 exposed_N = 0 if by_parts else 2 * moe.tokens_N
                 device_s[direction] += float((compute_N + exposed_N).max())
         return LayerTimes(
-            name=name,
+            name=f"layer {layer + 1}",
             attention_s=(attention_s, attention_backward_s),
             dense_s=(dense_s, dense_backward_s),
             tensor_s=(tensor_s, tensor_s),
@@ -106,8 +105,8 @@ class Timing:
             again=self.run.recompute == Recompute.FULL,
             attention_again=self.run.attention_again,
             host_s=self._host(work, device_s, by_parts),
-            gather_s=gather_s,
-            scatter_s=scatter_s,
+            gather_s=data_parallel_s[0] if first else 0.0,
+            scatter_s=data_parallel_s[1] if last else 0.0,
         )
 
     def head_seconds(self) -> tuple[float, float]:
@@ -225,6 +224,7 @@ class Timing:
     def _moe(
         self, work: LayerWork, restores: bool, restores_backward: bool, reduces: bool
     ) -> MoETimes:
+        """Return the times of experts; a form that serves one direction is restored for both."""
         model, rates, recompute = self.model, self.rates, self.run.recompute
         scale = self.nominal.best_flops_per_s / rates.best_flops_per_s
         gemm_s_N = 2.0 * model.expert_weights * work.unit_s_N * scale
