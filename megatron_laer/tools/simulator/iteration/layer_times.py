@@ -75,7 +75,7 @@ class Timing:
     ) -> LayerTimes:
         """Return the times of one microbatch in one layer; `work` is None for a dense layer.
 
-        `ends` say whether it is the first and the last of an iteration, which exchange weights and
+        `ends` say whether it is the first and the last of an iteration. These exchange weights and
         gradients over data-parallel ranks, and those that are held over a step. By parts the host
         has no time while tokens travel, but that of both directions together.
         """
