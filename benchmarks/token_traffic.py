@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.arrays import Bool
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.geometry import check_node_size
 

@@ -28,6 +28,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard, in_words
 from megatron_laer.planner.home import replicate
+from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.token_prices import TokenPrices
@@ -129,7 +130,7 @@ def test_adaptive_takes_the_cheaper_and_its_early_way_out_changes_nothing(
     kept_exposed_s, fresh_exposed_s = (
         costs.exposed(Placed(layout, geometry), least_s).backward_s for layout in (planned, fresh)
     )
-    if costs.restore_algorithm == ExchangeAlgorithm.FLAT:
+    if len(way_of(geometry, costs.restore_algorithm).links) == 1:  # all slots' rows, in one hop
         assert kept_exposed_s == fresh_exposed_s
         kept_exposed_s = fresh_exposed_s = 0.0
     gain_s = kept_s - fresh_s + (kept_exposed_s - fresh_exposed_s)
