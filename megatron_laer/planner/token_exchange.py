@@ -92,7 +92,7 @@ def _crossings(geometry: Geometry, top_k: int, tokens: int) -> dict[TokenExchang
 
     def rows(experts: float, places: int) -> float:
         """Expect the rows to places that have equal parts of these experts: distinct tokens."""
-        missed = (1.0 - top_k / num_experts) ** (experts / max(places, 1))
+        missed: float = (1.0 - top_k / num_experts) ** (experts / max(places, 1))
         return places * tokens * (1.0 - missed)
 
     pairs = tokens * top_k / num_experts
