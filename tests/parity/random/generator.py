@@ -8,6 +8,7 @@ Legend: N ranks of an FSEP group, E experts.
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer.cpu.training import Adapt
+from megatron_laer.files.writing import InUseError
 from megatron_laer.planner.homes_file import write_homes
 from tests.parity.adapted import frozen_in_part, lora_on_attention
 from tests.parity.bridge_lora import lora_on_experts_under_recompute
@@ -281,5 +283,6 @@ def _homes(sizes: _Sizes) -> Path:
     names = [f"{kind} {number}" for kind in ("layer", "mtp") for number in range(1, 13)]
     names += [f"{name} #{number}" for name in names for number in (2, 3)]
     path = Path(tempfile.gettempdir()) / f"homes-of-{experts}-on-{ranks}.json"
-    write_homes(path, ranks, {name: rng.permutation(experts) for name in names})
+    with suppress(InUseError):  # another worker of the tests writes the same
+        write_homes(path, ranks, {name: rng.permutation(experts) for name in names})
     return path
