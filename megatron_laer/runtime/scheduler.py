@@ -244,8 +244,7 @@ class Scheduler:
     def _fetch_following(self, present: RestoredWeights) -> None:
         """Fetch the first layer of the operation that follows this layer's, if it is known."""
         following = self._order.following
-        restored = None if following is None else self._first_of(following)
-        if following is None or restored is None:
+        if following is None or (restored := self._first_of(following)) is None:
             return
         weights = restored.weights if following.is_forward else restored.first_in_backward
         if weights is not None:
@@ -258,33 +257,29 @@ class Scheduler:
             entered = self._awaits_backward[operation._replace(is_forward=True)].entered
             return entered[-1] if self._life[Event.CHUNK_BACKWARD] and entered else None
         chunk = self._chunks[operation.chunk]
-        layer_pass = chunk.layers[0].next_pass(training=True)
-        fetches = Action.RESTORE in self._life[Event.PREPARED]
-        fetches = fetches and self._pass_layouts.is_known(layer_pass)
+        first = chunk.layers[0]
+        restores = Action.RESTORE in self._life[Event.PREPARED]
+        if not restores or not self._pass_layouts.is_known(first.next_pass(training=True)):
+            return None
         # A wait for a chunk's weights before its first forward would change Megatron's order.
-        if not fetches or (operation.number == 0 and chunk.gathers_weights()):
-            return None
-        return self._experts_of(chunk.layers[0], training=True)
+        waits = operation.number == 0 and chunk.gathers_weights()
+        return None if waits else self._experts_of(first, training=True)
 
-    def _take_fetched(self, begun: Operation) -> RestoredExperts | None:
+    def _take_fetched(self, begun: Operation | None) -> RestoredExperts | None:
         """Return the experts fetched for an operation that begins; release those of another."""
-        fetched, self._fetched = self._fetched, None
-        if fetched is None:
+        expected, restored = self._fetched or (None, None)
+        self._fetched = None
+        if restored is not None and expected != begun:
+            restored.release()
             return None
-        expected, restored = fetched
-        if expected == begun:
-            return restored
-        restored.release()
-        return None
+        return restored
 
     def _forget_operations(self) -> None:
         for chunk in self._chunks:
             for layer in chunk.layers:
                 layer.late.computes.clear()  # left by a step that an error ended
         self._streams.kept.release()
-        if self._fetched is not None:
-            self._fetched[1].release()
-        self._fetched = None
+        self._take_fetched(None)
         self._awaits_backward.clear()
 
     def _detach(self) -> None:
