@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from megatron_laer.config import FSEPConfig
@@ -28,8 +27,6 @@ _COUNTS = ("cga_cluster_size", *_CTAS)
 # NCCL's most channels, each of which is a thread block; a cluster on Hopper has up to 8.
 _MOST = {"cga_cluster_size": 8, "min_ctas": 64, "max_ctas": 64}
 _MEGATRONS = (*_COUNTS, "is_high_priority_stream", "net_name")
-POLICIES = {"default": 0, "efficiency": 1, "zero": 2}
-"""NCCL's values of `cta_policy`; with `zero`, copy engines work where NCCL can use them."""
 
 
 class NcclOptions:
@@ -84,18 +81,7 @@ class NcclOptions:
         elif self._ctas is not None and not settings.keys() & {*_CTAS}:
             crosses = self._crosses_nodes(name, ranks)
             settings["max_ctas"] = self._ctas.of(crosses_nodes=crosses)
-        policy = settings.pop("cta_policy", None)
-        if not settings and policy is None:
-            return None
-        options = parallel_state.get_nccl_options(name, {name: settings})
-        if policy is not None:
-            if not hasattr(options.config, "cta_policy"):
-                raise ValueError(
-                    f"{name}: cta_policy {policy}: torch {torch.__version__} does not pass it to "
-                    "NCCL; take a later release, or leave it out"
-                )
-            options.config.cta_policy = POLICIES[policy]
-        return options
+        return parallel_state.get_nccl_options(name, {name: settings}) if settings else None
 
     def refuse_unused(self) -> None:
         """Raise a ValueError if the file has settings of a communicator that does not exist."""
@@ -132,11 +118,6 @@ def _checked(source: str, name: str, settings: object) -> dict[str, Any]:
     least, most = (settings.get(bound) for bound in _CTAS)
     if least is not None and most is not None and least > most:
         raise ValueError(f"{where}: min_ctas {least} must be at most max_ctas, got {most}")
-    if settings.get("cta_policy") == "zero" and name.endswith("_inter_node"):
-        raise ValueError(
-            f"{where}: cta_policy zero: copy engines move data inside a node; give it to "
-            f"{name.replace('inter', 'intra')}, or take max_ctas"
-        )
     return dict(settings)
 
 
@@ -146,12 +127,10 @@ def _check(where: str, option: str, value: object) -> None:
         right, allowed = isinstance(value, bool), [True, False]
     elif option == "net_name":
         right, allowed = isinstance(value, str), "a text such as IB or socket"
-    elif option == "cta_policy":
-        right, allowed = value in [*POLICIES], [*POLICIES]
     elif option in _COUNTS:
         is_number = isinstance(value, int) and not isinstance(value, bool)
         right, allowed = is_number and 1 <= value <= _MOST[option], f"1 to {_MOST[option]}"  # type: ignore[operator]
     else:
-        raise ValueError(f"{where}: no such option; those are {[*_MEGATRONS, 'cta_policy']}")
+        raise ValueError(f"{where}: no such option; those are {[*_MEGATRONS]}")
     if not right:
         raise ValueError(f"{where} must be {allowed}, got {value!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from megatron_laer.files.shipped import yaml_file
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Card, ExchangeCtas
 from megatron_laer.plugin import nccl_options
-from megatron_laer.plugin.nccl_options import POLICIES, NcclOptions
+from megatron_laer.plugin.nccl_options import NcclOptions
 
 UNSET = torch.distributed.ProcessGroupNCCL.Options().config.max_ctas
 CTAS = ExchangeCtas(intra=16, inter=8)
@@ -67,18 +66,18 @@ def test_the_users_file_wins(tmp_path: Path) -> None:
     options = read(
         tmp_path,
         """
-        fsep_parameters: {max_ctas: 20, cta_policy: efficiency}
-        fsep_parameters_intra_node: {max_ctas: 12, cta_policy: zero}
+        fsep_parameters: {max_ctas: 20}
+        fsep_parameters_intra_node: {max_ctas: 12}
         fsep_gradients: {min_ctas: 24}
         dp_cp: {max_ctas: 3, some_option_of_later_megatrons: 1}
         """,
     )
     whole = options.of("FSEP_PARAMETERS", TWO_NODES).config
-    assert (whole.max_ctas, whole.cta_policy) == (20, POLICIES["efficiency"])
+    assert whole.max_ctas == 20
     inside = options.of("FSEP_PARAMETERS_INTRA_NODE", ONE_NODE).config
-    assert (inside.max_ctas, inside.cta_policy) == (12, POLICIES["zero"])
+    assert inside.max_ctas == 12
     between = options.of("FSEP_PARAMETERS_INTER_NODE", (0, 8)).config
-    assert (between.max_ctas, between.cta_policy) == (20, POLICIES["efficiency"])
+    assert between.max_ctas == 20
     # A default below the user's least would be refused by NCCL.
     assert options.of("FSEP_GRADIENTS", TWO_NODES).config.max_ctas == UNSET
     options.refuse_unused()
@@ -98,14 +97,10 @@ def test_the_users_file_wins(tmp_path: Path) -> None:
             "fsep_gradients: {min_ctas: 9, max_ctas: 8}",
             "min_ctas 9 must be at most max_ctas, got 8",
         ),
-        ("fsep_gradients: {cta_policy: none}", "must be ['default', 'efficiency', 'zero'], got"),
+        ("fsep_gradients: {cta_policy: zero}", "fsep_gradients: cta_policy: no such option"),
         ("fsep_gradients: {is_high_priority_stream: 1}", "must be [True, False], got 1"),
         ("fsep_tokens: {is_high_priority_stream: false}", "is_high_priority_stream False: tokens"),
         ("fsep_gradients: {net_name: 3}", "net_name must be a text such as IB or socket, got 3"),
-        (
-            "fsep_gradients_inter_node: {cta_policy: zero}",
-            "fsep_gradients_inter_node: cta_policy zero: copy engines move data inside a node",
-        ),
     ],
 )
 def test_a_wrong_setting_is_refused_and_quoted(tmp_path: Path, content: str, said: str) -> None:
@@ -119,20 +114,6 @@ def test_settings_of_a_communicator_that_is_not_made_are_refused(tmp_path: Path)
     options.of("FSEP_PARAMETERS", TWO_NODES)
     with pytest.raises(ValueError, match=re.escape("settings of ['fsep_tokens'], and this run")):
         options.refuse_unused()
-
-
-def test_a_policy_that_torch_does_not_pass_on_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from megatron.core import parallel_state
-
-    class Older:
-        config: Any = object()
-
-    monkeypatch.setattr(parallel_state, "get_nccl_options", lambda *_: Older())
-    options = read(tmp_path, "fsep_parameters: {cta_policy: zero}")
-    with pytest.raises(ValueError, match=r"fsep_parameters: cta_policy zero: torch .* does not"):
-        options.of("FSEP_PARAMETERS", ONE_NODE)
 
 
 def test_fewer_blocks_need_less_memory_of_nccl() -> None:
