@@ -104,7 +104,10 @@ def compare(*, quick: bool = False, cluster: Path | None = None) -> list[dict[st
 def _calibrate(output: Path, *, quick: bool) -> None:
     size = QUICK if quick else HALF
     words = f"--nproc-per-node {RANKS} --standalone -m megatron_laer calibrate {output}"
-    words += f" --hidden {size.hidden} --ffn {size.ffn}" + (" --quick" if quick else "")
+    model = output.with_name("size.yaml")
+    sizes = f"hidden-size: {size.hidden}, moe-ffn-hidden-size: {size.ffn}, num-experts: 8"
+    model.write_text(f"description: its experts\nmoe: {{{sizes}, swiglu: true}}\n")
+    words += f" --config {model}" + (" --quick" if quick else "")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", *words.split()], check=True)
 
 

@@ -189,9 +189,7 @@ DEFAULT_SIZES = ExpertSizes(hidden=4096, ffn=14336, gated=True)
 _GATED: Sequence[str] = ("--swiglu", "--quick-geglu")
 
 
-def model_sizes(
-    config: str, way_out: str = "mend it, or give --hidden and --ffn instead of --config"
-) -> ExpertSizes:
+def model_sizes(config: str, way_out: str = "mend it") -> ExpertSizes:
     """Read the widths from a model configuration, given by path or by a shipped one's name."""
     values = model_values(config)
     if "--num-experts" not in values:

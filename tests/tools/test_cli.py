@@ -277,7 +277,7 @@ def test_calibrate_checks_its_arguments_before_the_launcher(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for words, message in (
         ("x.txt", "'x.txt' does not end in .yaml or .yml"),
-        ("x.yaml --hidden 4", "--hidden and --ffn go together"),
+        ("x.yaml --config moon", "unknown model 'moon'"),
         ("x.yaml", "exchanges need several ranks"),
     ):
         assert main(["calibrate", *words.split()]) == 2

@@ -67,8 +67,7 @@ class CalibrationSettings:
             raise ValueError(
                 f"an expert of hidden size {self.expert.hidden} and width {self.expert.ffn} would "
                 f"take about {self.gemm_bytes / 2**30:,.1f} GiB of a rank's memory, "
-                f"{free_bytes / 2**30:,.1f} GiB are free for it; give smaller --hidden and --ffn, "
-                "or another --config"
+                f"{free_bytes / 2**30:,.1f} GiB are free for it; give another --config"
             )
 
 

@@ -35,13 +35,12 @@ from megatron_laer.tools.cli.argument_types import (
     option,
     path,
 )
-from megatron_laer.tools.model_flags import MAX_WIDTH, ExpertSizes, model_sizes
+from megatron_laer.tools.model_flags import ExpertSizes, model_sizes
 from megatron_laer.tools.simulator.output import not_given
 
 if TYPE_CHECKING:
     from megatron_laer.tools.calibration.sampling import Job
 
-_LONGEST_NAME = 200
 _ENDINGS = (".yaml", ".yml")
 
 _EXAMPLES = """\
@@ -62,14 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="FILE", type=path, help="the cluster file, a .yaml")
     parser.add_argument("--force", action="store_true", help="replace the file if it is there")
     parser.add_argument("--quick", action="store_true", help="fewer points, and seconds in all")
-    option(parser, "--name NAME", "of the cluster; default: the file's, without its ending")
     text = "ranks per node; default: what the launcher says"
     option(parser, "--node-size G", text, between(1, MOST_RANKS))
     text = "a model, whose experts' GEMMs are measured; default: Mixtral-8x7B's on GPUs, small ones"
     option(parser, "--config NAME|YAML", f"{text} on processors")
-    width = between(1, MAX_WIDTH)
-    option(parser, "--hidden H", "in place of --config, with --ffn", width)
-    option(parser, "--ffn F", "width of an expert, a gated one", width)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,24 +95,18 @@ def run(args: argparse.Namespace) -> int:
             quick=args.quick,
             control=control,
         )
-        name = args.name or args.output.stem
-        cluster = calibration.calibrate(name, settings, device, control, progress)
+        cluster = calibration.calibrate(args.output.stem, settings, device, control, progress)
         calibration.together(control, lambda: _write(cluster, args.output))
     return 0
 
 
 def _checked(args: argparse.Namespace, *, writes: bool) -> ExpertSizes | None:
-    if args.output.suffix not in _ENDINGS:
+    if args.output.suffix not in _ENDINGS or not args.output.stem.strip():
         raise ValueError(
             f"{quoted(args.output)} does not end in {' or '.join(_ENDINGS)}, by which --cluster "
-            "tells files from names"
+            "tells files from names, or has no name before that"
         )
-    name = args.output.stem if args.name is None else args.name
-    if not name.strip() or len(name) > _LONGEST_NAME:
-        raise ValueError(
-            f"the name {quoted(name)} is empty or has over {_LONGEST_NAME} characters; give --name"
-        )
-    expert = _expert(args)
+    expert = None if args.config is None else named("--config", args.config, model_sizes)
     if writes:
         refuse_unwritable(args.output, "FILE")
         if args.config is not None:
@@ -128,16 +117,6 @@ def _checked(args: argparse.Namespace, *, writes: bool) -> ExpertSizes | None:
                 "replace it"
             )
     return expert
-
-
-def _expert(args: argparse.Namespace) -> ExpertSizes | None:
-    if (args.hidden is None) != (args.ffn is None):
-        raise ValueError("--hidden and --ffn go together; give both or neither")
-    if args.config is not None and args.hidden is not None:
-        raise ValueError("--config and --hidden both give an expert's sizes; remove one of them")
-    if args.config is not None:
-        return named("--config", args.config, model_sizes)
-    return None if args.hidden is None else ExpertSizes(args.hidden, args.ffn, gated=True)
 
 
 def _write(cluster: Cluster | None, output: Path) -> None:

@@ -16,7 +16,7 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import CONSTANTS, Cluster
 from tests import processes
 
-TINY = "--quick --hidden 16 --ffn 16"
+TINY = "--quick --config tiny-moe"
 
 
 def start(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -106,15 +106,15 @@ def refusal(pool: RankPool, *args: Any) -> str:
 def test_both_kinds_of_links_are_measured_and_a_file_is_replaced_by_force(ranks, tmp_path):
     output = tmp_path / "four.yml"
     output.write_text("something else")
-    ranks(4).run(calibrated, f"{output} {TINY} --node-size 2 --force --name quads")
+    ranks(4).run(calibrated, f"{output} {TINY} --node-size 2 --force")
     cluster = load_cluster(output)
-    assert (cluster.name, cluster.nodes, cluster.ranks_per_node) == ("quads", 2, 2)
+    assert (cluster.name, cluster.nodes, cluster.ranks_per_node) == ("four", 2, 2)
     assert cluster.assumed == "nothing"
     grows(cluster, "All-to-All intra, peers 1,")
     grows(cluster, "All-to-All inter, peers 1,")
     spreads = dict(cluster.spreads)
     assert {"intra.bytes_per_s", "inter.bytes_per_s", "inter.latency_s"} <= spreads.keys()
-    assert "hidden 16, ffn 16, gated" in dict(cluster.measured)["expert"]
+    assert "hidden 128, ffn 128, gated" in dict(cluster.measured)["expert"]
 
 
 def test_latency_by_peer_needs_several_numbers_of_peers(ranks, tmp_path):
@@ -130,20 +130,23 @@ def test_bad_input_is_the_same_sentence_on_every_rank(ranks, tmp_path):
     pool, good = ranks(2), f"{tmp_path / 'x.yaml'} {TINY}"
     (tmp_path / "there.yaml").write_text("mine")
     model = tmp_path / "model.yaml"
-    model.write_bytes(yaml_file("model", "tiny-moe").read_bytes())
+    content = yaml_file("model", "tiny-moe").read_text()
+    model.write_text(content)
+    huge = tmp_path / "huge.yaml"
+    huge.write_text(content.replace("hidden-size: 128", "hidden-size: 1048576"))
     for words, message in (
         (f"{tmp_path / 'there.yaml'} {TINY}", "is there already; give another file, or --force"),
         (f"{good} --node-size 3", "nodes of 3 ranks do not divide the 2 ranks; give --node-size"),
-        (f"{good} --config tiny-moe", "both give an expert's sizes; remove one of them"),
-        (f"{good} --name {'x' * 201}", "is empty or has over 200 characters; give --name"),
         (f"{model} --config {model} --force", "would write over the input"),
-        (f"{tmp_path / 'x.yaml'} --hidden 1048576 --ffn 1048576", "GiB of a rank's memory"),
+        (f"{tmp_path / 'x.yaml'} --config {huge}", "GiB of a rank's memory"),
     ):
         assert message in refusal(pool, words)
-    assert refusal(pool, good, "--config moon", 1).startswith("rank 1: --config and --hidden")
+    assert refusal(pool, good, "--config moon", 1).startswith("rank 1: --config 'moon'")
     differing = refusal(pool, good, "--node-size 1", 1)
     assert "ranks 0 and 1 would measure differently (node_size is 2 and 1); start all" in differing
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.yaml", "there.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("huge.yaml", "model.yaml", "there.yaml")
+    ]
     assert (tmp_path / "there.yaml").read_text() == "mine"
 
 
