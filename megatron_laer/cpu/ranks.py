@@ -285,7 +285,7 @@ def _serve(
 
 
 def lead_session(log: str) -> None:
-    """Give this process a session that ends with its starter, and write its output to a file."""
+    """Start a session that ends with this process's starter, and write output to a file."""
     os.setsid()
     threading.Thread(target=_end_with_the_starter, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
