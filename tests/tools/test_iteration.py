@@ -56,7 +56,7 @@ def layer(forward_N, backward_N=None, restore_s=None, reduce_s=None, **more):
         **of_moe,
     )
     settings = {"again": False} | more
-    return LayerTimes("layer", (2.0, 4.0), (0.0, 0.0), (0.0, 0.0), of, **settings)
+    return LayerTimes("layer", ({"attention": 2.0}, {"attention": 4.0}), of, **settings)
 
 
 def spent(clocks):

@@ -208,7 +208,7 @@ def test_the_host_takes_time_for_replicas_where_the_device_does_not_hide_it():
         host = replace(H100.host, launch_s=0.0, replicas_s=replicas_s)
         rates = Rates(replace(H100, host=host), 2)
         timing = Timing(TINY, RunShape(8, 8, tokens=800, microbatches=1), rates, rates)
-        return timing.layer(0, LayerWork.of(totals, rates, restore), ALONE).host_s[0]
+        return timing.layer(0, LayerWork.of(totals, rates, restore), ALONE).alone_s[0]["host"]
 
     without_s = forward_s(1.0, None)
     assert forward_s(0.0, restore) == forward_s(1e-7, restore) == without_s
@@ -235,7 +235,7 @@ def test_a_layers_host_time_grows_with_its_slots_and_chunks_and_hides_behind_the
         timing = Timing(TINY, RunShape(8, 8, tokens=tokens, microbatches=1), rates, rates)
         totals = grouped_totals(np.full((8, 16), tokens // 8), ranks, 8)
         work = LayerWork.of(totals, rates, passing=TokenPassing(ranks, **passing))
-        return timing.layer(0, work, ALONE).host_s
+        return tuple(of["host"] for of in timing.layer(0, work, ALONE).alone_s)
 
     assert host_s(800, 0.0) == host_s(10**8, 4e-6) == (0.0, 0.0)
     forward_s, backward_s = host_s(800, 1.0)

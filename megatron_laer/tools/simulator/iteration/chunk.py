@@ -7,13 +7,14 @@ Legend: N ranks.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.clocks import (
     GRADIENTS,
     INTRA,
+    OF_ATTENTION,
     PARAMETERS,
     Clocks,
     Flight,
@@ -53,21 +54,17 @@ class MoETimes:
 class LayerTimes:
     """Seconds of the parts of a layer for one microbatch.
 
-    Pairs are forward and backward. `dense_s` is neither attention nor experts, `tensor_s`
-    collectives among tensor-parallel ranks, `host_s` the host's time. Backward includes recompute,
-    except with `again`, where it first runs forward again, with its exchanges of tokens, but
-    without attention unless `attention_again`.
+    `alone_s` are those without experts by kind, in order, of forward and of backward. Backward
+    includes recompute, except with `again`, where it first runs forward again, with its exchanges
+    of tokens, but without attention unless `attention_again`.
     `gather_s` and `scatter_s` exchange the layer's parameters and gradients; 0 in passes without.
     """
 
     name: str
-    attention_s: tuple[float, float]
-    dense_s: tuple[float, float]
-    tensor_s: tuple[float, float]
+    alone_s: tuple[Mapping[str, float], Mapping[str, float]]
     moe: MoETimes | None
     again: bool
     attention_again: bool = True
-    host_s: tuple[float, float] = (0.0, 0.0)
     gather_s: float = 0.0
     scatter_s: float = 0.0
 
@@ -293,11 +290,9 @@ class Pass:
         return self._clocks.exchange(PARAMETERS, seconds, moe.exchange_link)
 
     def _dense(self, layer: LayerTimes, direction: int, *, attention: bool = True) -> None:
-        if attention:
-            self._clocks.work("attention", layer.attention_s[direction])
-            self._clocks.work("tensor", layer.tensor_s[direction])
-        self._clocks.work("dense", layer.dense_s[direction])
-        self._clocks.work("host", layer.host_s[direction])
+        for kind, seconds in layer.alone_s[direction].items():
+            if attention or kind not in OF_ATTENTION:
+                self._clocks.work(kind, seconds)
 
     def _send(self, moe: MoETimes) -> Flight:
         members = moe.group, moe.within_node

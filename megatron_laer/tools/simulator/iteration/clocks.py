@@ -20,6 +20,8 @@ COMPUTE = ("attention", "dense", "experts", "optimizer")
 # Compute that exchanges of experts slow down.
 _SLOWED = ("attention", "dense", "experts")
 EXPOSED = ("tokens", "restore", "reduce", "gate", "tensor", "data_parallel", "pipeline", "host")
+# Attention with its exchange among tensor-parallel ranks.
+OF_ATTENTION = ("attention", "tensor")
 # Time in which a rank waits for others that compute longer.
 WAITING = "waiting"
 KINDS = (*COMPUTE, *EXPOSED, WAITING)

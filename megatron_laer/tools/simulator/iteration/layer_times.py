@@ -54,6 +54,8 @@ _OPERATION_LAUNCHES = 7.3
 _CORE_FORWARD, _CORE_BACKWARD = 0.78, 0.69
 # Backward has two GEMMs for each of forward's: of the input's gradient, and of the weight's.
 _BACKWARD_GEMMS = 2
+# Parts without experts, in order; the host's time follows.
+_ALONE = ("attention", "tensor", "dense")
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,12 @@ class Timing:
         """
         has_experts, by_parts = self.model.layer_has_experts[layer], schedule.by_parts
         first, last = ends
-        attention_s, attention_backward_s = self._attention()
-        dense_s, dense_backward_s = self._dense(has_experts)
+        times = zip(self._attention(), [self._tensor()] * 2, self._dense(has_experts), strict=True)
+        ahead_s, back_s = (dict(zip(_ALONE, of, strict=True)) for of in times)
         if self.run.recompute == Recompute.COMPUTE:
-            attention_backward_s += attention_s
-            dense_backward_s += dense_s
-        tensor_s = self._tensor()
-        device_s = [attention_s + dense_s + tensor_s]
-        device_s.append(attention_backward_s + dense_backward_s + tensor_s)
+            for kind in ("attention", "dense"):
+                back_s[kind] += ahead_s[kind]
+        device_s = [sum(ahead_s.values()), sum(back_s.values())]
         moe = None
         if work is not None:
             holds = schedule.holds_step
@@ -96,15 +96,13 @@ class Timing:
             for direction, compute_N in enumerate((moe.forward_N, moe.backward_N)):
                 exposed_N = 0 if by_parts else 2 * moe.tokens_N
                 device_s[direction] += float((compute_N + exposed_N).max())
+        ahead_s["host"], back_s["host"] = self._host(work, device_s, by_parts)
         return LayerTimes(
             name=f"layer {layer + 1}",
-            attention_s=(attention_s, attention_backward_s),
-            dense_s=(dense_s, dense_backward_s),
-            tensor_s=(tensor_s, tensor_s),
+            alone_s=(ahead_s, back_s),
             moe=moe,
             again=self.run.recompute == Recompute.FULL,
             attention_again=self.run.attention_again,
-            host_s=self._host(work, device_s, by_parts),
             gather_s=data_parallel_s[0] if first else 0.0,
             scatter_s=data_parallel_s[1] if last else 0.0,
         )
