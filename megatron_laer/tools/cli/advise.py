@@ -33,7 +33,6 @@ from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import NATURAL
 
-_STEPS = 3
 # Exit status if nothing fits in memory.
 _NOTHING_FITS = 1
 
@@ -143,7 +142,6 @@ def _runs(
         rates=prediction_input.rates_of(model, cluster),
         trace_of=_trace_of(model, args.workload, shape.tokens, trace),
         tokens=None if trace is None else shape.tokens,
-        steps=_STEPS,
         most_bytes=most_gib * 2**30,
         dispatches=tuple(dispatches),
         stock_flex=stock_flex,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from megatron_laer.arrays import Int64
@@ -21,6 +22,15 @@ _NO_EFFECT = (
     *("--capacity", "--token-exchange", "--recompute", "--restore-algorithm"),
     *("--strategy", "--mode", "--every"),
 )
+_COLUMNS: Mapping[str, Callable[[LayerHomes], str]] = {
+    "layer": lambda one: one_line(one.layer, 40),
+    "rows, stock's": lambda one: f"{one.stock_rows:.3f}",
+    "rows": lambda one: f"{one.rows:.3f}",
+    "saved": lambda one: f"{one.saved:.1%}",
+    "max/mean, stock's": lambda one: f"{one.stock_max_over_mean:.3f}",
+    "max/mean": lambda one: f"{one.max_over_mean:.3f}",
+    "homes": lambda one: one.homes,
+}
 _LEGEND = """\
 rows: between nodes per token, {source}, of the later half of the steps; the earlier half
 planned, and a single step does both. Tokens travel once per node, and each expert has one copy.
@@ -66,25 +76,10 @@ def run(
     print(one_line(f"homes for {num_ranks} ranks in nodes of {node_size}: {args.homes}"))
     is_counted = all(one.is_counted for one in layers)
     source = "counted on tokens' experts" if is_counted else "expected from pairs"
-    print(f"\n{table_text(layers)}\n\n{_LEGEND.format(source=source)}")
+    lines = [[text(one) for text in _COLUMNS.values()] for one in layers]
+    table = aligned([[*_COLUMNS], *lines], (0, len(_COLUMNS) - 1))
+    print(f"\n{table}\n\n{_LEGEND.format(source=source)}")
     return 0
-
-
-def table_text(layers: list[LayerHomes]) -> str:
-    head = ["layer", "rows, stock's", "rows", "saved", "max/mean, stock's", "max/mean", "homes"]
-    lines = [
-        [
-            one_line(one.layer, 40),
-            f"{one.stock_rows:.3f}",
-            f"{one.rows:.3f}",
-            f"{one.saved:.1%}",
-            f"{one.stock_max_over_mean:.3f}",
-            f"{one.max_over_mean:.3f}",
-            one.homes,
-        ]
-        for one in layers
-    ]
-    return aligned([head, *lines], (0, len(head) - 1))
 
 
 def _geometry(args: argparse.Namespace, trace: Trace, num_ranks: int, node_size: int) -> Geometry:

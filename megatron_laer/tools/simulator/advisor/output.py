@@ -39,7 +39,7 @@ def text(title: str, run: Run, results: Results, common: Sequence[str]) -> str:
     )
     if found:
         parts += [_table(results), LEGEND]
-        lines = [f"  {of.candidate.label}:\n    {flags(run, of.candidate, common)}" for of in found]
+        lines = [f"  {of.label}:\n    {flags(run, of.candidate, common)}" for of in found]
         parts.append("\n".join(["flags of each row:", *lines]))
     return "\n\n".join([*parts, *filter(None, [_filled(not_given(run.rates[0].cluster))])])
 
@@ -69,7 +69,7 @@ def content(run: Run, results: Results, common: Sequence[str]) -> dict[str, Any]
     def listed(found: Found) -> dict[str, Any]:
         prediction = found.prediction
         return {
-            "label": found.candidate.label,
+            "label": found.label,
             "flags": flags(run, found.candidate, common),
             "iteration_s": prediction.range_s,
             "share": results.share(found),
@@ -91,11 +91,10 @@ def content(run: Run, results: Results, common: Sequence[str]) -> dict[str, Any]
 
 def _table(results: Results) -> str:
     shown = {
-        f"{place}  {found.candidate.label}": found
-        for place, found in enumerate(results.best.found, start=1)
+        f"{place}  {found.label}": found for place, found in enumerate(results.best.found, start=1)
     }
-    shown |= {f"   {found.candidate.label}": found for found in results.stocks.found}
-    shown[f"   {results.balanced.candidate.label}, balanced counts"] = results.balanced
+    shown |= {f"   {found.label}": found for found in results.stocks.found}
+    shown[f"   {results.balanced.label}, balanced counts"] = results.balanced
     rows = {label: found.prediction for label, found in shown.items()}
     stock = results.stocks.found[0].prediction if results.stocks.found else None
     shares = [f"{results.share(found):.3f}" for found in shown.values()]

@@ -40,9 +40,10 @@ from megatron_laer.tools.simulator.replay import Routing, Step
 from megatron_laer.tools.simulator.run_settings import priced
 from megatron_laer.tools.traces.records import Trace
 
+_STEPS = 3
 # Sizes of a shortened run: layers without a pipeline, stages of one, recorded layers, recorded
 # microbatches of a layer, and steps.
-_LAYERS, _STAGES, _RECORDED_LAYERS, _RECORDED_MICROBATCHES, _STEPS = 8, 2, 4, 2, 2
+_LAYERS, _STAGES, _RECORDED_LAYERS, _RECORDED_MICROBATCHES, _ROUGH_STEPS = 8, 2, 4, 2, 2
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ class Run:
     rates: tuple[Rates, ...]
     trace_of: Callable[[int], Trace]
     tokens: int | None
-    steps: int
     most_bytes: float
     dispatches: tuple[Dispatch, ...]
     stock_flex: bool
@@ -238,13 +238,13 @@ class Predictor:
             few = shape.stages
             # A bubble per further stage takes as long as one of a stage's chunks.
             wanted = full.microbatches + (stages - few) / full.chunks
-            return _Extent(model, shape, routing, _STEPS, few, 2 * few, wanted, factor)
+            return _Extent(model, shape, routing, _ROUGH_STEPS, few, 2 * few, wanted, factor)
         routing = Routing(trace, num_ranks, topk, run.tokens)
         recorded, few = int(trace.microbatch_R.max()) + 1, 2 * stages
         many = few + stages * -(-recorded // stages)
         if full.microbatches <= few + many:
             many = full.microbatches
-        return _Extent(run.model, full, routing, run.steps, few, many, full.microbatches)
+        return _Extent(run.model, full, routing, _STEPS, few, many, full.microbatches)
 
     def _by_rank(self, num_ranks: int) -> CostModel:
         """Return prices of a group's planner, for tokens that travel by rank."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_laer.tools.simulator.advisor.predictor import Candidate, Predictor
 from megatron_laer.tools.simulator.advisor.settings import geometries, settings_of
@@ -27,12 +27,15 @@ _EQUAL = 1.002
 Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A candidate with its prediction."""
 
     candidate: Candidate
     prediction: IterationPrediction
+
+    @property
+    def label(self) -> str:
+        return self.candidate.label
 
     @property
     def seconds(self) -> float:
@@ -54,9 +57,7 @@ class Ranking:
     @property
     def option(self) -> Option | None:
         """Return the fastest one; None if none fits."""
-        if not self.found:
-            return None
-        return Option(self.found[0].candidate.label, self.found[0].prediction)
+        return Option(self.found[0].label, self.found[0].prediction) if self.found else None
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _rank(
 
 def _with_ranges(predictor: Predictor, ranking: Ranking, progress: Progress) -> Ranking:
     found = [
-        replace(each, prediction=predictor.fully(each.candidate, predictor.run.rates))
+        Found(each.candidate, predictor.fully(each.candidate, predictor.run.rates))
         for each in progress("ranges", ranking.found)
     ]
     return replace(ranking, found=tuple(found))
