@@ -244,10 +244,3 @@ def test_memory_does_not_depend_on_the_size_of_the_input(tmp_path):
             tracemalloc.stop()
 
     assert peak_bytes(2**25) < peak_bytes(2**22) + 2**20
-
-
-def test_a_link_is_followed(texts, tmp_path):
-    (tmp_path / "link").symlink_to(texts[0])
-    assert read_texts(prepare_data([tmp_path / "link"], tmp_path / "train").prefix) == [
-        b"first in order"
-    ]

@@ -170,16 +170,6 @@ def test_it_runs_where_nothing_at_all_is_installed(doctor):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("module", "name"), [("torch", "torch"), ("megatron", "megatron-core")])
-def test_one_thing_that_is_missing_is_named_with_what_hangs_on_it(doctor, module, name):
-    examined = doctor(fake_torch() | fake_megatron(), hidden=module)
-    assert examined.status == 1
-    assert examined.rows[name] == missing(name)
-    assert examined.first_line == f"missing or unsupported: {name}"
-    assert "plugin" not in examined.rows
-
-
-@pytest.mark.distributed
 def test_imports_that_fail_in_any_way_are_rows(doctor):
     broken = {
         "psutil/__init__.py": "import os; os.abort()",

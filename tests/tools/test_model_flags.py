@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.files.shipped import yaml_file
 from megatron_laer.tools.model_flags import model_flags, model_values
 from tests.processes import python
 
@@ -32,10 +31,6 @@ architecture:
     values = model_values(path)
     assert values["--rotary-percent"] == "0.5"  # found by either spelling
     assert (values["--swiglu"], values["--cp-comm-type"]) == ("", "p2p a2a")
-
-
-def test_a_name_is_found_in_the_repository():
-    assert yaml_file("model", "tiny-moe") == _ROOT / "configs" / "models" / "tiny-moe.yaml"
 
 
 # One process for all models, since importing Megatron takes seconds.

@@ -116,19 +116,6 @@ def test_a_workload_takes_the_place_of_a_trace(tmp_path, capsys):
     assert stock["strategy"] == STOCK and abs(stock["mean"] - 2.0) < 0.05
 
 
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        ("x.trace --topk 2", "--topk 2: no effect here; add --workload, or leave --topk out"),
-        ("--workload W1 --ranks 4", "has no experts of its own; give --experts or --config"),
-    ],
-)
-def test_options_of_a_workload_and_of_a_trace_exclude_each_other(capsys, words, problem):
-    status, out, err = run(*words.split(), capsys=capsys)
-    assert status == 2
-    assert problem in err and out == "" and err.count("\n") == 1
-
-
 def test_an_output_is_replaced_whole_or_not_at_all(tmp_path, trace, capsys):
     path, output = recording(tmp_path / "x.trace", trace), tmp_path / "real.json"
     output.write_text("before")

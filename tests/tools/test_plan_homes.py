@@ -38,7 +38,7 @@ def chosen(groups, more_of_first=1):
     return np.concatenate([np.tile(first, (200 + more_of_first, 1)), np.tile(second, (200, 1))])
 
 
-def recorded(path, of_layers, *, ranks=2, sets=False, pairs=True, first_layer=1):
+def recorded(path, of_layers, *, ranks=2, sets=False, first_layer=1):
     """Record, for each layer, the same tokens in all steps, or those of a list in each step."""
     names = [f"layer {first_layer + at}" for at in range(len(of_layers))]
     writer = TraceWriter(path, ranks, 8, names)
@@ -48,8 +48,7 @@ def recorded(path, of_layers, *, ranks=2, sets=False, pairs=True, first_layer=1)
             expert_TK = tokens[number] if isinstance(tokens, list) else tokens
             pairs_EE = pairs_of(expert_TK, 8)
             writer.append(step, layer, 0, np.tile(pairs_EE.diagonal(), (ranks, 1)))
-            if pairs:
-                writer.append_pairs(step, layer, ranks * pairs_EE)
+            writer.append_pairs(step, layer, ranks * pairs_EE)
             if sets:
                 sets_TE = np.zeros((len(expert_TK), 8), dtype=np.bool_)
                 np.put_along_axis(sets_TE, expert_TK, True, axis=1)
@@ -135,13 +134,6 @@ def test_homes_that_cannot_be_made_are_refused(tmp_path, capsys, words, says):
     trace, homes = recorded(tmp_path / "group-0.trace", [chosen(MIXED)]), tmp_path / "homes.json"
     status, _, err, _ = plan(trace, *words.split(), "--homes", homes, capsys=capsys)
     assert status == 2 and says in err and not homes.exists()
-
-
-def test_a_trace_without_pairs_names_the_flag_that_records_them(tmp_path, capsys):
-    trace = recorded(tmp_path / "group-0.trace", [chosen(MIXED)], pairs=False)
-    words = ("--node-size", 1, "--homes", tmp_path / "homes.json")
-    status, _, err, _ = plan(trace, *words, capsys=capsys)
-    assert status == 2 and "--fsep-set pairs_interval" in err
 
 
 def test_a_file_of_sets_is_counted_token_by_token(tmp_path, capsys):

@@ -179,25 +179,22 @@ def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(folder, tmp_p
     assert figure_of(data_of(page), "A step's time")["data"][1]["y"] == [0] * STEPS
 
 
-def test_losses_of_a_log_beside_the_recordings_are_shown(folder, tmp_path):
-    lines = [
-        f" iteration {step:8d}/{STEPS:8d} | consumed samples: 8 | lm loss: {9 - step:.3E} |"
-        for step in range(1, STEPS + 1)
-    ]
-    (folder / "train.log").write_text("\n".join(lines))
-    (trace,) = figure_of(data_of(written(tmp_path, folder)), "Loss")["data"]
-    # By the steps of all other figures; Megatron's log counts from 1.
-    assert (trace["x"], trace["y"]) == ([0, 1, 2, 3, 4], [8, 7, 6, 5, 4])
-
-
-@pytest.mark.parametrize("losses", [(8.0, 7.0, "NAN", 6.0, "INF"), ("NAN",) * 5, (8.0, "-INF")])
-def test_a_run_that_diverged_has_a_page_with_the_place(folder, tmp_path, losses):
+@pytest.mark.parametrize(
+    "losses",
+    [(8.0, 7.0, 6.0, 5.0, 4.0), (8.0, 7.0, "NAN", 6.0, "INF"), ("NAN",) * 5, (8.0, "-INF")],
+)
+def test_losses_of_a_log_are_shown_with_the_place_where_a_run_diverged(folder, tmp_path, losses):
     lines = [f" iteration {at}/ 9 | lm loss: {loss} |" for at, loss in enumerate(losses, 1)]
     (folder / "train.log").write_text("\n".join(lines))
     page = written(tmp_path, folder)
     (trace,) = figure_of(data_of(page), "Loss")["data"]
+    # By the steps of all other figures; Megatron's log counts from 1.
+    assert trace["x"] == [*range(len(losses))]
     assert trace["y"] == [loss if isinstance(loss, float) else None for loss in losses]
     lost = [at for at, loss in enumerate(losses, 1) if isinstance(loss, str)]
+    if not lost:
+        assert "its loss is NaN or infinite" not in page
+        return
     number = f"{len(lost)} of {len(losses)} logged iterations"
     place = f"first in iteration {lost[0]}, which is step {lost[0] - 1} here."
     assert f"its loss is NaN or infinite in {number}, {place}" in page

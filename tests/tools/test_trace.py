@@ -33,13 +33,6 @@ def test_tokens_of_a_rank_are_dealt_out_evenly(tmp_path):
     assert np.ptp(parts_RN3E.sum(axis=3), axis=2).max() <= 1
 
 
-@pytest.mark.parametrize("num_ranks", [0, 4, 9])
-def test_numbers_of_ranks_without_common_measure_are_refused(tmp_path, num_ranks):
-    trace = recorded(tmp_path, some_counts(4, ranks=6))
-    with pytest.raises(ValueError, match=rf"for {num_ranks} ranks; use one of \[1, 2, 3, 6\] or a"):
-        trace.with_ranks(num_ranks)
-
-
 def test_a_folder_stands_for_its_only_recording(tmp_path):
     counts = some_counts(1)
     path = TRACE.path(tmp_path, 0)
