@@ -115,16 +115,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, choices in (("--strategy NAME", strategy_names()), ("--mode MODE", MODES)):
         text = f"of {', '.join(choices)}; default: all"
         option(parser, flag, text, nargs="+", choices=choices)
-    text = "of mode tolerance: replan where max/mean exceeds 1 + X; default: the recorded, else"
-    text = f"{text} {_DEFAULT_TOLERANCE} (--homes: stock's + X; {_DEFAULT_TOLERANCE})"
+    text = (
+        "replan where max/mean exceeds 1 + X; of --homes: stock's + X; default: the recorded, else"
+    )
+    text = f"{text} {_DEFAULT_TOLERANCE}"
     option(parser, "--tolerance X", text, number(0, MOST_RANKS))
     predicted = "for the predicted time"
-    again = f"what backward computes again, {predicted}: nothing; all of an MoE layer, token"
     for flag, words, text in (
         ("--sharding", [*Sharding], "rows of every expert on each rank, or home experts"),
         ("--restore-algorithm", [*ExchangeAlgorithm, Auto.AUTO], "how experts are fetched"),
         ("--token-exchange", [*TokenExchange, Auto.AUTO], f"how tokens travel, {predicted}"),
-        ("--recompute", [*Recompute], f"{again} exchanges included; or its compute alone"),
+        ("--recompute", [*Recompute], f"what backward computes again, {predicted}"),
     ):
         text = f"{text}; default: the recorded, else {words[0]}"
         option(parser, flag, text, choices=[str(word) for word in words])

@@ -79,49 +79,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared(run, "--node-size G", "the cluster's")
     shared(run, "--tokens T", "as in the trace, a sequence for a workload")
     usual = prediction_input.WORKLOAD_MICROBATCHES
-    for flag, high, text in (
-        (
-            "--microbatches M",
-            _MAX_COUNT,
-            f"of an iteration; default: as in the trace, {usual} for a workload",
-        ),
-        (
-            "--world W",
-            MOST_RANKS,
-            "ranks of a stage, which are several FSEP groups; default: one group's",
-        ),
-        (
-            "--stock-expert-parallel X",
-            MAX_EXPERTS,
-            "ranks among which stock EP has every expert once; default: the fastest, of a node or "
-            "more, or of all that fit the memory",
-        ),
+    microbatches = f"of an iteration; default: as in the trace, {usual} for a workload"
+    for flag, high, default, text in (
+        ("--microbatches M", _MAX_COUNT, None, microbatches),
+        ("--pipeline P", _MAX_COUNT, 1, "pipeline stages, each with its own FSEP groups"),
+        ("--virtual-pipeline V", _MAX_COUNT, 1, "model chunks of a stage (interleaved schedule)"),
+        ("--tensor-parallel T", MOST_RANKS, 1, "ranks that share a sequence in attention"),
+        ("--world W", MOST_RANKS, None, "ranks of a stage; default: those of one FSEP group"),
+        ("--stock-expert-parallel X", MAX_EXPERTS, None, "of stock; default: the fastest group"),
     ):
-        option(run, flag, text, between(1, high))
-    for flag, high, text in (
-        ("--pipeline P", _MAX_COUNT, "pipeline stages, each with its own FSEP groups"),
-        ("--virtual-pipeline V", _MAX_COUNT, "model chunks of a stage (interleaved schedule)"),
-        ("--tensor-parallel T", MOST_RANKS, "ranks that share a sequence in attention"),
-    ):
-        option(run, flag, text, between(1, high), default=1)
+        option(run, flag, text, between(1, high), default=default)
     for flag, text in (
-        (
-            "--overlap",
-            "Megatron's combined 1F1B with delayed weight gradients, for stock and FSEP: tokens "
-            "travel during another microbatch's compute",
-        ),
-        (
-            "--account-for-embedding",
-            "the embedding counts as a layer of the pipeline's first chunk",
-        ),
-        ("--account-for-loss", "the LM head and loss count as a layer of the last chunk"),
+        ("--overlap", "Megatron's combined 1F1B with delayed weight gradients"),
+        ("--account-for-embedding", "as a layer of the pipeline's first chunk"),
+        ("--account-for-loss", "with the LM head, as a layer of the last chunk"),
     ):
         run.add_argument(flag, action="store_true", help=text)
-    again = "what backward computes again: nothing; all of a layer, token exchanges included; that"
-    again = f"{again} but attention (moe); or its compute alone"
+    again = "what backward computes again; moe: layers without attention; compute: no exchanges"
     ours = parser.add_argument_group("FSEP")
     shared(ours, "--capacity C", "as in training")
-    sent = "how stock sends tokens: a row per expert, or once per node as DeepEP"
+    sent = "how stock sends tokens: a row per expert, or once per node"
     for group, flag, words, default, text in (
         (run, "--recompute", [*Recompute, _ALL_BUT_ATTENTION], Recompute.NONE.value, again),
         (run, "--stock-dispatcher", ["alltoall", _FLEX], _FLEX, sent),
