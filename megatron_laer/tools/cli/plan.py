@@ -115,11 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, choices in (("--strategy NAME", strategy_names()), ("--mode MODE", MODES)):
         text = f"of {', '.join(choices)}; default: all"
         option(parser, flag, text, nargs="+", choices=choices)
-    text = (
-        "replan where max/mean exceeds 1 + X; of --homes: stock's + X; default: the recorded, else"
-    )
-    text = f"{text} {_DEFAULT_TOLERANCE}"
-    option(parser, "--tolerance X", text, number(0, MOST_RANKS))
+    text = "replan where max/mean exceeds 1 + X; of --homes: stock's + X; default: the recorded,"
+    option(parser, "--tolerance X", f"{text} else {_DEFAULT_TOLERANCE}", number(0, MOST_RANKS))
     predicted = "for the predicted time"
     for flag, words, text in (
         ("--sharding", [*Sharding], "rows of every expert on each rank, or home experts"),
