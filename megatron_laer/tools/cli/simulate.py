@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ours = parser.add_argument_group("FSEP")
     shared(ours, "--capacity C", "as in training")
     sent = "how stock sends tokens: a row per expert, or once per node"
-    for group, flag, words, default, text in (
+    for group, flag, words, word, text in (
         (run, "--recompute", [*Recompute, _ALL_BUT_ATTENTION], Recompute.NONE.value, again),
         (run, "--stock-dispatcher", ["alltoall", _FLEX], _FLEX, sent),
         (ours, "--sharding", [*Sharding, _AUTO], _AUTO, "experts at home, or rows on every rank"),
@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (ours, "--restore", ["layer", "step"], "layer", "as in training"),
     ):
         text = f"{text}; default: %(default)s"
-        option(group, flag, text, choices=[*map(str, words)], default=default)
+        option(group, flag, text, choices=[*map(str, words)], default=word)
     text = f"of {', '.join(METHODS)}; default: all"
     option(parser, "--method", text, nargs="+", choices=METHODS, default=list(METHODS))
     text = "of the trace that are simulated, spread over it; default: %(default)s"

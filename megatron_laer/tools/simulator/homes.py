@@ -70,38 +70,43 @@ def homes_by_pairs(
 
 def _of_layer(trace: Trace, layer: int, geometry: Geometry, tolerance: float) -> LayerHomes:
     assert trace.pairs is not None
-    pairs, step_P = trace.pairs, trace.pairs.step_P[trace.pairs.layer_P == layer]
-    planned, counted = _halves(step_P)
-    sets = [sets_TE for (at, of), sets_TE in trace.sets.items() if of == layer and at in counted]
-    sets_TE = np.concatenate(sets) if sets else np.zeros((0, geometry.num_experts), dtype=np.bool_)
+    pairs, num_nodes, stock_E = trace.pairs, geometry.num_nodes, np.arange(geometry.num_experts)
+    planned, counted = _halves(pairs.step_P[pairs.layer_P == layer])
+    sets = [
+        sets_TE
+        for (at, of), sets_TE in trace.sets.items()
+        if of == layer and at in counted and len(sets_TE)
+    ]
     expected = Crossings(pairs.of_layer(layer, counted))
     load_E = pairs.of_layer(layer).diagonal()
 
     def rows(order_E: Int64) -> float:
-        node_E = _nodes(order_E, geometry.num_nodes)
-        if len(sets_TE):
-            return rows_of_sets(sets_TE, node_E == np.arange(geometry.num_nodes)[:, None])
-        return expected.rows(node_E, geometry.num_nodes)
+        node_E = np.empty_like(order_E)  # home node of each expert
+        node_E[order_E] = stock_E * num_nodes // len(stock_E)
+        if sets:
+            hosts_ME = node_E == np.arange(num_nodes)[:, None]
+            return rows_of_sets(np.concatenate(sets), hosts_ME)
+        return expected.rows(node_E, num_nodes)
 
     def max_over_mean(order_E: Int64) -> float:
         load_N = load_E[order_E].reshape(geometry.num_ranks, -1).sum(axis=1)
         return float(load_N.max() / max(load_N.mean(), 1.0))
 
-    stock_E = np.arange(geometry.num_experts)
+    stock = rows(stock_E), max_over_mean(stock_E)
     order_E, homes = place_together(pairs.of_layer(layer, planned), geometry), BY_PAIRS
-    if max_over_mean(order_E) > max_over_mean(stock_E) + tolerance:
+    if max_over_mean(order_E) > stock[1] + tolerance:
         order_E, homes = stock_E, HEAVIER
-    elif rows(order_E) >= rows(stock_E):
+    elif rows(order_E) >= stock[0]:
         order_E, homes = stock_E, NO_ROWS
     return LayerHomes(
-        trace.layers[layer],
-        order_E,
-        homes,
-        rows(stock_E),
-        rows(order_E),
-        max_over_mean(stock_E),
-        max_over_mean(order_E),
-        len(sets_TE) > 0,
+        layer=trace.layers[layer],
+        home_slot_order_E=order_E,
+        homes=homes,
+        stock_rows=stock[0],
+        rows=rows(order_E),
+        stock_max_over_mean=stock[1],
+        max_over_mean=max_over_mean(order_E),
+        is_counted=bool(sets),
     )
 
 
@@ -116,10 +121,3 @@ def _halves(step_P: Int64) -> tuple[range, range]:
     steps = np.unique(step_P)
     first, middle, end = int(steps[0]), int(steps[len(steps) // 2]), int(steps[-1]) + 1
     return (range(first, middle) if middle > first else range(first, end)), range(middle, end)
-
-
-def _nodes(order_E: Int64, num_nodes: int) -> Int64:
-    """Return the home node of each expert."""
-    node_E = np.empty_like(order_E)
-    node_E[order_E] = np.arange(len(order_E)) * num_nodes // len(order_E)
-    return node_E
