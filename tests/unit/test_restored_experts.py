@@ -18,7 +18,7 @@ from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.streams import CommStream, StreamTimes, Task, make_comm_stream
 from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams, KeptWeights
-from megatron_laer.runtime.weights.layer import Slices
+from megatron_laer.runtime.weights.layer import LateGrads, Slices
 from megatron_laer.runtime.weights.layer_experts import check_main_grads
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
@@ -74,6 +74,7 @@ def restored_experts(
     values: tuple[float, float] | None = None,
     kind_of_share: type[Slices] = Slices,
     kinds: tuple[Kind, ...] = (),
+    late: LateGrads | None = None,
 ) -> RestoredExperts:
     """Make two experts of 8 × 3 and 3 × 8; trained matrices have main gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +90,7 @@ def restored_experts(
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
     share = kind_of_share(parameters, ROWS)
-    return RestoredExperts("layer 1", share, index, streams, frozenset(kinds))
+    return RestoredExperts("layer 1", share, index, streams, frozenset(kinds), late)
 
 
 class Scaled(torch.autograd.Function):
@@ -235,6 +236,27 @@ def test_a_reduce_waits_for_the_tokens_gradients(streams: ExchangeStreams) -> No
     experts(restored, tokens * 1, ones(needs_grad=True)).sum().backward()
     assert seen == [GradState.DEFERRED, GradState.REDUCING]
     assert restored.state.grads is GradState.NONE
+
+
+def test_delayed_gradients_of_two_passes_are_computed_oldest_first(
+    streams: ExchangeStreams,
+) -> None:
+    late, kinds = LateGrads(), (Kind.PARTS, Kind.DELAYED)
+    first = restored_experts(streams, kinds=kinds, late=late)
+    second = RestoredExperts("layer 1", first._share, first.index, streams, frozenset(kinds), late)
+    dispatched = [
+        restored.dispatch(restored.gate(ones(needs_grad=True))) for restored in (first, second)
+    ]
+    for restored, tokens in zip((first, second), dispatched, strict=True):
+        part = tokens.detach().requires_grad_()
+        experts(restored, part, ones(needs_grad=True)).sum().backward()
+    for restored, tokens in zip((first, second), dispatched, strict=True):
+        assert restored.state.grads is GradState.NONE
+        late.computes.popleft()()
+        assert restored.state.grads is GradState.DEFERRED
+        tokens.sum().backward()
+        assert restored.state.grads is GradState.NONE
+        assert streams.grads.in_use == (2 if restored is first else 0)
 
 
 def test_placeholders_fill_no_memory_but_once_also_where_an_evaluation_comes_first() -> None:
