@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.arrays import Int64
 from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Split, TokenExchange
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
@@ -23,7 +22,6 @@ from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.token_prices import TokenPrices
 from tests.costs import COMPUTE_ONLY, make_costs
 from tests.oracles import costs as oracle
-from tests.oracles.planner import quota_NS
 from tests.placed import placed
 from tests.unit.planner_cases import any_counts, geometries
 
@@ -38,62 +36,32 @@ COSTS = make_costs(
 ANY = geometries(40, 64)
 
 
-def matrix_seconds(costs: CostModel, quota: Int64, layout: ExpertLayout, node_size: int) -> float:
-    """Compute the cost by its definition, per rank and slot of the quota matrix."""
-    num_ranks = layout.num_ranks
-    gemm, intra, inter = costs.cluster.gemm, costs.cluster.intra, costs.cluster.inter
-    loads_NC = quota.sum(axis=0).reshape(num_ranks, -1)
-    expert_s = max(
-        sum(float(gemm.unit_seconds(np.array([tokens]))[0]) for tokens in loads_C)
-        for loads_C in loads_NC
-    )
-    sent_NN = quota.reshape(num_ranks, num_ranks, -1).sum(axis=2)
-    pass_s = 0.0
-    for rank in range(num_ranks):
-        for near, link in ((True, intra), (False, inter)):
-            peers = [
-                peer
-                for peer in range(num_ranks)
-                if peer != rank and (peer // node_size == rank // node_size) == near
-            ]
-            tokens = max(sent_NN[rank, peers].sum(), sent_NN[peers, rank].sum())
-            pass_s = max(pass_s, costs.token_bytes * tokens / link.bytes_per_s)
-    latency_s = gate_s = 0.0
+@settings(max_examples=100)
+@given(geometries(16, 64), st.sampled_from(list(Recompute)), st.sampled_from(ExchangeAlgorithm))
+def test_what_no_split_changes_equals_its_definition(
+    geometry: Geometry, recompute: Recompute, algorithm: ExchangeAlgorithm
+) -> None:
+    costs = replace(COSTS, recompute=recompute, restore_algorithm=algorithm)
+    num_ranks, node_size = geometry.num_ranks, geometry.node_size
+    intra, inter, host = costs.cluster.intra, costs.cluster.inter, costs.cluster.host
+    assert host is not None
+    latency_s = gathered_s = 0.0
     if num_ranks > 1:
         far, link = num_ranks - node_size, intra if num_ranks == node_size else inter
         latency_s = link.latency_s + (node_size - 1) * intra.peer_s + far * inter.peer_s
-        received = (num_ranks - 1) * (layout.num_experts + 3)
-        gate_s = latency_s + 8 * received / link.bytes_per_s
-    host = costs.cluster.host
-    assert host is not None
-    slots, counts = layout.num_slots, num_ranks * layout.num_experts
-    gate_s += host.gate.base_s + slots * host.gate.slot_s + counts * host.gate.count_s
-    launches = 58 if costs.restore_algorithm == "node" and num_ranks > node_size else 52
-    forwards = 1 if costs.recompute == Recompute.NONE else 2
+        received = (num_ranks - 1) * (geometry.num_experts + 3)
+        gathered_s = latency_s + 8 * received / link.bytes_per_s
+    assert costs.token_latency_seconds(geometry) == pytest.approx(latency_s)
+    slots, counts = geometry.num_slots, num_ranks * geometry.num_experts
+    gate_s = host.gate.base_s + slots * host.gate.slot_s + counts * host.gate.count_s
+    launches = 58 if algorithm == "node" and num_ranks > node_size else 52
+    host_s = gathered_s + gate_s + launches * host.launch_s
+    assert costs.host_seconds(geometry) == pytest.approx(host_s)
+    forwards = 1 if recompute == Recompute.NONE else 2
     gemms = forwards + 2 * costs.cluster.backward_gemm_factor
-    exchanged = 3 if costs.recompute == Recompute.FULL else 2  # forward, perhaps again, backward
-    return (
-        gemms * costs.flops_per_token * expert_s
-        + 2 * exchanged * (pass_s + latency_s)
-        + gate_s
-        + launches * host.launch_s
-    )
-
-
-@settings(max_examples=50)
-@given(geometries(16, 64), st.integers(0, 2**16))
-def test_a_cost_equals_its_definition_on_the_whole_matrix(geometry: Geometry, seed: int) -> None:
-    counts_NE, node_size = any_counts(geometry, seed), geometry.node_size
-    layout = ExpertLayout.random(*geometry.shape, seed=(seed,))
-    exact = exact_split(layout, node_size).solve(counts_NE)
-    exact_NS = np.stack([exact.rank_row(rank) for rank in range(geometry.num_ranks)])
-    even_NS = quota_NS(counts_NE, layout, node_size)
-    by_node = replace(COSTS, restore_algorithm=ExchangeAlgorithm.NODE)
-    for costs in (*(replace(COSTS, recompute=recompute) for recompute in Recompute), by_node):
-        for split, quota in ((Split.EVEN, even_NS), (Split.EXACT, exact_NS)):
-            expected = matrix_seconds(costs, quota, layout, node_size)
-            seconds = costs.layer_seconds(counts_NE, Placed(layout, geometry), split)
-            assert seconds == pytest.approx(expected, rel=1e-12)
+    assert costs._expert_flops == pytest.approx(gemms * costs.flops_per_token)
+    # Both directions of forward, perhaps again, and of backward.
+    assert costs.token_passes == 2 * (3 if recompute == Recompute.FULL else 2)
 
 
 @settings(max_examples=200)
@@ -114,10 +82,11 @@ def test_native_seconds_equal_those_of_the_oracle_to_the_last_bit(
     costs = replace(COSTS, ffn=40, restore_algorithm=algorithm, tokens=tokens, recompute=recompute)
     counts_NE, node_size = any_counts(geometry, seed), geometry.node_size
     layout, other = (ExpertLayout.random(*geometry.shape, seed=(seed, n)) for n in (0, 1))
-    for split in (exact_split(layout, node_size), even_split(layout, node_size)):
-        totals = split.totals(counts_NE)
+    for name, split in ((Split.EXACT, exact_split), (Split.EVEN, even_split)):
+        totals = split(layout, node_size).totals(counts_NE)
         layer_s = costs.split_seconds(totals, geometry)
         assert layer_s == oracle.split_seconds(costs, totals, geometry)
+        assert layer_s == costs.layer_seconds(counts_NE, Placed(layout, geometry), name)
     least_s = costs.least_layer_seconds(counts_NE, geometry)
     assert least_s == oracle.least_layer_seconds(costs, counts_NE, geometry)
     kept, changed = Placed(layout, geometry), Placed(other, geometry)

@@ -24,7 +24,6 @@ from megatron_laer.choices import (
 )
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
-from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.outcome import PRICES, Outcome, price
 from megatron_laer.planner.status import PlannerStatus
@@ -110,20 +109,14 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
     config = FSEPConfig(sharding=Sharding.ROWS)
     record_run(tmp_path, run=run_settings(config, costs, priced, torch.device("cpu")))
     recording = read_metrics(METRICS.path(tmp_path, 0))
-    (((_, run),), (cluster,)) = recording.runs, recording.clusters
-    rows = (float(run[f"token_{link}_rows"]) for link in ("intra", "inter"))
-    tokens = TokenPrices(TokenExchange(run["token_exchange"]), *rows)
-    assert costs == CostModel(
-        cluster,
-        int(run["hidden"]),
-        int(run["ffn"]),
-        run["gated"] == "True",
-        int(run["bytes_per_element"]),
-        Recompute(run["recompute"]),
-        ExchangeAlgorithm(run["restore_algorithm"]),
-        tokens,
-        precision=Precision(run["precision"]),
-    )
+    ((_, run),) = recording.runs
+    assert recording.clusters == (costs.cluster,)
+    sizes = ("hidden", "ffn", "gated", "bytes_per_element")
+    for name in (*sizes, "recompute", "restore_algorithm", "precision"):
+        assert run[name] == str(getattr(costs, name))
+    assert run["token_exchange"] == costs.tokens.exchange
+    rows = [float(run[f"token_{link}_rows"]) for link in ("intra", "inter")]
+    assert rows == [costs.tokens.intra_rows, costs.tokens.inter_rows], "to the last digit"
     assert {name: int(run[name]) for name in priced} == priced
     assert int(run["prices"]) == PRICES
 

@@ -50,16 +50,18 @@ def test_auto_takes_homes_where_they_fit(
     assert (choice.geometry.sharding, choice.geometry.capacity) == (sharding, capacity)
 
 
+SLOW_BETWEEN_NODES = make_costs(
+    hidden=2048, ffn=1024, intra=Link(2e11, 1e-5), inter=Link(2e10, 1e-5), points=((1, 3e14),)
+)
+
+
 def test_auto_takes_the_faster_sharding_and_slots_that_pay() -> None:
     """Slow links between nodes: with many tokens, locality is worth more than weights."""
-    costs = make_costs(
-        hidden=2048, ffn=1024, intra=Link(2e11, 1e-5), inter=Link(2e10, 1e-5), points=((1, 3e14),)
-    )
     shape, found = (16, 64, 4), {}
     for tokens in (1024, 65536):
         for given_ in ({}, {"capacity": 5}):
             choice, best = choose_geometry(
-                FSEPConfig(**given_), shape, 1, 2, priced_as(costs, tokens)
+                FSEPConfig(**given_), shape, 1, 2, priced_as(SLOW_BETWEEN_NODES, tokens)
             )
             assert [candidate.geometry.sharding for candidate in best] == ["experts", "rows"]
             assert str(choice) in map(str, best) and "slots: " in str(choice)
@@ -74,13 +76,10 @@ def test_auto_takes_the_faster_sharding_and_slots_that_pay() -> None:
 
 def test_rows_take_slots_that_keep_tokens_on_their_node() -> None:
     """With 17 slots a node has every expert; on one node the fewest slots balance."""
-    costs = make_costs(
-        hidden=2048, ffn=1024, intra=Link(2e11, 1e-5), inter=Link(2e10, 1e-5), points=((1, 3e14),)
-    )
 
     def slots(shape: tuple[int, int, int], tokens: int) -> int:
         choice, best = choose_geometry(
-            FSEPConfig(sharding="rows"), shape, 1, 2, priced_as(costs, tokens)
+            FSEPConfig(sharding="rows"), shape, 1, 2, priced_as(SLOW_BETWEEN_NODES, tokens)
         )
         assert choice.geometry.sharding == Sharding.ROWS and not best
         return choice.geometry.capacity
