@@ -280,11 +280,6 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
     "Muon": (f"{FSEP} --optimizer muon", {}, completed(BOTH, MUON)),
     "given": (f"{DISPATCHER} alltoall --expert-tensor-parallel-size 1 {FSEP}", {}, completed()),
     "checkpoint's": (RESUMED, {"checkpoint": ALLTOALL}, completed(ETP)),
-    "given over a checkpoint's": (
-        f"{RESUMED} {DISPATCHER} alltoall",
-        {"checkpoint": ALLGATHER},
-        completed(ETP),
-    ),
     "router padding": (
         f"{FSEP} {PADDING} --moe-router-padding-for-fp8",
         {},
