@@ -139,8 +139,8 @@ def test_fsep_equals_stock(
 
 def floor_on_page(row: Row) -> Distance:
     """Return the row's last measured floor; the smallest one where it has none."""
-    pairs = read_figures().get(row.id, (None,) * len(fields(Distance)))
-    return Distance(*(pair[1] if pair else 0.0 for pair in pairs)).at_least(SMALLEST_FLOOR)
+    floors = read_figures().get(row.id, [])[1::2] or [""] * len(fields(Distance))
+    return Distance(*(float(floor or 0.0) for floor in floors)).at_least(SMALLEST_FLOOR)
 
 
 # Folders of FSEP, and of tests.

@@ -1,7 +1,6 @@
-"""Features that users ask for, with the parity rows or refusals that answer.
+"""Features that users ask for, with the parity rows that answer; refused ones are in the rules.
 
-Rows go by their ids. Names that begin with a flag are settings of
-`megatron_laer.rules.REFUSALS`, or words of `--fsep-allow-unproven`. A feature without names
+Rows go by their ids. Other names are words of `--fsep-allow-unproven`. A feature without names
 runs, and nothing proves it.
 """
 
@@ -41,43 +40,20 @@ SEEN_ON_A_CARD: frozenset[str] = frozenset()
 FEATURES: dict[str, tuple[str, ...]] = {
     "expert data parallel above 1": ("edp",),
     "gradient accumulation": ("accum",),
-    "selective recompute of other modules, such as `mhc`": (
-        "--recompute-modules other than core_attn, gdn_norm_out, layernorm, mla_up_proj, mlp, moe,"
-        " moe_act, shared_experts with --recompute-granularity selective",
-    ),
     "losses of load balancing as logged, under recompute": ("losses",),
     "models frozen in part": ("frozen",),
     "tied embeddings": ("pipeline-mtp",),
-    "grouped shared experts": (
-        "--use-grouped-gemm-for-shared-expert",
-        "--moe-shared-expert-glu-interleave-size",
-    ),
     "router padding without fp8": ("even-split",),
     "router padding with fp8": ("fp8-nodes", "fp8-flex"),
-    "GLU interleave": ("--moe-mlp-glu-interleave-size",),
-    "Transformer Engine's fused operations": ("--use-transformer-engine-op-fuser",),
-    "activation offloading": (
-        "--fine-grained-activation-offloading",
-        "--cpu-offloading-num-layers",
-    ),
-    "paged stash": ("--moe-paged-stash",),
-    "flex dispatcher with NCCL EP": ("--moe-flex-dispatcher-backend other than deepep, hybridep",),
     "evaluation, and hashes of weights": ("tokens-bias",),
     "`--skip-train`": ("evaluate-only",),
-    "other optimizers": ("--optimizer other than adam, sgd, lion, muon",),
     "FSEP's planners": ("greedy", "preset"),
     "adaptive plans": ("greedy",),
     "permuted homes (`--fsep-homes`)": ("homes", "homes-nodes", "homes-announced"),
     "`--fsep-set gemm=torch`": ("scheduler-off", "step-bf16"),
     "`--fsep-set gemm=te`": (),
     "CUDA graphs by Transformer Engine": ("graphs", f"{ALLOW} {Unproven.TE_GRAPHS}"),
-    "other CUDA graphs": (
-        "--cuda-graph-impl other than none",
-        "--cuda-graph-modules other than attn, mamba, mlp, moe_preprocess, moe_router",
-        "--cuda-graph-modules attn with --overlap-moe-expert-parallel-comm",
-    ),
     "fp8 in all layers but the experts": (f"{ALLOW} {Unproven.DENSE_FP8}",),
     "fp8 in the experts, by Transformer Engine itself": (f"{ALLOW} {Unproven.FP8_EXPERTS}",),
     "`--first-last-layers-bf16` with experts in fp8": ("fp8-param",),
-    "fp4, or precision by module": ("--fp4-format", "--te-precision-config-file"),
 }

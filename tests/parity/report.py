@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -27,20 +27,18 @@ FIGURES = Path(__file__).with_name("figures.csv")
 _NONE = "–"
 _NOTHING = "nothing yet"
 _MOST_ROWS = 4
-_SETTINGS = {item.setting for item in REFUSALS}
 _COLUMNS = ("gradients", "losses", "norms", "weights", "MoE losses")
 
-# Distance and floor of a row by column, in `_COLUMNS`' order; None where a row has no such figure.
-Figures = tuple[tuple[float, float] | None, ...]
-_BLANK: Figures = (None,) * len(_COLUMNS)
+# Distance and floor of a row by column, in `_COLUMNS`' order; "" where a row has no such figure.
+Figures = list[str]
 
 
 def figures_of(found: Distance, floor: Distance, row: Row) -> Figures:
     """Return the figures of a run, without those that have no meaning for the row."""
     logs = "--moe-aux-loss-coeff" in row.flags
     shows = (row.gradients, True, row.steps > 0, row.steps > 0, logs)
-    pairs = zip(found.parts(), floor.parts(), shows, strict=True)
-    return tuple((a, b) if shown else None for a, b, shown in pairs)
+    pairs = zip(zip(found.parts(), floor.parts(), strict=True), shows, strict=True)
+    return [f"{part:.1e}" if shown else "" for pair, shown in pairs for part in pair]
 
 
 def described(row: Row) -> str:
@@ -77,13 +75,8 @@ def _distance(text: str) -> Distance:
 
 def read_figures(path: Path | None = None) -> dict[str, Figures]:
     with (path or FIGURES).open(encoding="utf-8", newline="") as file:
-        return {
-            line["row"]: tuple(
-                (float(line[name]), float(line[f"{name} floor"])) if line[name] else None
-                for name in _COLUMNS
-            )
-            for line in csv.DictReader(file)
-        }
+        _, *lines = csv.reader(file)
+    return {row: figures for row, _, *figures in lines}
 
 
 def write_figures(figures: Mapping[str, Figures], path: Path | None = None) -> None:
@@ -92,9 +85,7 @@ def write_figures(figures: Mapping[str, Figures], path: Path | None = None) -> N
         heads = (head for name in _COLUMNS for head in (name, f"{name} floor"))
         writer.writerow(["row", "features and sizes", *heads])
         for row in (row for row in ALL_ROWS if row.id in figures):
-            cells = (pair or ("", "") for pair in figures[row.id])
-            texts = (f"{cell:.1e}" if cell != "" else "" for pair in cells for cell in pair)
-            writer.writerow([row.id, described(row), *texts])
+            writer.writerow([row.id, described(row), *figures[row.id]])
 
 
 def counts() -> Iterator[str]:
@@ -105,12 +96,11 @@ def counts() -> Iterator[str]:
 
 
 def features() -> Iterator[str]:
-    """Yield every feature, its proof, and its rows or its refusals."""
-    yield "| feature | proved by | rows, refusals, or the flag that allows it |"
+    """Yield every feature, its proof, and its rows."""
+    yield "| feature | proved by | rows, or the flag that allows it |"
     yield "|---|---|---|"
     for feature, names in {**rows_by_feature(), **FEATURES}.items():
-        state, by = status(names)
-        yield f"| {feature} | {state if by == _NONE else by} | {_code(*names)} |"
+        yield f"| {feature} | {proved_by(names)} | {_code(*names)} |"
 
 
 def rows_by_feature() -> dict[str, list[str]]:
@@ -157,14 +147,6 @@ TABLES = {
 }
 
 
-def status(names: Collection[str]) -> tuple[str, str]:
-    """Return the status of a feature with these rows, refusals and words, and its proofs."""
-    by = proved_by(names)
-    if names and all(name in _SETTINGS for name in names):
-        return "refused", _NONE
-    return "unproven" if by == _NOTHING else "proved", by
-
-
 def proved_by(names: Iterable[str]) -> str:
     """Return the kinds of proof: runs on the CPU, on a card, or nothing yet."""
     given = [row for row in ROWS if row.id in set(names)]
@@ -203,7 +185,7 @@ def main(arguments: list[str]) -> int:
     for results in options.results:
         figures.update(figures_in(results))
     write_figures(figures)
-    missing = [row.id for row in ALL_ROWS if not any(figures.get(row.id, _BLANK))]
+    missing = [row.id for row in ALL_ROWS if not any(figures.get(row.id, []))]
     if missing:
         print(f"no figures for {len(missing)} rows: {' '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0
