@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -50,24 +52,30 @@ def routed() -> tuple[ExpertLayout, torch.Tensor, torch.Tensor, RankQuotas]:
     return layout, scores_TE, map_TE, RankQuotas.of(layout, row_S, row_S.reshape(4, 4))
 
 
-def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
+def slot_map(device: torch.device) -> tuple[torch.Tensor, ...]:
     layout, scores_TE, map_TE, quotas = routed()
-    ranges_2S = torch.from_numpy(slot_ranges(quotas))
+    return to_slots(
+        (scores_TE * map_TE).to(device),
+        map_TE.to(device),
+        layout_index(placed(layout), device).slot_expert_S,
+        torch.from_numpy(slot_ranges(quotas)).to(device),
+    )
 
-    def run(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        index = layout_index(placed(layout), device)
-        mapped = to_slots(
-            (scores_TE * map_TE).to(device),
-            map_TE.to(device),
-            index.slot_expert_S,
-            ranges_2S.to(device),
-        )
-        return mapped[0].cpu(), mapped[1].cpu()
 
+def permutation(device: torch.device) -> tuple[torch.Tensor, ...]:
+    _, _, map_TE, quotas = routed()
+    found = slot_permutation(map_TE.to(device), quotas, torch.from_numpy(quotas.runs).to(device))
+    return found.pair_P, found.sent.row_X, found.arrived_R, found.sorted_R
+
+
+@pytest.mark.parametrize("run", [slot_map, permutation])
+def test_places_of_tokens_are_those_of_the_cpu_and_the_same_every_time(
+    run: Callable[[torch.device], tuple[torch.Tensor, ...]],
+) -> None:
     expected = run(torch.device("cpu"))
     for _ in range(3):
         for mine, theirs in zip(run(DEVICE), expected, strict=True):
-            assert torch.equal(mine, theirs)
+            assert torch.equal(mine.cpu().to(theirs.dtype), theirs)
 
 
 def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
@@ -99,20 +107,6 @@ def test_a_communication_stream_sees_what_was_computed_before_and_shows_what_it_
         doubled = stream.submit(lambda value=value: value * 2, "double").wait()
         assert torch.equal(doubled, torch.full_like(doubled, 2.0 * step))
     stream.close()
-
-
-def test_the_permutation_is_that_of_the_cpu() -> None:
-    _, _, map_TE, quotas = routed()
-
-    def run(device: torch.device) -> list[torch.Tensor]:
-        found = slot_permutation(
-            map_TE.to(device), quotas, torch.from_numpy(quotas.runs).to(device)
-        )
-        tensors = found.pair_P, found.sent.row_X, found.arrived_R, found.sorted_R
-        return [tensor.cpu().long() for tensor in tensors]
-
-    for mine, theirs in zip(run(DEVICE), run(torch.device("cpu")), strict=True):
-        assert torch.equal(mine, theirs)
 
 
 def test_kernels_of_the_permutations_equal_torch() -> None:

@@ -13,7 +13,7 @@ from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda.device import observed
 from tests.fake_cuda.observing import effects
-from tests.fake_cuda.streams import Event, Stream, current_stream
+from tests.fake_cuda.streams import Stream, current_stream
 
 
 def test_a_read_that_did_not_wait_for_the_write_is_a_race() -> None:
@@ -40,19 +40,6 @@ def test_waiting_for_a_stream_orders_what_it_held_then_and_nothing_later() -> No
         assert checker.races == []
         tensor.add_(1)
     assert len(checker.races) == 1
-
-
-def test_an_event_orders_what_was_before_its_record() -> None:
-    with observed() as checker:
-        other, event, tensor = Stream(), Event(), torch.zeros(4, device="cuda")
-        event.record()
-        tensor.mul_(2)
-        other.wait_event(event)
-        with torch.cuda.stream(other):  # type: ignore[arg-type]
-            tensor.sum()
-    assert [race.split(":")[0] for race in checker.races] == [
-        f"sum on stream {other.number} reads what mul_ on the compute stream writes"
-    ]
 
 
 def test_streams_may_read_together_and_write_other_bytes() -> None:
