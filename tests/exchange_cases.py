@@ -1,14 +1,12 @@
 """Random exchanges, with the results that plain code finds without communication.
 
-Legend: N ranks, E experts, C replica slots per rank, h home experts of a rank. R rows of a matrix,
-r rows of a rank, K columns.
+Legend: N ranks, E experts, C replica slots per rank. R rows of an expert, K columns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +25,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """One matrix of a group, its layouts, and the dtypes of an exchange.
+    """Experts of a group, their layouts, and the dtypes of an exchange.
 
     Attributes:
+        matrices: of an expert, each with its rows, and the rows of K columns that each of them is.
         dtype: of weights; bytes of a payload or a float.
         wire: of sums between hops; None for the gradients' own.
         main: of main gradients.
@@ -37,7 +36,7 @@ class Case:
 
     geometry: Geometry
     algorithm: ExchangeAlgorithm
-    rows: int
+    matrices: tuple[tuple[int, int], ...]
     dtype: torch.dtype
     grad: torch.dtype
     wire: torch.dtype | None
@@ -58,7 +57,10 @@ class Case:
         return cls(
             Geometry(num_ranks, experts, capacity, node_size, sharding),
             list(ExchangeAlgorithm)[int(rng.integers(2))],
-            rows=int(rng.choice([1, num_ranks, 2 * num_ranks, rng.integers(1, 3 * num_ranks)])),
+            tuple(
+                (int(rng.choice([1, num_ranks, 2 * num_ranks, rng.integers(1, 3 * num_ranks)])), of)
+                for of in rng.permutation(3)[: rng.integers(1, 4)] + 1
+            ),
             dtype=[*FLOATS, torch.uint8][int(rng.integers(4))],
             grad=FLOATS[int(rng.integers(3))],
             wire=[None, *FLOATS][int(rng.integers(4))],
@@ -69,6 +71,26 @@ class Case:
     @property
     def way(self) -> Way:
         return way_of(self.geometry, self.algorithm)
+
+    @property
+    def rows(self) -> int:
+        return sum(rows * width for rows, width in self.matrices)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the rows and columns of the matrices."""
+        return [(rows, width * COLUMNS) for rows, width in self.matrices]
+
+    def block_rows(self, num_blocks: int) -> list[int]:
+        """Return the rows of an expert in each block of its matrices."""
+        bounds = [(row_bounds(rows, num_blocks), width) for rows, width in self.matrices]
+        return [
+            sum((of[block + 1] - of[block]) * width for of, width in bounds)
+            for block in range(num_blocks)
+        ]
+
+    def new_slots(self) -> torch.Tensor:
+        return torch.empty(self.geometry.replica_slots, self.rows, COLUMNS, dtype=self.dtype)
 
     def placed(self, step: int) -> Placed:
         return Placed(self.geometry.random_layout((self.seed, step)), self.geometry)
@@ -89,12 +111,19 @@ class Case:
         slots = self.geometry.num_ranks, self.geometry.replica_slots
         return self.random(*slots, self.rows, COLUMNS, dtype=self.grad)
 
-    def owned_by(self, rank: int, whole_ERK: torch.Tensor) -> Any:
-        """Return a rank's share of matrices of all experts, as an exchange takes it."""
-        if home := self.geometry.home_slots:
-            return [one.clone() for one in whole_ERK[rank * home : (rank + 1) * home]]
-        bounds = row_bounds(self.rows, self.geometry.num_ranks)
-        return whole_ERK[:, bounds[rank] : bounds[rank + 1]].clone()
+    def owned_by(self, rank: int, whole_ERK: torch.Tensor) -> list[torch.Tensor]:
+        """Return a rank's share of all experts, as an exchange takes it."""
+        home, owned, begin = self.geometry.home_slots, [], 0
+        for rows, width in self.matrices:
+            matrix_ERK = whole_ERK[:, begin : begin + rows * width]
+            begin += rows * width
+            if home:
+                owned += matrix_ERK[rank * home : (rank + 1) * home].clone().unbind()
+                continue
+            bounds = row_bounds(rows, self.geometry.num_ranks)
+            mine_ErK = matrix_ERK[:, bounds[rank] * width : bounds[rank + 1] * width]
+            owned.append(mine_ErK.flatten(0, 1).clone())
+        return owned
 
     def experts_of(self, rank: int, step: int) -> list[int]:
         layout = self.placed(step).layout

@@ -35,13 +35,13 @@ def segments_of(held_Z: Any, wire_Z: Any, size_Z: Any, tensor_rows: int) -> tupl
     order_Z = np.argsort(held_Z, kind="stable")
     rows_Z = np.stack([held_Z, wire_Z, size_Z], axis=1)[order_Z]
     first_T = np.unique(rows_Z[:, 0], return_index=True)[1]
-    tensor_Z = rows_Z[:, 0] // tensor_rows
+    tensor_Z, rows_Z[:, 0] = np.divmod(rows_Z[:, 0], tensor_rows)
     parts = []
     for tensor in np.unique(tensor_Z).tolist():
         first, last = np.searchsorted(tensor_Z, (tensor, tensor + 1)).tolist()
         first_sum, last_sum = np.searchsorted(first_T, (first, last)).tolist()
         sizes = first, last - first, first_sum, last_sum - first_sum
-        parts.append(Part(tensor, tensor * tensor_rows, *sizes))
+        parts.append(Part(tensor, *sizes))
     table = np.concatenate([[-1], rows_Z.ravel(), first_T, [len(rows_Z)]])
     sizes = len(rows_Z), int(size_Z.sum()), int(size_Z.max(initial=0))
     return table, Segments(1, *sizes, end=-1, in_place=None, parts=parts)

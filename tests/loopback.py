@@ -70,7 +70,7 @@ def run(exchanges: Sequence[Steps]) -> list[torch.Tensor]:
                     if called:
                         waiting[rank] = called.pop()
                         assert goes_on.get(rank, True), "an All-to-All was not announced"
-                        goes_on[rank] = following is not None
+                        goes_on[rank] = following
             complete = {
                 group
                 for group, _ in waiting.values()

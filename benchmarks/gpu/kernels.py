@@ -127,7 +127,7 @@ def _reduce(model: Model, setting: Setting) -> Chain:
     layout = ExpertLayout.random(model.ranks, model.slots, model.experts, (1,))
     geometry = Geometry(model.ranks, model.experts, model.slots, model.ranks)
     way = way_of(geometry, ExchangeAlgorithm.FLAT)
-    parts = way, Placed(layout, geometry), None, 0, model.hidden, setting.device
+    parts = way, Placed(layout, geometry), None, 0, ((model.hidden, 1),), setting.device
     return Chain(*parts, back=True)
 
 

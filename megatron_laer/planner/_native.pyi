@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,12 @@ class Way:
     ) -> None: ...
 
 def rank_moves(
-    way: Way, slots_S: _Int16, before_S: _Int16 | None, rank: int, rows: int, /
+    way: Way,
+    slots_S: _Int16,
+    before_S: _Int16 | None,
+    rank: int,
+    matrices: Sequence[tuple[int, int]],
+    /,
 ) -> tuple[_Int64, list[tuple[Any, ...]]]: ...
 def traffic(
     way: Way, slots_S: _Int16, before_S: _Int16 | None, held_N: _Int64, /

@@ -120,7 +120,6 @@ class Coordinator(MicrobatchPlanner):
             layer.launch_kernels()
             launch_exchange_kernels(
                 layer.share,
-                self.geometry.num_experts,
                 holds_step=self.experts.holds_step,
                 wire_dtype=wire_dtype(self.config),
             )

@@ -29,7 +29,7 @@ class Held:
     """Buffers of restored weights and of their gradients on one rank, over a run.
 
     Attributes:
-        after_forward: restored matrices in use after each forward.
+        after_forward: layers whose restored matrices are in use after each forward.
         after_step: restored matrices and gradients in use after each step.
         buffer_bytes: of weights, of gradients, and of the exchanges' workspaces, after each step.
         layer_bytes: restored matrices of one layer, R·K elements for each slot that is restored.
@@ -159,8 +159,8 @@ def test_no_restored_weight_outlives_its_use_and_buffers_stay_as_they_are(
         assert set(held.after_step) == {(0, 0)}
         if case not in KNOWN:
             continue
-        # From the second step on, the last layer's two matrices wait for the backward that follows.
-        kept = 0 if case == "off" else 2
+        # From the second step on, the last layer's matrices wait for the backward that follows.
+        kept = 0 if case == "off" else 1
         assert len(held.after_forward) == 8 and held.after_forward[:2] == [0] * 2
         # At home a random layout may have no replica.
         assert kept in held.after_forward

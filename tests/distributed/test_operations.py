@@ -119,7 +119,7 @@ def train_in_orders(flags: list[str]) -> tuple[Record, list[int], list[int]]:
     """Train with another order of operations in each step.
 
     Returns:
-        The record, and the restored matrices in use after each operation and after each step.
+        The record, and the layers restored after each operation and after each step.
     """
     from megatron.core.pipeline_parallel import schedules
 
@@ -164,7 +164,7 @@ def test_another_order_than_that_of_the_last_step_costs_a_restore_and_changes_no
     off, _, _ = trained(flags + SCHEDULER_OFF, by=train_in_orders, steps=steps)
     assert identical(on, off)
     assert left == [0] * len(ORDERS)
-    kept = 2  # matrices of one layer, between operations whose order is known
+    kept = 1  # layer, whose matrices stay between operations whose order is known
     assert waiting[:4] == [0] * 4  # no order is known
     assert waiting[4:8] == [kept, 0, 0, 0]  # from the second operation on, not as in the first step
     assert waiting[8:12] == [kept, kept, 0, 0]

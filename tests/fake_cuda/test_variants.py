@@ -5,8 +5,6 @@ Exchanges are those of one rank of a large group, whose kernels are counted and 
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,18 +55,17 @@ def variants_by_layouts(
 
 def _exchange(exchange: Exchange, index: LayoutIndex, before: LayoutIndex | None) -> None:
     """Restore all slots, and those that changed, and reduce."""
-    dtype = torch.bfloat16
-    if number := index.placed.geometry.home_slots:
-        shape: tuple[int, ...] = ROWS, COLUMNS
-        source: Any = [torch.empty(shape, dtype=dtype, device=card()) for _ in range(number)]
-        sums: Any = [torch.zeros(shape, device=card()) for _ in range(number)]
-    else:
-        shape = EXPERTS, ROWS // RANKS, COLUMNS
-        source, sums = torch.empty(shape, dtype=dtype, device=card()), torch.zeros(shape).cuda()
-    whole_CRK = finish(exchange.restore_steps(source, index, ROWS))
+    number, options = index.placed.geometry.home_slots, {"device": card()}
+    shapes = [(ROWS, COLUMNS)] * number or [(EXPERTS * ROWS // RANKS, COLUMNS)]
+    owned = [torch.empty(shape, dtype=torch.bfloat16, **options) for shape in shapes]
+    sums = [torch.zeros(shape, **options) for shape in shapes]
+    slots = index.placed.geometry.replica_slots, ROWS, COLUMNS
+    slots_CRK = torch.empty(slots, dtype=torch.bfloat16, **options)
+    of_index = owned, index, ((ROWS, 1),)
+    finish(exchange.restore_steps(*of_index, out=slots_CRK))
     if before is not None:
-        finish(exchange.restore_steps(source, index, ROWS, before=before, out=whole_CRK))
-    finish(exchange.reduce_steps(torch.zeros_like(whole_CRK), index, add_to=sums))
+        finish(exchange.restore_steps(*of_index, before=before, out=slots_CRK))
+    finish(exchange.reduce_steps(torch.zeros_like(slots_CRK), index, ((ROWS, 1),), add_to=sums))
 
 
 @pytest.mark.parametrize("algorithm", ExchangeAlgorithm)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from megatron_laer.choices import ExchangeAlgorithm, Sharding
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import Link, way_of
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.placed import Placed, row_bounds
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import restore_traffic
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 from megatron_laer.runtime.comm.exchange import Exchange
@@ -45,24 +44,27 @@ class Group:
                 exchange.restore_steps(
                     case.owned_by(rank, case.whole_ERK),
                     index,
-                    case.rows,
+                    case.matrices,
                     before=had,
-                    out=None if out is None else out[rank],
+                    out=case.new_slots() if out is None else out[rank],
                 )
                 for rank, exchange in enumerate(self.exchanges)
             ]
         )
 
-    def reduce(self, step: int, add_to: list[Any] | None = None) -> list[torch.Tensor]:
+    def reduce(self, step: int, before_ERK: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Add the sums to each rank's share of these; return the shares."""
         case, index = self.case, self.case.index(step)
-        return run(
+        sums = [case.owned_by(rank, before_ERK) for rank in self.ranks]
+        run(
             [
                 exchange.reduce_steps(
-                    case.grads_NCRK[rank], index, add_to=None if add_to is None else add_to[rank]
+                    case.grads_NCRK[rank], index, case.matrices, add_to=sums[rank]
                 )
                 for rank, exchange in enumerate(self.exchanges)
             ]
         )
+        return sums
 
     def received(self) -> list[list[int]]:
         """Return each rank's received bytes: of restores and of reduces, in its node and beyond."""
@@ -74,7 +76,7 @@ def moved_rows(case: Case, step: int, before: int | None, rank: int) -> list[np.
     """Return the rows that a rank receives, and sends, in each hop: inside its node and beyond."""
     geometry, way = case.geometry, case.way
     kept = None if before is None else case.placed(before)
-    rows_B = np.diff(row_bounds(case.rows, 1 if way.is_direct else geometry.num_ranks))
+    rows_B = case.block_rows(1 if way.is_direct else geometry.num_ranks)
     node, local_rank = divmod(rank, geometry.node_size)
     found = []
     for hop in rank_hops(hops(case.placed(step), way, kept), way, rank):
@@ -96,7 +98,7 @@ def check_bytes(case: Case, group: Group) -> None:
     """Compare the bytes of a restore, an update and a reduce with the sums over their hops."""
     count = group.received()
     size = case.dtype.itemsize
-    matrices, first, then = [(case.rows, COLUMNS)], case.placed(0), case.placed(1)
+    matrices, first, then = case.sizes, case.placed(0), case.placed(1)
     restored = restore_traffic(first, matrices, case.algorithm)
     updated = restore_traffic(then, matrices, case.algorithm, before=first)
     for rank in group.ranks:
@@ -130,18 +132,15 @@ def test_restores_updates_and_reduces_are_exact_and_move_the_bytes_of_their_hops
             assert changed is restored[rank]
             case.check_restored(changed, rank, 1)
         given = case.grads_NCRK.clone()
-        results = group.reduce(1)
-        check_bytes(case, group)
         sums_ERK = case.summed_ERK(1, case.wire or case.grad)
-        before = torch.full_like(sums_ERK, 0.1).to(case.main)
-        mains = [case.owned_by(rank, before) for rank in group.ranks]
-        group.reduce(1, mains)
+        before_ERK = torch.full_like(sums_ERK, 0.1).to(case.main)
+        results = group.reduce(1, before_ERK)
+        check_bytes(case, group)
         assert torch.equal(case.grads_NCRK, given), "the gradients were changed"
         for rank in group.ranks:
-            totals = case.owned_by(rank, sums_ERK), case.owned_by(rank, before)
-            for at, (total, was) in enumerate(zip(*totals, strict=True)):
-                assert torch.equal(results[rank][at], total.to(case.grad)), case
-                assert torch.equal(mains[rank][at], (was.float() + total).to(case.main)), case
+            totals = case.owned_by(rank, (before_ERK.float() + sums_ERK).to(case.main))
+            for found, total in zip(results[rank], totals, strict=True):
+                assert torch.equal(found, total), case
         ways[case.way.at_home, len(case.way.widths)] += 1
     assert compared > 10 * CASES
     assert len(ways) == 5, "direct, flat, node, relay, and relay by node"
@@ -154,11 +153,12 @@ def test_buffers_are_allocated_once_and_as_large_as_the_bound() -> None:
         if case.way.is_direct or not case.placed(0).has_replicas:
             continue
         group, wire = Group(case), case.wire or case.grad
-        restores = restore_workspace(case.way, case.rows, COLUMNS, case.dtype.itemsize)
-        reduces = reduce_workspace(case.way, case.rows, COLUMNS, case.grad.itemsize, wire.itemsize)
+        row_bytes = [COLUMNS * dtype.itemsize for dtype in (case.dtype, case.grad, wire)]
+        restores = restore_workspace(case.way, case.matrices, row_bytes[0])
+        reduces = reduce_workspace(case.way, case.matrices, *row_bytes[1:])
         for step in range(4):
             group.restore(step)
-            group.reduce(step)
+            group.reduce(step, case.whole_ERK.to(case.main))
             for exchange in group.exchanges:
                 assert exchange.restored.workspace.num_bytes <= sum(restores.values()), case
                 assert exchange.reduced.workspace.num_bytes <= sum(reduces.values()), case
@@ -168,12 +168,13 @@ def test_a_home_sends_directly_as_many_copies_as_it_has_replicas() -> None:
     """One home has all hot experts: its buffer grows to them, and the others' stay small."""
     geometry = Geometry(4, 4, 2, 4, Sharding.EXPERTS)
     layout = ExpertLayout.from_slots(4, 2, 4, [0, -1, 1, 0, 2, 0, 3, 0])
-    case = Case(geometry, FLAT, 8, torch.float32, torch.float32, None, torch.float32, seed=0)
+    float32 = torch.float32
+    case = Case(geometry, FLAT, ((8, 1), (2, 2)), float32, float32, None, float32, seed=0)
     group, index = Group(case), layout_index(Placed(layout, geometry), CPU)
     sources = [case.owned_by(rank, case.whole_ERK) for rank in group.ranks]
     run(
         [
-            exchange.restore_steps(sources[rank], index, case.rows)
+            exchange.restore_steps(sources[rank], index, case.matrices, out=case.new_slots())
             for rank, exchange in enumerate(group.exchanges)
         ]
     )
@@ -199,7 +200,9 @@ def test_an_exchange_goes_by_the_way_that_is_chosen_for_its_layout() -> None:
         before = [exchange.restored.collectives for exchange in chosen]
         run(
             [
-                exchange.restore_steps([*homes[rank * 2 : rank * 2 + 2]], index, 4)
+                exchange.restore_steps(
+                    [*homes[rank * 2 : rank * 2 + 2]], index, ((4, 1),), out=torch.empty(1, 4, 3)
+                )
                 for rank, exchange in enumerate(chosen)
             ]
         )

@@ -90,12 +90,13 @@ def test_exchanges_launch_two_kernels_and_one_more_if_they_go_through_nodes(
     exchange = Exchange(groups_of(HOT.num_ranks, node_size)[RANK], ways)
     index = layout_index(hot, torch.device("cpu"))
     bounds = row_bounds(num_rows, HOT.num_ranks)
-    slice_ErK = torch.zeros(HOT.num_experts, bounds[RANK + 1] - bounds[RANK], COLUMNS)
+    owned = [torch.zeros(HOT.num_experts * (bounds[RANK + 1] - bounds[RANK]), COLUMNS)]
+    matrices = ((num_rows, 1),)
     grad_CRK = torch.zeros(HOT.capacity, num_rows, COLUMNS, dtype=torch.bfloat16)
     with launches:
-        finish(exchange.reduce_steps(grad_CRK, index, add_to=slice_ErK))
+        finish(exchange.reduce_steps(grad_CRK, index, matrices, add_to=owned))
     assert launches.counted == reduce
     launches.counted.clear()
     with launches:
-        finish(exchange.restore_steps(slice_ErK, index, num_rows))
+        finish(exchange.restore_steps(owned, index, matrices, out=grad_CRK))
     assert launches.counted == restore

@@ -53,21 +53,27 @@ def test_a_part_of_an_exchange_is_found_once_for_its_rows_direction_and_layout_b
     original = segments.Chain.__init__
 
     def counted(chain: Any, way: Any, placed: Any, before: Any, *args: Any, back: bool) -> None:
-        found.append((args[1], before is not None, back))
+        ((rows, _),) = args[1]
+        found.append((rows, before is not None, back))
         original(chain, way, placed, before, *args, back=back)
 
     monkeypatch.setattr(segments.Chain, "__init__", counted)
     exchange, before = one_rank(), index_of(0, 1, 2, 3)
     indexes = [index_of(0, 3, 2, 1) for _ in range(2)]
     for rows, after in itertools.product((ROWS, 2 * ROWS), indexes * 2):
-        slice_ErK = torch.randn(EXPERTS, rows, COLUMNS)
-        matrix_CRK = finish(exchange.restore_steps(slice_ErK, before, rows))
+        slice_ErK, matrices = torch.randn(EXPERTS, rows, COLUMNS), ((rows, 1),)
+        owned, slots_CRK = [slice_ErK.flatten(0, 1)], torch.empty_like(slice_ErK)
+        finish(exchange.restore_steps(owned, before, matrices, out=slots_CRK))
         # Another index of the same layout before will do.
         had = index_of(0, 1, 2, 3)
-        finish(exchange.restore_steps(slice_ErK, after, rows, before=had, out=matrix_CRK))
-        assert torch.equal(matrix_CRK, slice_ErK[[0, 3, 2, 1]])
-        assert torch.equal(finish(exchange.restore_steps(slice_ErK, after, rows)), matrix_CRK)
-        assert torch.equal(finish(exchange.reduce_steps(matrix_CRK, after)), slice_ErK)
+        finish(exchange.restore_steps(owned, after, matrices, before=had, out=slots_CRK))
+        assert torch.equal(slots_CRK, slice_ErK[[0, 3, 2, 1]])
+        whole_CRK = torch.empty_like(slots_CRK)
+        finish(exchange.restore_steps(owned, after, matrices, out=whole_CRK))
+        assert torch.equal(whole_CRK, slots_CRK)
+        sums = [torch.zeros_like(owned[0])]
+        finish(exchange.reduce_steps(slots_CRK, after, matrices, add_to=sums))
+        assert torch.equal(sums[0], owned[0])
     of_index = [(False, False), (True, False), (False, True)]
     expected = {(rows, *kind): 2 for rows in (ROWS, 2 * ROWS) for kind in of_index}
     for rows in (ROWS, 2 * ROWS):
@@ -83,7 +89,7 @@ def restored_experts(index: LayoutIndex, streams: ExchangeStreams) -> RestoredEx
 def test_a_change_on_the_stream_of_the_restore_does_not_count_as_waiting() -> None:
     """Expect one wait of the compute, for the matrix."""
     stream = make_comm_stream("parameters", CPU, overlaps=True)
-    waits = mock.Mock()
+    waits = mock.Mock(return_value=torch.empty(EXPERTS, ROWS, COLUMNS))
     submit = stream.submit
 
     def observed(*args: Any) -> Any:

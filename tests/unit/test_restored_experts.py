@@ -148,7 +148,7 @@ def test_a_reruns_weights_are_in_memory_until_its_backward(streams: ExchangeStre
     restored.weights.start_restore()
     assert restored.state.weights is WeightState.RESTORING
     output = compute(restored, ones(needs_grad=True), ones(needs_grad=True), reruns=True)
-    assert streams.weights.in_use == 2
+    assert streams.weights.in_use == 1
     assert restored.state.weights is WeightState.RESTORED
     output.sum().backward()
     assert restored.state == ExpertsState("layer 1")
@@ -200,7 +200,7 @@ def test_passes_through_one_layer_hand_on_its_weights(
     middle = compute(first, ones(needs_grad=True), ones(needs_grad=True))
     assert first.state.weights is WeightState.SHARDED
     assert second.state.weights is not WeightState.SHARDED
-    assert streams.weights.in_use == 2
+    assert streams.weights.in_use == 1
     output = compute(second, middle, ones(needs_grad=True))
     assert streams.weights.in_use == 0
     output.sum().backward()
@@ -332,7 +332,7 @@ def test_weights_that_are_handed_on_are_not_kept_as_well(streams: ExchangeStream
     assert first.state.weights is WeightState.SHARDED
     compute(second, ones(needs_grad=True), ones(needs_grad=True))
     assert second.state.weights is WeightState.RESTORED, "nothing follows, and they fit"
-    assert (streams.weights.in_use, streams.exchange.count.restores) == (2, 1)
+    assert (streams.weights.in_use, streams.exchange.count.restores) == (1, 1)
     streams.kept.release()
     assert streams.weights.in_use == 0
 
@@ -343,7 +343,7 @@ def test_a_pass_that_has_its_weights_inherits_no_others(streams: ExchangeStreams
     first.weights.hand_on(second.weights)
     second.weights.start_restore()
     compute(first, ones(needs_grad=True), ones(needs_grad=True))
-    assert streams.weights.in_use == 2
+    assert streams.weights.in_use == 1
     compute(second, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
     assert streams.weights.in_use == 0
 

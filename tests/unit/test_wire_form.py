@@ -20,6 +20,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.wire_form import weights_form
 from megatron_laer.precision import QUANTISED, Precision
+from megatron_laer.runtime.weights.layer import Carried, Homes, Share, Slices
 from tests.costs import make_costs
 
 # Four ranks with an expert each; all tokens want expert 0.
@@ -109,3 +110,52 @@ def test_hardware_without_fp8_is_refused_by_name():
     assert slower.gemm_in(Precision.TENSORWISE) == load_cluster("h100-8").gemm_in(
         Precision.TENSORWISE
     ).times(0.5)
+
+
+class Bytes:
+    """Packer that sends the bytes of a bf16 matrix [6, 8] backwards."""
+
+    carried = Carried(6, 16, torch.uint8)
+
+    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
+        return weight_RK.view(torch.uint8).flip(0, 1)
+
+
+def new_share(*, at_home: bool) -> Share:
+    """Make matrices [6, 8] and biases [6] of two experts; the former travel as payloads at home."""
+    drawn = [torch.randn(*shape, dtype=torch.bfloat16) for shape in ((2, 6, 8), (2, 6))]
+    if not at_home:
+        slices = drawn[0], drawn[1].flatten()
+        return Slices(tuple(map(torch.nn.Parameter, slices)), (6, 6))
+    homes = (tuple(map(torch.nn.Parameter, part.unbind())) for part in drawn)
+    return Homes(tuple(homes), ((Bytes(), Bytes()), None))
+
+
+def test_payloads_and_biases_of_an_expert_travel_and_lie_as_bytes() -> None:
+    share = new_share(at_home=True)
+    (matrices, biases), rows = share.matrices, [*share.weights()]
+    assert share.form.dtype == torch.uint8 and share.form.columns == 2
+    slots_CRK = torch.stack([torch.cat(rows[at::2]) for at in (1, 0)])
+    assert slots_CRK.shape[1:] == share.form.shape
+    payloads, lying = share.form.split(slots_CRK)
+    for slot, home in enumerate((1, 0)):
+        assert torch.equal(payloads[slot], Bytes().pack(matrices[home].detach()))
+        assert torch.equal(lying[slot].squeeze(1), biases[home])
+
+
+@pytest.mark.parametrize("at_home", [False, True])
+def test_sums_go_to_main_gradients_of_any_dtype_or_to_autograd(at_home: bool) -> None:
+    share = new_share(at_home=at_home)
+    sums = share.new_sums()
+    for rows in share.sums_in_rows(sums):
+        assert rows.dtype == torch.bfloat16 and rows.shape[1] == share.grads_form.columns == 1
+        rows.add_(1)
+    assert all(grad is one for grad, one in zip(share.reduced(sums), sums, strict=True))
+    assert all((one == 1).all() for one in sums)
+    for parameter in share.parameters:
+        parameter.main_grad = torch.zeros(parameter.shape)  # type: ignore[attr-defined]
+    assert share.new_sums() == ()
+    for rows in share.sums_in_rows(()):
+        assert rows.dtype == torch.float32
+        rows.add_(1)
+    assert all((one.main_grad == 1).all() for one in share.parameters)  # type: ignore[attr-defined]

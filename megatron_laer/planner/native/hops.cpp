@@ -163,37 +163,73 @@ Traffic traffic(const std::vector<Hop>& hops, int node_size, const std::vector<i
 
 namespace {
 
-// Rows of one end of a hop on a rank, in the order of the wire.
-struct End {
-  std::vector<int64_t> row, size, of_peer;
+// A row of one of a holding's tensors.
+struct Row {
+  int64_t tensor, row;
+
+  bool operator<(const Row& other) const {
+    return tensor < other.tensor || (tensor == other.tensor && row < other.row);
+  }
 };
 
-// A matrix in row blocks, and the first row of each of a rank's blocks in a holding.
+// Rows of one end of a hop on a rank, in the order of the wire.
+struct End {
+  std::vector<Row> row;
+  std::vector<int64_t> size, of_peer;
+};
+
+// An expert's matrices in row blocks, and the first row of each of a rank's blocks in a holding: for
+// each expert and block of all matrices.
 class Blocks {
  public:
-  Blocks(const Way& way, int rank, int64_t rows) : way_(way), rank_(rank), rows_(rows) {}
+  Blocks(const Way& way, int rank, const std::vector<Matrix>& matrices)
+      : way_(way), rank_(rank), matrices_(matrices) {}
 
-  int64_t first(int block) const { return block * rows_ / way_.blocks; }
-  int64_t size(int block) const { return first(block + 1) - first(block); }
-
-  std::vector<int64_t> of_matrices(int number) const {
-    std::vector<int64_t> row;
+  // Experts one after the other in one tensor.
+  std::vector<Row> of_slots(int number) const {
+    std::vector<Row> row;
+    int64_t begin = 0;
     for (int at = 0; at < number; ++at) {
-      for (int block = 0; block < way_.blocks; ++block) row.push_back(at * rows_ + first(block));
+      for (int block = 0; block < way_.blocks; ++block) {
+        int64_t matrix = begin;
+        for (const Matrix& of : matrices_) {
+          row.push_back({0, matrix + first(of, block)});
+          matrix += of.rows * of.width;
+        }
+      }
+      for (const Matrix& of : matrices_) begin += of.rows * of.width;
     }
     return row;
   }
 
-  std::vector<int64_t> of_slices(int number) const {
-    std::vector<int64_t> row(number);
-    for (int at = 0; at < number; ++at) row[at] = at * size(rank_);
+  // A tensor for each matrix and expert.
+  std::vector<Row> of_homes(int number) const {
+    std::vector<Row> row;
+    for (int at = 0; at < number; ++at) {
+      for (int block = 0; block < way_.blocks; ++block) {
+        int64_t tensor = at;
+        for (const Matrix& of : matrices_) {
+          row.push_back({tensor, first(of, block)});
+          tensor += number;
+        }
+      }
+    }
+    return row;
+  }
+
+  // A tensor for each matrix, with one block of all experts.
+  std::vector<Row> of_slices(int number) const {
+    std::vector<Row> row;
+    for (int at = 0; at < number; ++at) {
+      int64_t tensor = 0;
+      for (const Matrix& of : matrices_) row.push_back({tensor++, at * size(of, rank_)});
+    }
     return row;
   }
 
   // One end of a hop. `row` has the holding's rows; with `arrives` rows lie as they arrive, from
   // `end` on, and are added to it.
-  End end_of(const Hop& hop, bool sends, std::vector<int64_t>& row, bool arrives,
-             int64_t& end) const {
+  End end_of(const Hop& hop, bool sends, std::vector<Row>& row, bool arrives, int64_t& end) const {
     struct Piece {
       int peer, number, block;
     };
@@ -218,23 +254,31 @@ class Blocks {
                                              : way_.shape.ranks;
     End found{{}, {}, std::vector<int64_t>(peers, 0)};
     for (const Piece& piece : pieces) {
-      const int64_t rows = size(piece.block);
-      if (arrives) {
-        if (row.size() <= static_cast<size_t>(piece.number)) row.resize(piece.number + 1);
-        row[piece.number] = end;
-        end += rows;
+      size_t at = piece.number * matrices_.size();
+      if (arrives && row.size() <= at) row.resize(at + matrices_.size());
+      for (const Matrix& of : matrices_) {
+        const int64_t rows = size(of, piece.block);
+        if (arrives) {
+          row[at] = {0, end};
+          end += rows;
+        }
+        found.row.push_back(row[at++]);
+        found.size.push_back(rows);
+        found.of_peer[hop.link == kBetween ? piece.peer / node_size : piece.peer % peers] += rows;
       }
-      found.row.push_back(row[piece.number]);
-      found.size.push_back(rows);
-      found.of_peer[hop.link == kBetween ? piece.peer / node_size : piece.peer % peers] += rows;
     }
     return found;
   }
 
  private:
+  int64_t first(const Matrix& of, int block) const {
+    return block * of.rows / way_.blocks * of.width;
+  }
+  int64_t size(const Matrix& of, int block) const { return first(of, block + 1) - first(of, block); }
+
   const Way& way_;
   int rank_;
-  int64_t rows_;
+  const std::vector<Matrix>& matrices_;
 };
 
 std::vector<int64_t> starts(const std::vector<int64_t>& size) {
@@ -243,38 +287,45 @@ std::vector<int64_t> starts(const std::vector<int64_t>& size) {
   return before;
 }
 
-Segments segments(const End& held, const std::vector<int64_t>& wire, int64_t tensor_rows,
-                  std::vector<int64_t>& table) {
+// Rows of an end in one tensor, as they are on the wire of a link with one rank.
+std::vector<int64_t> rows_of(const End& end) {
+  std::vector<int64_t> row;
+  for (const Row& of : end.row) row.push_back(of.row);
+  return row;
+}
+
+Segments segments(const End& held, const std::vector<int64_t>& wire, std::vector<int64_t>& table) {
   std::vector<size_t> order;
   for (size_t i = 0; i < held.row.size(); ++i) {
     if (held.size[i] > 0) order.push_back(i);
   }
   const int64_t at = static_cast<int64_t>(table.size()), count = static_cast<int64_t>(order.size());
-  Segments made{at, count, 0, 0, 0, -1, tensor_rows, {}};
-  const auto tensor_of = [&](size_t i) { return held.row[i] / tensor_rows; };
-  const auto is_shifted = [&](size_t i) {
-    return held.row[i] - wire[i] != held.row[order[0]] - wire[order[0]];
+  Segments made{at, count, 0, 0, 0, 0, -1, {}};
+  const auto is_elsewhere = [&](size_t i) {
+    const Row &row = held.row[i], &first = held.row[order[0]];
+    return row.tensor != first.tensor || row.row - wire[i] != first.row - wire[order[0]];
   };
-  if (count > 0 && tensor_of(order.front()) == tensor_of(order.back()) &&
-      std::none_of(order.begin(), order.end(), is_shifted)) {
-    made.in_place = held.row[order[0]] - wire[order[0]];
+  if (count > 0 && std::none_of(order.begin(), order.end(), is_elsewhere)) {
+    made.tensor = held.row[order[0]].tensor;
+    made.in_place = held.row[order[0]].row - wire[order[0]];
   }
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return held.row[a] < held.row[b]; });
   std::vector<int64_t> first_T1;
   for (int64_t segment = 0; segment < count; ++segment) {
     const size_t i = order[segment];
-    const bool is_sum = segment == 0 || held.row[i] != held.row[order[segment - 1]];
-    if (segment == 0 || tensor_of(i) != made.parts.back().tensor) {
-      made.parts.push_back({tensor_of(i), segment, 0, static_cast<int64_t>(first_T1.size()), 0});
+    const Row& row = held.row[i];
+    const bool is_sum = segment == 0 || held.row[order[segment - 1]] < row;
+    if (segment == 0 || row.tensor != made.parts.back().tensor) {
+      made.parts.push_back({row.tensor, segment, 0, static_cast<int64_t>(first_T1.size()), 0});
     }
     ++made.parts.back().count;
     made.parts.back().sums += is_sum;
     if (is_sum) first_T1.push_back(segment);
-    table.insert(table.end(), {held.row[i], wire[i], held.size[i]});
+    table.insert(table.end(), {row.row, wire[i], held.size[i]});
     made.rows += held.size[i];
     made.most_rows = std::max(made.most_rows, held.size[i]);
-    made.end = held.row[i] + held.size[i];
+    made.end = row.row + held.size[i];
   }
   first_T1.push_back(count);
   table.insert(table.end(), first_T1.begin(), first_T1.end());
@@ -283,14 +334,14 @@ Segments segments(const End& held, const std::vector<int64_t>& wire, int64_t ten
 
 }  // namespace
 
-Moves rank_moves(const Way& way, const std::vector<Hop>& hops, int rank, int64_t rows) {
-  constexpr int64_t kOneTensor = std::numeric_limits<int64_t>::max();
+Moves rank_moves(const Way& way, const std::vector<Hop>& hops, int rank,
+                 const std::vector<Matrix>& matrices) {
   const Shape& shape = way.shape;
-  const Blocks blocks(way, rank, rows);
-  std::vector<int64_t> slots = blocks.of_matrices(shape.capacity - shape.home);
-  std::vector<int64_t> held = shape.home > 0 ? blocks.of_matrices(shape.home)
-                                             : blocks.of_slices(shape.experts);
-  std::vector<int64_t> arrived;
+  const Blocks blocks(way, rank, matrices);
+  std::vector<Row> slots = blocks.of_slots(shape.capacity - shape.home);
+  std::vector<Row> held = shape.home > 0 ? blocks.of_homes(shape.home)
+                                         : blocks.of_slices(shape.experts);
+  std::vector<Row> arrived;
   int64_t end = 0;
   Moves made;
   for (size_t i = 0; i < hops.size(); ++i) {
@@ -310,11 +361,9 @@ Moves rank_moves(const Way& way, const std::vector<Hop>& hops, int rank, int64_t
         });
     if (!moves) continue;
     const bool on_wire = sent.of_peer.size() > 1;
-    const int64_t tensor_rows = shape.home > 0 && is_first ? rows : kOneTensor;
-    const auto wire = on_wire ? starts(sent.size) : received.row;
-    Segments leaves = segments(sent, wire, tensor_rows, made.table);
+    Segments leaves = segments(sent, on_wire ? starts(sent.size) : rows_of(received), made.table);
     Segments arrives =
-        segments(received, on_wire ? starts(received.size) : sent.row, kOneTensor, made.table);
+        segments(received, on_wire ? starts(received.size) : rows_of(sent), made.table);
     made.moves.push_back({hop.link, hop.is_kept, is_first, is_last, sent.of_peer, received.of_peer,
                           std::move(leaves), std::move(arrives)});
   }

@@ -56,10 +56,15 @@ struct Traffic {
 // Sums over the hops of a restore; `held_N` has the elements of each of an expert's N row blocks.
 Traffic traffic(const std::vector<Hop>& hops, int node_size, const std::vector<int64_t>& held_N);
 
+// A matrix of an expert: its rows, and how many rows of a table each of them is.
+struct Matrix {
+  int64_t rows, width;
+};
+
 // Segments of rows that are both in a holding and on the wire, in a table: three integers each (row
-// in the holding, row on the wire, rows), in ascending order of the first. Segments of the same rows
-// of the holding are parts of a sum, in the order of addition. Behind them the table has the first
-// segment of each sum, and their number.
+// in its tensor of the holding, row on the wire, rows), in ascending order of tensor and row.
+// Segments of the same rows of the holding are parts of a sum, in the order of addition. Behind them
+// the table has the first segment of each sum, and their number.
 struct Segments {
   // Those in one tensor of the holding.
   struct Part {
@@ -67,14 +72,13 @@ struct Segments {
   };
 
   int64_t at;         // in the table
-  int64_t count, rows, most_rows, end;  // `end` is the row of the holding behind the last
-  int64_t in_place;   // the holding's first row, if they lie there in one piece as on the wire, or -1
-  int64_t tensor_rows;  // of each tensor of the holding
+  int64_t count, rows, most_rows, end;  // `end` is the row of the last tensor behind the last
+  int64_t tensor, in_place;  // the first row, if all lie in one piece as on the wire, or -1
   std::vector<Part> parts;
 };
 
-// Rows of a matrix that a rank sends and receives in one hop. Where the link has one rank, nothing
-// is sent, and the wire of each end is the other's holding.
+// Rows of an expert's matrices that a rank sends and receives in one hop. Where the link has one
+// rank, nothing is sent, and the wire of each end is the other's holding.
 struct Move {
   int link;
   bool is_kept, is_first, is_last;
@@ -87,6 +91,7 @@ struct Moves {
   std::vector<int64_t> table;
 };
 
-Moves rank_moves(const Way& way, const std::vector<Hop>& hops, int rank, int64_t rows);
+Moves rank_moves(const Way& way, const std::vector<Hop>& hops, int rank,
+                 const std::vector<Matrix>& matrices);
 
 }  // namespace laer

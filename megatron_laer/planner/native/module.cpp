@@ -481,21 +481,22 @@ py::tuple traffic(const laer::Way& way, const Slots& slots_S, const std::optiona
 py::tuple to_tuple(const laer::Segments& made) {
   py::list parts;
   for (const auto& part : made.parts) {
-    parts.append(py::make_tuple(part.tensor, part.tensor * made.tensor_rows, part.first, part.count,
-                                part.first_sum, part.sums));
+    parts.append(py::make_tuple(part.tensor, part.first, part.count, part.first_sum, part.sums));
   }
   py::object in_place = py::none();
-  if (made.in_place >= 0) {
-    in_place = py::make_tuple(made.in_place / made.tensor_rows, made.in_place % made.tensor_rows);
-  }
+  if (made.in_place >= 0) in_place = py::make_tuple(made.tensor, made.in_place);
   return py::make_tuple(made.at, made.count, made.rows, made.most_rows, made.end, in_place, parts);
 }
 
-// A rank's table of segments, and its moves: planner/hops.py names their parts.
+// A rank's table of segments, and its moves: runtime/comm/segments.py names their parts. Matrices
+// are (rows, rows of the table for each).
 py::tuple rank_moves(const laer::Way& way, const Slots& slots_S,
-                     const std::optional<Slots>& before_S, int rank, int64_t rows) {
+                     const std::optional<Slots>& before_S, int rank,
+                     const std::vector<std::pair<int64_t, int64_t>>& sizes) {
   check_rank(way.shape, rank);
-  const laer::Moves made = laer::rank_moves(way, hops_of(way, slots_S, before_S), rank, rows);
+  std::vector<laer::Matrix> matrices;
+  for (const auto& [rows, width] : sizes) matrices.push_back({rows, width});
+  const laer::Moves made = laer::rank_moves(way, hops_of(way, slots_S, before_S), rank, matrices);
   py::list moves;
   for (const laer::Move& move : made.moves) {
     moves.append(py::make_tuple(move.link, move.is_kept, move.is_first,

@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -53,49 +50,36 @@ class BufferPool:
         self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)
 
 
-# Returns the first rows of a buffer, [rows, K], by its name, their number and dtype.
-Take = Callable[[str, int, torch.dtype], torch.Tensor]
-
-
 class Workspace:
     """Named buffers of exchanges on one CUDA stream, which only grow.
 
-    Exchanges that run side by side have some each. Others overwrite each other's data without
-    waiting.
+    Exchanges that follow each other overwrite each other's data without waiting.
     """
 
     def __init__(self) -> None:
-        self._lent: set[int] = set()
-        self._buffers: dict[tuple[int, str], torch.Tensor] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
 
     @property
     def num_bytes(self) -> int:
         return sum(buffer.numel() for buffer in self._buffers.values())
 
-    @contextlib.contextmanager
-    def lent(
-        self, most_bytes: Mapping[str, int] | None, columns: int, device: torch.device
-    ) -> Iterator[Take]:
-        """Lend an exchange the first buffers that no other has.
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        most_bytes: int | None,
+    ) -> torch.Tensor:
+        """Return the first rows of a buffer.
 
         Args:
-            most_bytes: of each buffer, which is allocated once; None to let them grow as needed.
-            columns: K.
+            most_bytes: for which it is allocated once; None to let it grow as needed.
         """
-        at = next(at for at in itertools.count() if at not in self._lent)
-
-        def take(name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
-            num_bytes = rows * columns * dtype.itemsize
-            wanted = num_bytes if most_bytes is None else most_bytes[name]
-            assert num_bytes <= wanted, f"{name}: {num_bytes} bytes exceed the bound {wanted}"
-            key = at, name
-            if key not in self._buffers or self._buffers[key].numel() < wanted:
-                self._buffers.pop(key, None)  # free before the new allocation
-                self._buffers[key] = torch.empty(wanted, dtype=torch.uint8, device=device)
-            return self._buffers[key][:num_bytes].view(dtype).view(rows, columns)
-
-        self._lent.add(at)
-        try:
-            yield take
-        finally:
-            self._lent.remove(at)
+        num_bytes = shape[0] * shape[1] * dtype.itemsize
+        wanted = num_bytes if most_bytes is None else most_bytes
+        assert num_bytes <= wanted, f"{name}: {num_bytes} bytes exceed the bound {wanted}"
+        if name not in self._buffers or self._buffers[name].numel() < wanted:
+            self._buffers.pop(name, None)  # free before the new allocation
+            self._buffers[name] = torch.empty(wanted, dtype=torch.uint8, device=device)
+        return self._buffers[name].narrow(0, 0, num_bytes).view(dtype).view(shape)

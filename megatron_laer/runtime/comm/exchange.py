@@ -3,8 +3,8 @@
 `planner.hops` has the chains by which experts move, and `segments.py` a rank's rows of each hop.
 This file carries them out: pack, All-to-All, unpack or sum.
 
-Legend: N ranks, E experts, C replica slots per rank, h home experts of a rank. R rows of a matrix,
-r rows of one rank's slice, K columns.
+Legend: C replica slots per rank. R rows of an expert, in which all its matrices are carried, K
+columns of each.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from megatron_laer.choices import WireDtype
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.hops import Way
-from megatron_laer.planner.placed import Placed, row_bounds
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
-from megatron_laer.runtime.comm.segments import Chain, Held
+from megatron_laer.runtime.comm.segments import Chain, Held, Matrices
 from megatron_laer.runtime.comm.stages import Direction, ExchangeCount, Stage, stage_of
 from megatron_laer.runtime.comm.steps import Steps
 
@@ -32,7 +32,7 @@ _WIRE_DTYPES = {
 
 
 class Exchange:
-    """Restores and reduces of matrices, collective over the group: all ranks call in one order.
+    """Restores and reduces of experts, collective over the group: all ranks call in one order.
 
     Each layout goes by the way of all ranks' choice. All ways restore the same bits. Of n replicas,
     a way with several hops rounds sums to the wire's dtype between two hops:
@@ -42,9 +42,9 @@ class Exchange:
     Here u = 2**-8 for bfloat16, 2**-11 for float16, and 0 for float32, whose roundings are in the
     last term. Float16 adds n·2**-24 for underflow, and each further hop u_wire.
 
-    Exchanges of a layer's matrices may run side by side, step by step (`steps.py`). Restores share
-    communicators and a workspace, reduces others. So one restore and one reduce may be in flight at
-    once, from two threads or two streams, but no two restores.
+    All matrices of a layer's experts go in one exchange. Restores share communicators and a
+    workspace, reduces others. So one restore and one reduce may be in flight at once, from two
+    threads or two streams, but no two restores.
 
     Args:
         ways: all that `choose` may return.
@@ -83,97 +83,82 @@ class Exchange:
 
     def restore_steps(
         self,
-        source: torch.Tensor | Sequence[torch.Tensor],
+        owned: Held,
         index: LayoutIndex,
-        rows: int,
+        matrices: Matrices,
         /,
         *,
+        out: torch.Tensor,
         before: LayoutIndex | None = None,
-        out: torch.Tensor | None = None,
     ) -> Steps:
         """Restore whole experts for this rank's slots.
 
         Args:
-            source: this rank's rows of every expert, [E, r, K], or [R, K] of each home expert. Only
-                home experts that are sent are read.
-            rows: R.
+            owned: this rank's rows: a tensor for each matrix with those of every expert, or for
+                each matrix and home expert. Only home experts that are sent are read.
+            matrices: of an expert, as in `Chain`.
+            out: contiguous [C, rows of an expert, K]; slot c gets its expert's matrices at c.
             before: the layout whose experts `out` has, the same one on all ranks, until the
                 optimizer changes the owners. Only slots with another expert are restored; only
                 experts new to a node cross nodes. If no slot of any rank differs, there is no
                 collective.
-            out: contiguous [C, R, K] to restore to, instead of a new tensor.
 
         Returns:
-            `out`, or [C, R, K], with the expert of this rank's slot c at c.
+            `out`.
         """
-        chain = self._chain(index, rows, before)
-        if out is None:
-            assert before is None, "weights of another layout are updated in place"
-            of_one = source if isinstance(source, torch.Tensor) else source[0]
-            out = of_one.new_empty(index.placed.geometry.replica_slots, rows, of_one.shape[-1])
-        assert out.shape[1] == rows and out.is_contiguous()
+        assert out.is_contiguous()
+        chain = self._chain(index, matrices, before)
         slots, dtype = out.view(-1, out.shape[2]), out.dtype
-        most_bytes = restore_workspace(chain.way, rows, slots.shape[1], dtype.itemsize)
-        ends = _by_rows(source), [slots]
-        yield from _carry(self.restored, chain, *ends, most_bytes, (dtype, dtype))
+        bounds = restore_workspace(chain.way, matrices, slots.shape[1] * dtype.itemsize)
+        yield from _carry(self.restored, chain, owned, [slots], bounds, (dtype, dtype))
         return out
 
     def reduce_steps(
         self,
-        grad_CRK: torch.Tensor,
+        grads_CRK: torch.Tensor,
         index: LayoutIndex,
+        matrices: Matrices,
+        /,
         *,
+        add_to: Held,
         wire_dtype: torch.dtype | None = None,
-        add_to: torch.Tensor | Sequence[torch.Tensor] | None = None,
     ) -> Steps:
-        """Sum gradients over replicas, for this rank's share of the experts.
+        """Add sums of gradients over replicas to this rank's share of the experts.
 
         Sums run in float32 and in slot order, or in node order: the same gradients give the same
-        bits. They are rounded once per hop, in the end to the dtype of the result.
+        bits. They are rounded once per hop, in the end to the dtype that they are added to.
 
         Args:
-            grad_CRK: gradients of this rank's slots, not modified.
+            grads_CRK: gradients of this rank's slots, as `restore_steps` restores experts.
+            add_to: main gradients of any float dtype, as owned weights are given there.
             wire_dtype: of sums between hops, unless set for the exchange; default: the gradient's.
-            add_to: main gradient to add the sums to, contiguous [E, r, K], or [R, K] of each home
-                expert, of any float dtype; zeros of the gradient's dtype by default.
 
         Returns:
-            `add_to`, or its first tensor.
+            The first tensor of `add_to`.
         """
-        grad_CRK = grad_CRK.contiguous()
-        _, rows, columns = grad_CRK.shape
-        chain = self._chain(index, rows, back=True)
-        dtype, wire = grad_CRK.dtype, self._grad_wire_dtype or wire_dtype or grad_CRK.dtype
-        if add_to is None:
-            add_to = grad_CRK.new_zeros((*self._own_shape(index.placed, rows), columns))
-        owned = [*add_to] if chain.way.at_home else _by_rows(add_to)
-        most_bytes = reduce_workspace(chain.way, rows, columns, dtype.itemsize, wire.itemsize)
-        ends = [grad_CRK.view(-1, columns)], owned
-        yield from _carry(self.reduced, chain, *ends, most_bytes, (dtype, wire))
-        return add_to if isinstance(add_to, torch.Tensor) else add_to[0]
+        chain = self._chain(index, matrices, back=True)
+        slots, dtype = grads_CRK.view(-1, grads_CRK.shape[2]), grads_CRK.dtype
+        wire = self._grad_wire_dtype or wire_dtype or dtype
+        row_bytes = [slots.shape[1] * of.itemsize for of in (dtype, wire)]
+        bounds = reduce_workspace(chain.way, matrices, *row_bytes)
+        yield from _carry(self.reduced, chain, [slots], add_to, bounds, (dtype, wire))
+        return add_to[0]
 
     def _chain(
         self,
         index: LayoutIndex,
-        rows: int,
+        matrices: Matrices,
         before: LayoutIndex | None = None,
         *,
         back: bool = False,
     ) -> Chain:
         """Return this rank's part, by the way that is chosen for the layout."""
-        key = self, rows, back, None if before is None else before.placed.layout
+        key = self, matrices, back, None if before is None else before.placed.layout
         if key not in index.chains:
             placed, kept = index.placed, None if before is None else before.placed
-            parts = self._choose(placed), placed, kept, self.groups.rank, rows, index.device
+            parts = self._choose(placed), placed, kept, self.groups.rank, matrices, index.device
             index.chains[key] = Chain(*parts, back=back)
         return index.chains[key]
-
-    def _own_shape(self, placed: Placed, rows: int) -> tuple[int, int]:
-        geometry, rank = placed.geometry, self.groups.rank
-        if geometry.home_slots:
-            return geometry.home_slots, rows
-        bounds = row_bounds(rows, geometry.num_ranks)
-        return geometry.num_experts, bounds[rank + 1] - bounds[rank]
 
 
 def _carry(
@@ -183,7 +168,7 @@ def _carry(
     target: Held,
     most_bytes: Mapping[str, int],
     dtypes: tuple[torch.dtype, torch.dtype],
-) -> Generator[Group | None, None, None]:
+) -> Generator[bool, None, None]:
     """Carry a chain's moves out, each by packing, an All-to-All, and unpacking or summing.
 
     Rows that lie as on the wire stay where they are, and those that are to lie so arrive there.
@@ -195,39 +180,39 @@ def _carry(
     table, sums, held = chain.table, direction.sums, source
     stages = [direction.stages[move.link] for move in chain.moves]
     slots = (source if sums else target)[0]
-    bounds = None if chain.way.is_direct else most_bytes
-    with direction.workspace.lent(bounds, slots.shape[1], slots.device) as take:
-        for at, (move, stage) in enumerate(zip(chain.moves, stages, strict=True)):
-            leaves, arrives, dtype = move.leaves, move.arrives, dtypes[not move.is_first]
-            taken, into = target if move.is_kept else held, target
-            if not move.is_last:
-                into = [take("send" if sums else "receive", arrives.end, dtypes[1])]
-            in_place = stage is not None and not sums and arrives.in_place is not None
-            if stage is None:
-                arrived = taken[0]
+    columns, device = slots.shape[1], slots.device
+
+    def take(name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        most = None if chain.way.is_direct else most_bytes[name]
+        return direction.workspace.take(name, (rows, columns), dtype, device, most)
+
+    for at, (move, stage) in enumerate(zip(chain.moves, stages, strict=True)):
+        leaves, arrives, dtype = move.leaves, move.arrives, dtypes[not move.is_first]
+        taken, into = target if move.is_kept else held, target
+        if not move.is_last:
+            into = [take("send" if sums else "receive", arrives.end, dtypes[1])]
+        if stage is not None:
+            # Else they lie in the buffer that the next rows go to.
+            may_stay = sums or move.is_first or move.is_kept
+            if may_stay and leaves.in_place is not None:
+                sent = leaves.view(taken)
             else:
-                # Else they lie in the buffer that the next rows go to.
-                may_stay = sums or move.is_first or move.is_kept
-                if may_stay and leaves.in_place is not None:
-                    sent = leaves.view(taken)
-                else:
-                    sent = take("send", leaves.rows, dtype)
-                    table.pack(leaves, taken, sent)
-                arrived = arrives.view(into) if in_place else take("receive", arrives.rows, dtype)
-                yield stage.group
-                stage.all_to_all(arrived, sent, move.received_P, move.sent_P)
-                yield stage.group if any(stages[at + 1 :]) else None
-                direction.count(stage, move.received_P, slots.shape[1] * dtype.itemsize)
+                sent = take("send", leaves.rows, dtype)
+                table.pack(leaves, taken, sent)
+            in_place = not sums and arrives.in_place is not None
+            arrived = arrives.view(into) if in_place else take("receive", arrives.rows, dtype)
+            stage.all_to_all(arrived, sent, move.received_P, move.sent_P)
+            direction.count(stage, move.received_P, columns * dtype.itemsize)
+            yield any(stages[at + 1 :])
             if sums:
                 table.add(arrives, arrived, into, adds=move.is_last)
             elif not in_place:
                 table.unpack(arrives, arrived, into)
-            held = into
-
-
-def _by_rows(owned: torch.Tensor | Sequence[torch.Tensor]) -> Held:
-    """Return matrices as tensors of rows; one tensor of them must be contiguous."""
-    return [owned.view(-1, owned.shape[2])] if isinstance(owned, torch.Tensor) else owned
+        elif sums:
+            table.add(arrives, taken[0], into, adds=move.is_last)
+        else:
+            table.pack(leaves, taken, into[0])
+        held = into
 
 
 def wire_dtype(config: FSEPConfig) -> torch.dtype | None:

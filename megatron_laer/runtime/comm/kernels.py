@@ -30,7 +30,7 @@ def copy_segments(
     columns = held.shape[1]
     assert held.is_contiguous() and wire.is_contiguous()
     programs = triton.cdiv(segments.most_rows * columns, _BLOCK_COPIED)
-    numbers = segments.at + 3 * part.first, part.base, programs, columns
+    numbers = segments.at + 3 * part.first, programs, columns
     _copy_segments[(programs * part.segments,)](
         held, wire, table, *numbers, PACKS=packs, BLOCK=_BLOCK_COPIED
     )
@@ -50,21 +50,21 @@ def sum_segments(
     assert held.is_contiguous() and wire.is_contiguous()
     programs = triton.cdiv(segments.most_rows * columns, _BLOCK_SUMMED)
     first_sum = segments.at + 3 * segments.number + part.first_sum
-    numbers = segments.at, first_sum, part.base, programs, columns
+    numbers = segments.at, first_sum, programs, columns
     _sum_segments[(programs * part.sums,)](
         wire, held, table, *numbers, ADDS=adds, BLOCK=_BLOCK_SUMMED
     )
 
 
-@triton.jit(do_not_specialize=["at", "base", "programs"])
+@triton.jit(do_not_specialize=["at", "programs"])
 def _copy_segments(
-    held, wire, table, at, base, programs, columns, PACKS: tl.constexpr, BLOCK: tl.constexpr
+    held, wire, table, at, programs, columns, PACKS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Copy a block of one segment."""
     segment = table + at + 3 * (tl.program_id(0) // programs)
     element = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
     inside = element < tl.load(segment + 2) * columns
-    in_held = held + (tl.load(segment) - base) * columns + element
+    in_held = held + tl.load(segment) * columns + element
     in_wire = wire + tl.load(segment + 1) * columns + element
     if PACKS:
         tl.store(in_wire, tl.load(in_held, mask=inside), mask=inside)
@@ -72,14 +72,13 @@ def _copy_segments(
         tl.store(in_held, tl.load(in_wire, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["at", "first_sum", "base", "programs"])
+@triton.jit(do_not_specialize=["at", "first_sum", "programs"])
 def _sum_segments(
     wire,
     held,
     table,
     at,
     first_sum,
-    base,
     programs,
     columns,
     ADDS: tl.constexpr,
@@ -95,7 +94,7 @@ def _sum_segments(
     for other in range(tl.load(first) + 1, tl.load(first + 1)):
         part = wire + tl.load(table + at + 3 * other + 1) * columns + element
         total += tl.load(part, mask=inside, other=0.0).to(tl.float32)
-    target = held + (tl.load(segment) - base) * columns + element
+    target = held + tl.load(segment) * columns + element
     if ADDS:
         total = tl.load(target, mask=inside, other=0.0).to(tl.float32) + total
     tl.store(target, total.to(held.dtype.element_ty), mask=inside)

@@ -1,7 +1,8 @@
 """One rank's part of an exchange: the rows that each hop moves, and how they are copied and summed.
 
 `planner/native/hops.cpp` finds the rows. Triton kernels move them on CUDA, and torch elsewhere,
-whose code is the reference for `kernels.py`.
+whose code is the reference for `kernels.py`. All matrices of an expert are in rows of K elements: a
+row of a matrix is one or several of these.
 
 Legend: K columns. Z segments of rows, T sums of such, P ranks of a hop's link.
 """
@@ -24,8 +25,10 @@ from megatron_laer.planner.native_core import native
 from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm.copies import upload_arrays
 
-# Tensors [rows, K] of a holding; their rows count on from one to the next.
+# Tensors [rows, K] of a holding.
 Held = Sequence[torch.Tensor]
+# Matrices of an expert, each with its rows, and the rows of K elements that each of them is.
+Matrices = tuple[tuple[int, int], ...]
 
 
 @cache
@@ -41,10 +44,9 @@ def exchange_kernels(device: torch.device) -> Any:
 
 
 class Part(NamedTuple):
-    """Segments in one tensor of a holding, whose first row is `base`, and their sums."""
+    """Segments in one tensor of a holding, and their sums."""
 
     tensor: int
-    base: int
     first: int
     segments: int
     first_sum: int
@@ -54,15 +56,15 @@ class Part(NamedTuple):
 class Segments(NamedTuple):
     """Rows that are both in a holding and on the wire, as a part of a table.
 
-    The table has three numbers for each segment: its first row in the holding, in ascending order,
-    its first row on the wire, and its rows, at least one. Segments of the same rows in the holding
-    are parts of a sum, in the order of addition. Behind them are the first segment of each sum, and
-    the number of segments.
+    The table has three numbers for each segment: its first row in its tensor, in ascending order,
+    its first row on the wire, and its rows, at least one. Segments of the same rows of a tensor are
+    parts of a sum, in the order of addition. Behind them are the first segment of each sum, and the
+    number of segments.
 
     Attributes:
         at: begin of the part; `number` of segments.
         rows: of all segments; `most_rows` of one.
-        end: the row of the holding behind its last segment.
+        end: the row of the last tensor behind its last segment.
         in_place: tensor and row of the holding where all rows, some at least, lie in one piece as
             on the wire.
     """
@@ -83,7 +85,7 @@ class Segments(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Rows of one matrix that a rank sends and receives in one hop, there or back.
+    """Rows of experts that a rank sends and receives in one hop, there or back.
 
     Attributes:
         link: of `hops.Link`.
@@ -123,7 +125,8 @@ class Table:
     def __init__(self, table: Int64, device: torch.device) -> None:
         self._numbers = table
         self._kernels = exchange_kernels(device)
-        self._runs: dict[tuple[int, int, bool], list[_Run]] = {}
+        self._rows: dict[tuple[int, int, bool], list[slice | torch.Tensor]] = {}
+        self._sums: dict[tuple[int, int], list[list[list[int]]]] = {}
         if self._kernels is not None:
             (self._uploaded,) = upload_arrays([table], device)
 
@@ -148,13 +151,17 @@ class Table:
             if self._kernels is not None:
                 self._kernels.sum_segments(wire, self._uploaded, tensor, segments, part, adds=adds)
                 continue
-            rows_Z = self._of(segments).tolist()
-            begin = segments.at + 3 * segments.number + part.first_sum
-            for first, last in pairwise(self._numbers[begin : begin + part.sums + 1].tolist()):
-                to, _, size = rows_Z[first]
-                summed = [wire[row : row + size] for _, row, _ in rows_Z[first:last]]
+            key = segments.at, part.tensor
+            if key not in self._sums:
+                rows_Z = self._of(segments).tolist()
+                begin = segments.at + 3 * segments.number + part.first_sum
+                firsts_T1 = self._numbers[begin : begin + part.sums + 1].tolist()
+                self._sums[key] = [rows_Z[slice(*ends)] for ends in pairwise(firsts_T1)]
+            for rows_Z in self._sums[key]:
+                to, _, size = rows_Z[0]
+                summed = [wire[row : row + size] for _, row, _ in rows_Z]
                 total = sum(summed[1:], start=summed[0].float())
-                target = tensor[to - part.base : to - part.base + size]
+                target = tensor[to : to + size]
                 target.add_(total) if adds else target.copy_(total)
 
     def _copy(self, segments: Segments, held: Held, wire: torch.Tensor, *, packs: bool) -> None:
@@ -166,24 +173,25 @@ class Table:
                 )
                 continue
             key = segments.at, part.tensor, packs
-            if key not in self._runs:
+            if key not in self._rows:
                 held_Z, wire_Z, size_Z = self._of(segments)[part.first :][: part.segments].T
-                ends = (held_Z - part.base, wire_Z) if packs else (wire_Z, held_Z - part.base)
-                self._runs[key] = _runs(*ends, size_Z, wire.device)
+                ends_Z = (held_Z, wire_Z) if packs else (wire_Z, held_Z)
+                self._rows[key] = _rows(*ends_Z, size_Z, wire.device)
             source, target = (tensor, wire) if packs else (wire, tensor)
-            for to, size, rows in self._runs[key]:
-                into = target[to : to + size]
-                if isinstance(rows, int):
-                    into.copy_(source[rows : rows + size])
-                else:
-                    torch.index_select(source, 0, rows, out=into)
+            read, written = self._rows[key]
+            if isinstance(written, torch.Tensor):
+                target.index_copy_(0, written, source[read])
+            elif isinstance(read, torch.Tensor):
+                torch.index_select(source, 0, read, out=target[written])
+            else:
+                target[written].copy_(source[read])
 
     def _of(self, segments: Segments) -> Int64:
         return self._numbers[segments.at :][: 3 * segments.number].reshape(-1, 3)
 
 
 class Chain:
-    """One rank's moves of matrices with R rows, from the owners to the slots or back.
+    """One rank's moves of experts, from the owners to the slots or back.
 
     Args:
         before: the layout whose experts the slots have when a restore begins; None for no experts.
@@ -195,14 +203,14 @@ class Chain:
         placed: Placed,
         before: Placed | None,
         rank: int,
-        rows: int,
+        matrices: Matrices,
         device: torch.device,
         *,
         back: bool = False,
     ) -> None:
         before_S = None if before is None else before.layout.slot_expert_S
         slots_S = placed.layout.slot_expert_S
-        table, found = native.rank_moves(way.native, slots_S, before_S, rank, rows)
+        table, found = native.rank_moves(way.native, slots_S, before_S, rank, matrices)
         moves = [
             Move._make((*others, _segments(leaves), _segments(arrives)))
             for *others, leaves, arrives in found
@@ -217,22 +225,19 @@ def _segments(found: tuple[Any, ...]) -> Segments:
     return Segments._make((*others, [Part._make(part) for part in parts]))
 
 
-# Neighbouring rows to write: the first, their number, and the first row to read, or each of them.
-_Run = tuple[int, int, int | torch.Tensor]
-
-
-def _runs(from_Z: Int64, to_Z: Int64, size_Z: Int64, device: torch.device) -> list[_Run]:
+def _rows(
+    from_Z: Int64, to_Z: Int64, size_Z: Int64, device: torch.device
+) -> list[slice | torch.Tensor]:
+    """Return the rows to read and those to write, which are slices where they are neighbours."""
     order_Z = np.argsort(to_Z)
-    from_Z, to_Z, size_Z = from_Z[order_Z], to_Z[order_Z], size_Z[order_Z]
-    begins = np.flatnonzero(to_Z[1:] != (to_Z + size_Z)[:-1]) + 1
-    found: list[_Run] = []
-    for first, last in pairwise([0, *begins.tolist(), to_Z.size]):
-        rows: int | torch.Tensor = int(from_Z[first])
-        sizes = size_Z[first:last]
-        if last > first + 1:
-            shift = from_Z[first:last] - (np.cumsum(sizes) - sizes)
-            if (shift != rows).any():
-                gathered = np.repeat(shift, sizes) + np.arange(sizes.sum())
-                (rows,) = upload_arrays([gathered], device)
-        found.append((int(to_Z[first]), int(sizes.sum()), rows))
+    size_Z = size_Z[order_Z]
+    before_Z = np.cumsum(size_Z) - size_Z
+    found: list[slice | torch.Tensor] = []
+    for first_Z in (from_Z[order_Z], to_Z[order_Z]):
+        shift_Z = first_Z - before_Z
+        if (shift_Z == shift_Z[0]).all():
+            found.append(slice(int(first_Z[0]), int(first_Z[0] + size_Z.sum())))
+        else:
+            rows = np.repeat(shift_Z, size_Z) + np.arange(size_Z.sum())
+            found += upload_arrays([rows], device)
     return found

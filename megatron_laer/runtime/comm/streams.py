@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_laer.environment import has_one_queue
-from megatron_laer.runtime.comm.steps import SideBySide, Steps, finish
+from megatron_laer.runtime.comm.steps import Steps, finish
 from megatron_laer.telemetry.activities import Activity
 from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
 from megatron_laer.telemetry.ranges import named_range
@@ -102,14 +102,12 @@ class CommStream(Protocol):
         """Start `work`, without gradients, after all work queued so far on the caller's stream."""
         ...
 
-    def submit_exchanges(
-        self, exchanges: Sequence[Steps], activity: Activity
-    ) -> tuple[Pending, ...]:
-        """Start exchanges of one layout, as `submit` does."""
-        return tuple(self.submit(partial(finish, steps), activity) for steps in exchanges)
+    def submit_exchange(self, steps: Steps, activity: Activity) -> Pending:
+        """Start an exchange, as `submit` does."""
+        return self.submit(partial(finish, steps), activity)
 
     def go_on(self) -> None:
-        """Launch the next All-to-Alls of exchanges in flight, if that was put off."""
+        """Launch the next All-to-All of the exchange in flight, if that was put off."""
         return
 
     def close(self) -> None:
@@ -269,51 +267,50 @@ class CudaStream(CommStream):
 class OneQueueStream(CudaStream):
     """CUDA stream for a card with one hardware queue, in which a kernel that waits stops all later.
 
-    So exchanges are launched in two parts. `submit_exchanges` launches all that leaves, and behind
-    it the first All-to-Alls, as one kernel. What waits for their arrival, such as the copies to
-    slots, is launched when a result is waited for, or before the next submission. Second
-    All-to-Alls go when callers say that the first ones had time (`go_on`).
+    So exchanges are launched in two parts. `submit_exchange` launches all that leaves, and the
+    first All-to-All. What waits for its arrival, such as the copies to slots, is launched when the
+    result is waited for, or before the next submission. A second All-to-All goes when callers say
+    that the first one had time (`go_on`).
     """
 
     def __init__(self, times: StreamTimes, device: torch.device) -> None:
         super().__init__(times, device)
-        self._begun: tuple[SideBySide, tuple[_Promised, ...]] | None = None
+        self._begun: tuple[Steps, _Promised] | None = None
+        self._has_more = False
 
     def submit(self, work: Task, activity: Activity) -> Pending:
         self.finish()
         return super().submit(work, activity)
 
-    def submit_exchanges(
-        self, exchanges: Sequence[Steps], activity: Activity
-    ) -> tuple[Pending, ...]:
+    def submit_exchange(self, steps: Steps, activity: Activity) -> Pending:
         self.finish()
         self._compute.check(self._stream.device)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        side_by_side = SideBySide(exchanges, self._stream.device)
-        with torch.no_grad(), torch.cuda.stream(self._stream), named_range(activity):
-            side_by_side.next()
-        promised = tuple(_Promised(self, activity) for _ in exchanges)
-        self._begun = side_by_side, promised
+        promised = _Promised(self, activity)
+        self._begun = steps, promised
+        self._advance()
         return promised
 
     def go_on(self) -> None:
-        if self._begun is None or not self._begun[0].has_more:
-            return
-        side_by_side, (first, *_) = self._begun
-        with torch.no_grad(), torch.cuda.stream(self._stream), named_range(first.activity):
-            side_by_side.next()
+        if self._has_more:
+            self._advance()
 
     def finish(self) -> None:
-        """Launch the rest of the exchanges in flight."""
-        if self._begun is None:
-            return
-        (side_by_side, promised), self._begun = self._begun, None
-        with torch.no_grad(), torch.cuda.stream(self._stream):
-            with named_range(promised[0].activity):
-                while side_by_side.next():
-                    pass
-            for at, promise in enumerate(promised):
-                promise.keep(self._written(side_by_side.results[at], promise.activity))
+        """Launch the rest of the exchange in flight."""
+        while self._begun is not None:
+            self._advance()
+
+    def _advance(self) -> None:
+        """Run to behind the next All-to-All, or to the end."""
+        assert self._begun is not None
+        steps, promised = self._begun
+        activity = promised.activity
+        with torch.no_grad(), torch.cuda.stream(self._stream), named_range(activity):
+            try:
+                self._has_more = next(steps)
+            except StopIteration as end:
+                self._begun, self._has_more = None, False
+                promised.keep(self._written(end.value, activity))
 
 
 class _Promised:

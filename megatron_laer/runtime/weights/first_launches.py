@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 from megatron_laer.runtime.comm.segments import Part, Segments, Table, exchange_kernels
-from megatron_laer.runtime.weights.layer import Carried, Share
+from megatron_laer.runtime.weights.layer import Share
 
 # Triton specialises on whether a tensor's address is a multiple of this.
 _ALIGNMENT = 16
 
 # One row of a holding and of the wire, in a table that has nothing else.
-_ROW = Segments(0, 1, 1, 1, 1, (0, 0), [Part(0, 0, 0, 1, 0, 1)])
+_ROW = Segments(0, 1, 1, 1, 1, (0, 0), [Part(0, 0, 1, 0, 1)])
 
 
 @torch.no_grad()
 def launch_exchange_kernels(
-    share: Share, num_experts: int, *, holds_step: bool, wire_dtype: torch.dtype | None
+    share: Share, *, holds_step: bool, wire_dtype: torch.dtype | None
 ) -> None:
     """Launch what restores and reduces of a layer launch, by any way.
 
@@ -34,51 +34,50 @@ def launch_exchange_kernels(
         holds_step: whether a step's gradients are summed, in float32.
         wire_dtype: of gradients between hops, if it is not the weights'.
     """
-    if exchange_kernels(share.likes[0].device) is None:
+    device = share.likes[0].device
+    if exchange_kernels(device) is None:
         return
-    table = Table(np.array([*(0, 0, 1), *(0, 1)]), share.likes[0].device)
-    sources = share.sources(num_experts)
-    for at, (like, carried) in enumerate(zip(share.likes, share.carried, strict=True)):
-        # A payload is memory of its own, aligned as any.
-        own = _rows_like(sources[at]) if carried.dtype == like.dtype else []
-        _copy(table, _row(like, carried), own)
-        if at not in share.trained_at:
-            continue
-        grads = {like.dtype, torch.float32} if holds_step else {like.dtype}
-        form = Carried(share.rows[at], share.columns[at], like.dtype)
-        summed = [form._replace(dtype=dtype) for dtype in {*grads, wire_dtype or like.dtype}]
-        target = share.grad_target(at, num_experts)
-        targets = [] if target is None else _rows_like(target)
-        for of_part in summed:
-            if of_part.dtype in grads:
-                _copy(table, _row(like, of_part), [])
-            part = _row(like, of_part)
-            for of_sum in summed:
-                # New sums of home experts lie one behind the other.
-                for offset in {0, of_sum.num_bytes % _ALIGNMENT}:
-                    for adds in {False, target is None}:
-                        table.add(_ROW, part, [_row(like, of_sum, offset)], adds=adds)
-            for target in targets:
-                table.add(_ROW, part, [target], adds=True)
+    table = Table(np.array([*(0, 0, 1), *(0, 1)]), device)
+    weights = share.weights()
+    _copy(
+        table,
+        _row(share.form.columns, share.form.dtype, device),
+        [
+            _row_like(weights[position * share.tensors + number])
+            for position, (like, carried) in enumerate(zip(share.likes, share.carried, strict=True))
+            if carried.dtype == like.dtype  # a payload is memory of its own, aligned as any
+            for number in range(share.tensors)
+        ],
+    )
+    if not share.trained_at:
+        return
+    form, targets = share.grads_form, share.sums_in_rows(share.new_sums())
+    grads = {form.dtype, torch.float32} if holds_step else {form.dtype}
+    wire = wire_dtype or form.dtype
+    between = _row(form.columns, wire, device)
+    for dtype in {*grads, wire}:
+        part = _row(form.columns, dtype, device)
+        if dtype in grads:
+            _copy(table, part, [])
+        table.add(_ROW, part, [between], adds=False)
+        for target in targets:
+            table.add(_ROW, part, [_row_like(target)], adds=True)
 
 
-def _copy(table: Table, slots: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
-    """Copy a row of slots or sources to a buffer, and back; a group of one needs no buffer."""
+def _copy(table: Table, slots: torch.Tensor, owned: Sequence[torch.Tensor]) -> None:
+    """Copy a row of slots or owned rows to a buffer, and back."""
     buffer = torch.empty_like(slots)
-    for held in (slots, *sources):
+    for held in (slots, *owned):
         table.pack(_ROW, [held], buffer)
         table.unpack(_ROW, held, [buffer])
 
 
-def _row(like: torch.Tensor, form: Carried, offset: int = 0) -> torch.Tensor:
+def _row(columns: int, dtype: torch.dtype, device: torch.device, offset: int = 0) -> torch.Tensor:
     """Return an uninitialised row, [1, K], this number of bytes behind an aligned address."""
-    first = offset // form.dtype.itemsize
-    return like.new_empty(first + form.columns, dtype=form.dtype)[first:].unsqueeze(0)
+    first = offset // dtype.itemsize
+    return torch.empty(first + columns, dtype=dtype, device=device)[first:].unsqueeze(0)
 
 
-def _rows_like(matrices: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return an uninitialised row of each matrix or stack of such, aligned as its first."""
-    each = [matrices] if isinstance(matrices, torch.Tensor) else matrices
-    return [
-        _row(one, Carried(1, one.shape[-1], one.dtype), one.data_ptr() % _ALIGNMENT) for one in each
-    ]
+def _row_like(rows: torch.Tensor) -> torch.Tensor:
+    """Return an uninitialised row, aligned as the first one of these."""
+    return _row(rows.shape[1], rows.dtype, rows.device, rows.data_ptr() % _ALIGNMENT)

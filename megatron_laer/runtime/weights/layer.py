@@ -8,6 +8,7 @@ Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns, h
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,6 +31,45 @@ class Carried(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return self.rows * self.columns * self.dtype.itemsize
+
+
+class ExpertRows(NamedTuple):
+    """All matrices of an expert in rows of one length, in which exchanges carry them.
+
+    Attributes:
+        parts: the matrices, one behind the other.
+        matrices: of each its rows, and the rows of `columns` elements that each of them is.
+        dtype: bytes where matrices have several.
+    """
+
+    parts: tuple[Carried, ...]
+    matrices: tuple[tuple[int, int], ...]
+    columns: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, parts: Sequence[Carried]) -> ExpertRows:
+        dtypes = {part.dtype for part in parts}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.uint8
+        widths = [part.columns * part.dtype.itemsize // dtype.itemsize for part in parts]
+        columns = math.gcd(*widths)
+        rows = [part.rows for part in parts]
+        matrices = zip(rows, [width // columns for width in widths], strict=True)
+        return cls(tuple(parts), tuple(matrices), columns, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the rows of an expert, and their length."""
+        return sum(rows * each for rows, each in self.matrices), self.columns
+
+    def split(self, slots_CRK: torch.Tensor) -> list[torch.Tensor]:
+        """Return the matrices of slots, each `[C, R, K]`, in the memory of their rows."""
+        sizes = [rows * each * self.columns for rows, each in self.matrices]
+        parts = slots_CRK.flatten(1).split(sizes, dim=1)
+        return [
+            part.view(form.dtype).view(-1, form.rows, form.columns)
+            for part, form in zip(parts, self.parts, strict=True)
+        ]
 
 
 class Packer(Protocol):
@@ -58,6 +98,11 @@ class Share(ABC):
 
     @property
     @abstractmethod
+    def tensors(self) -> int:
+        """Return the number of tensors that exchanges carry of each matrix."""
+
+    @property
+    @abstractmethod
     def matrices(self) -> tuple[tuple[torch.nn.Parameter, ...], ...]:
         """Return the parameters of each matrix."""
 
@@ -67,36 +112,51 @@ class Share(ABC):
         """Return R of each matrix."""
 
     @abstractmethod
-    def sources(self, num_experts: int) -> tuple[Any, ...]:
-        """Return the weights of each matrix from which an exchange restores."""
-
-    @abstractmethod
     def added(self) -> tuple[torch.Tensor | None, ...]:
         """Return autograd's gradients of `trained` where sums go to main gradients."""
 
     @abstractmethod
-    def _by_expert(self, position: int, parts: Sequence[torch.Tensor], num_experts: int) -> Any:
-        """Return the matrices of all experts of this share, of a matrix's parts."""
+    def _tensor(self, position: int, number: int, of: Callable[[Any], Any]) -> torch.Tensor:
+        """Return one of a matrix's tensors, of what `of` returns for its parameter."""
 
-    def grad_target(self, position: int, num_experts: int) -> Any:
-        """Return the main gradients of a matrix for a reduce to add to; None if there are none."""
-        if not self.have_main_grads:
-            return None
-        grads = [main_grads.main_grad_of(part) for part in self.matrices[position]]
-        return self._by_expert(position, grads, num_experts)
+    def weights(self) -> Sequence[torch.Tensor]:
+        """Return the weights from which an exchange restores, in rows."""
+        form = self.form
 
-    def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-        """Return autograd's gradients of `trained` from the results of its matrices' reduces."""
-        if self.have_main_grads:
-            if self.waits_inside:
-                main_grads.order_hooks(self.trained)
-            return self.added()
-        matrices = [self.matrices[at] for at in self.trained_at]
-        return tuple(
-            summed.view(part.shape)
-            for of_matrix, parts in zip(sums, matrices, strict=True)
-            for part, summed in zip(parts, of_matrix.chunk(len(parts)), strict=True)
-        )
+        def made(at: int) -> torch.Tensor:
+            part = self._carried(*divmod(at, self.tensors))
+            own = part if part.dtype == form.dtype else part.view(form.dtype)
+            return own.view(-1, form.columns)
+
+        return _Owned(made, len(self.matrices) * self.tensors)
+
+    def _carried(self, position: int, number: int) -> torch.Tensor:
+        return self._tensor(position, number, torch.Tensor.detach)
+
+    def new_sums(self) -> tuple[torch.Tensor, ...]:
+        """Return zeros for the sums of `trained`, or nothing where main gradients take them."""
+        return () if self.have_main_grads else tuple(map(torch.zeros_like, self.trained))
+
+    def sums_in_rows(self, sums: tuple[torch.Tensor, ...]) -> Sequence[torch.Tensor]:
+        """Return what a reduce adds to, in rows: the new sums, or else the main gradients."""
+        columns, positions = self.grads_form.columns, self.trained_at
+        of: Any = main_grads.main_grad_of
+        if sums:
+            of = dict(zip(self.trained, sums, strict=True)).get
+
+        def made(at: int) -> torch.Tensor:
+            matrix, number = divmod(at, self.tensors)
+            return self._tensor(positions[matrix], number, of).view(-1, columns)
+
+        return _Owned(made, len(positions) * self.tensors)
+
+    def reduced(self, sums: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
+        """Return autograd's gradients of `trained`, with these new sums, if there are any."""
+        if sums:
+            return sums
+        if self.waits_inside:
+            main_grads.order_hooks(self.trained)
+        return self.added()
 
     @property
     def for_backward(self) -> Share:
@@ -121,6 +181,24 @@ class Share(ABC):
         """Return the form of each matrix in restores; gradients have the parameter's own."""
         matrices = zip(self.rows, self.columns, self.likes, strict=True)
         return tuple(Carried(rows, columns, like.dtype) for rows, columns, like in matrices)
+
+    @cached_property
+    def form(self) -> ExpertRows:
+        return ExpertRows.of(self.carried)
+
+    @cached_property
+    def grads_form(self) -> ExpertRows:
+        """Return the form of the gradients of the matrices that are trained."""
+        matrices = zip(self.rows, self.columns, self.likes, strict=True)
+        own = [Carried(rows, columns, like.dtype) for rows, columns, like in matrices]
+        form = ExpertRows.of([own[at] for at in self.trained_at])
+        if not form.dtype.is_floating_point:
+            dtypes = ", ".join({str(part.dtype) for part in form.parts})
+            raise ValueError(
+                f"trained matrices of experts are in {dtypes}, and their gradients travel in one "
+                "dtype: give adapters the experts' dtype"
+            )
+        return form
 
     @cached_property
     def trained_at(self) -> tuple[int, ...]:
@@ -163,20 +241,17 @@ class Slices(Share):
     def rows(self) -> tuple[int, ...]:
         return self.whole_rows
 
-    def sources(self, num_experts: int) -> tuple[torch.Tensor, ...]:
-        return tuple(
-            self._by_expert(at, [part.detach()], num_experts) for at, part in enumerate(self.slices)
-        )
+    @property
+    def tensors(self) -> int:
+        return 1
 
     def added(self) -> tuple[torch.Tensor, ...]:
         """Return dummy gradients, as from Megatron's fused kernels."""
         return tuple(map(main_grads.mark_added, self.trained))
 
-    def _by_expert(
-        self, position: int, parts: Sequence[torch.Tensor], num_experts: int
-    ) -> torch.Tensor:
-        (part,), columns = parts, self.columns[position]
-        return part.view(num_experts, part.numel() // num_experts // columns, columns)
+    def _tensor(self, position: int, number: int, of: Callable[[Any], Any]) -> torch.Tensor:
+        tensor: torch.Tensor = of(self.slices[position])
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -204,7 +279,11 @@ class Homes(Share):
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
-        return tuple(_matrices([parameter])[0].shape[0] for parameter in self.likes)
+        return tuple(like.shape[max(like.dim() - 2, 0)] for like in self.likes)
+
+    @property
+    def tensors(self) -> int:
+        return len(self.homes[0])
 
     @cached_property
     def carried(self) -> tuple[Carried, ...]:
@@ -216,20 +295,18 @@ class Homes(Share):
         packers = tuple(of and (of[1], of[1]) for of in self.packers)
         return self if packers == self.packers else replace(self, packers=packers)
 
-    def sources(self, num_experts: int) -> tuple[Sequence[torch.Tensor], ...]:
-        return tuple(
-            _Weights(matrix) if packer is None else _Payloads(packer, _Weights(matrix))
-            for matrix, packer in zip(self.homes, self._packers, strict=True)
-        )
-
     def added(self) -> tuple[None, ...]:
         """Return no gradient and mark nothing: stock's node brings the home's own gradient."""
         return (None,) * len(self.trained)
 
-    def _by_expert(
-        self, position: int, parts: Sequence[torch.Tensor], num_experts: int
-    ) -> list[torch.Tensor]:
-        return _matrices(parts)
+    def _tensor(self, position: int, number: int, of: Callable[[Any], Any]) -> torch.Tensor:
+        parts = self.homes[position]
+        tensor: torch.Tensor = of(parts[0])[number] if parts[0].dim() == 3 else of(parts[number])
+        return tensor
+
+    def _carried(self, position: int, number: int) -> torch.Tensor:
+        weight, packer = super()._carried(position, number), self._packers[position]
+        return weight if packer is None else packer.pack(weight)
 
     @property
     def _packers(self) -> tuple[Packer | None, ...]:
@@ -242,49 +319,24 @@ def restored_bytes(share: Share, replica_slots: int) -> int:
     return replica_slots * sum(carried.num_bytes for carried in share.carried)
 
 
-class _Weights(Sequence[torch.Tensor]):
-    """Matrices [R, K] of home experts, without autograd; most exchanges send few of them."""
+class _Owned(Sequence[torch.Tensor]):
+    """Tensors of this rank's experts in one exchange, each made when it is first read.
 
-    def __init__(self, homes: tuple[torch.nn.Parameter, ...]) -> None:
-        self._homes = homes
-        self._is_one = homes[0].dim() == 3
-
-    def __len__(self) -> int:
-        return len(self._homes[0]) if self._is_one else len(self._homes)
-
-    def __getitem__(self, home: Any) -> Any:
-        matrix = self._homes[0][home] if self._is_one else self._homes[home]
-        return _as_matrix(matrix.detach())
-
-
-class _Payloads(Sequence[torch.Tensor]):
-    """Payloads of home experts in one exchange, each quantised when it is first sent.
-
-    They are made anew for each exchange, so that none can outlive an update of the weights.
+    Most exchanges read few. Payloads are made anew for each exchange, so that none can outlive an
+    update of the weights.
     """
 
-    def __init__(self, packer: Packer, homes_hRK: Sequence[torch.Tensor]) -> None:
-        self._packer, self._homes_hRK = packer, homes_hRK
+    def __init__(self, make: Callable[[int], torch.Tensor], number: int) -> None:
+        self._make, self._number = make, number
         self._made: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self._homes_hRK)
+        return self._number
 
-    def __getitem__(self, home: Any) -> Any:
-        if home not in self._made:
-            self._made[home] = self._packer.pack(self._homes_hRK[home])
-        return self._made[home]
-
-
-def _matrices(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return `[R, K]` of each home expert: a bias has one column, and one part may be of all."""
-    if parts[0].dim() == 3:
-        return [*parts[0].unbind()]
-    return [*map(_as_matrix, parts)]
-
-
-def _as_matrix(part: torch.Tensor) -> torch.Tensor:
-    return part if part.dim() == 2 else part.unsqueeze(1)
+    def __getitem__(self, at: Any) -> Any:
+        if at not in self._made:
+            self._made[at] = self._make(at)
+        return self._made[at]
 
 
 GradsReady = Callable[[Sequence[torch.nn.Parameter]], None]

@@ -237,13 +237,11 @@ class RestoredExperts:
 
     def _grads_computed(self, life: Column, grads_CRK: tuple[torch.Tensor, ...]) -> None:
         # Nodes of the inputs were created later and have run, so frozen matrices are unused too.
+        self.grads.receive(grads_CRK)
         if Action.DELAY in life[Event.WEIGHT_GRADS]:
-            self._late.computes.append(partial(self._compute_weights, grads_CRK))
+            self._late.computes.append(self.grads.compute_delayed)
         else:
-            self.grads.defer(grads_CRK)
-
-    def _compute_weights(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        self.grads.defer(self.grads.compute_delayed(grads_CRK))
+            self.grads.defer()
 
     def _new_wait(self) -> tuple[torch.Tensor, ...]:
         share = self._share

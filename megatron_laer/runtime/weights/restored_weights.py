@@ -7,8 +7,6 @@ Legend: C replica slots per rank, R rows of a matrix, K columns.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
@@ -23,9 +21,9 @@ from megatron_laer.telemetry.activities import Activity, Kind
 class RestoredWeights:
     """Matrices `[C, R, K]` of one layer's replica slots.
 
-    They have the form in which they are carried; `shapes` are those of their gradients. Without a
-    replica in the layout nothing is fetched, and no memory is taken. Where payloads serve one
-    direction, a pass has two of these, whose shares differ.
+    They have the form in which they are carried, and lie expert by expert in one buffer; `shapes`
+    are those of their gradients. Without a replica in the layout nothing is fetched, and no memory
+    is taken. Where payloads serve one direction, a pass has two of these, whose shares differ.
     """
 
     def __init__(
@@ -40,7 +38,8 @@ class RestoredWeights:
         self.share = share
         self._name = name
         self._streams = streams
-        self._matrices: tuple[Pending, ...] = ()
+        self._pending: Pending | None = None
+        self._matrices: list[torch.Tensor] = []
         self._heir: RestoredWeights | None = None
 
     @property
@@ -55,27 +54,14 @@ class RestoredWeights:
         if self.state.weights is not WeightState.SHARDED or not self.index.placed.has_replicas:
             return
         self.state.enter(WeightState.RESTORING)
-        exchange, pool = self._streams.exchange, self._streams.weights
-        exchanges = [
-            # The present weights: they change between steps only.
-            exchange.restore_steps(
-                source,
-                self.index,
-                carried.rows,
-                out=pool.take(
-                    (self.index.placed.geometry.replica_slots, carried.rows, carried.columns),
-                    carried.dtype,
-                    like.device,
-                ),
-            )
-            for source, like, carried in zip(
-                self._sources(), self.share.likes, self.share.carried, strict=True
-            )
-        ]
-        activity = Activity(Kind.RESTORE, self._name)
+        form, slots = self.share.form, self.index.placed.geometry.replica_slots
+        out = self._streams.weights.take(
+            (slots, *form.shape), form.dtype, self.share.likes[0].device
+        )
         self._streams.gradients.go_on()  # a reduce started before the attention's backward
-        self._matrices = self._streams.parameters.submit_exchanges(exchanges, activity)
-        exchange.count.restores += 1
+        # The present weights: they change between steps only.
+        self._submit(self._restore(self.index, out), Kind.RESTORE)
+        self._streams.exchange.count.restores += 1
 
     def change(self, index: LayoutIndex) -> None:
         """Switch to another layout, and fetch only slots that differ. Collective once started."""
@@ -86,22 +72,17 @@ class RestoredWeights:
             self.free()
             return
         self.state.enter(WeightState.RESTORING)
-        exchanges = [
-            self._update(source, index, carried.rows, before, pending)
-            for source, carried, pending in zip(
-                self._sources(), self.share.carried, self._matrices, strict=True
-            )
-        ]
-        activity = Activity(Kind.CHANGE, self._name)
-        self._matrices = self._streams.parameters.submit_exchanges(exchanges, activity)
+        self._submit(self._update(index, before, self._pending), Kind.CHANGE)
         self._streams.exchange.count.changes += 1
 
     def matrix(self, position: int) -> torch.Tensor:
         self.start_restore()
-        matrix_CRK = self._matrices[position].wait()
+        assert self._pending is not None
+        slots_CRK = self._pending.wait()
         if self.state.weights is WeightState.RESTORING:
             self.state.enter(WeightState.RESTORED)
-        return matrix_CRK
+            self._matrices = self.share.form.split(slots_CRK)
+        return self._matrices[position]
 
     def fetch(self, following: RestoredWeights) -> None:
         """Start the restore of the weights that are used next, or hand these on to them."""
@@ -138,9 +119,9 @@ class RestoredWeights:
 
     def free(self) -> None:
         if self.state.weights is not WeightState.SHARDED:
-            for pending in self._matrices:
-                self._streams.weights.put_back(pending.wait())
-            self._matrices = ()
+            assert self._pending is not None
+            self._streams.weights.put_back(self._pending.wait())
+            self._pending, self._matrices = None, []
             self.state.enter(WeightState.SHARDED)
             self._streams.kept.give_back(self)
 
@@ -148,22 +129,24 @@ class RestoredWeights:
         """Inherit the other pass's weights. Collective over the group if the layouts differ."""
         other.state.enter(WeightState.SHARDED)
         self._streams.kept.give_back(other)
-        self._matrices, other._matrices = other._matrices, ()
+        self._pending, other._pending = other._pending, None
         self.state.enter(WeightState.RESTORING)
         index, self.index = self.index, other.index
         self.change(index)
 
-    def _sources(self) -> tuple[Any, ...]:
-        return self.share.sources(self.index.placed.layout.num_experts)
+    def _submit(self, exchange: Steps, kind: Kind) -> None:
+        activity = Activity(kind, self._name)
+        self._pending = self._streams.parameters.submit_exchange(exchange, activity)
 
-    def _update(
-        self,
-        source: Any,
-        index: LayoutIndex,
-        rows: int,
-        before: LayoutIndex,
-        pending: Pending,
+    def _restore(
+        self, index: LayoutIndex, out: torch.Tensor, before: LayoutIndex | None = None
     ) -> Steps:
-        """Update a matrix on `pending`'s communication stream, hence after it."""
-        exchange, present = self._streams.exchange, pending.result()
-        return (yield from exchange.restore_steps(source, index, rows, before=before, out=present))
+        share, exchange = self.share, self._streams.exchange
+        return exchange.restore_steps(
+            share.weights(), index, share.form.matrices, out=out, before=before
+        )
+
+    def _update(self, index: LayoutIndex, before: LayoutIndex, pending: Pending | None) -> Steps:
+        """Update weights on `pending`'s communication stream, hence after it."""
+        assert pending is not None
+        return (yield from self._restore(index, pending.result(), before))

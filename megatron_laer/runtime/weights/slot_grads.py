@@ -30,96 +30,108 @@ class SlotGrads:
         self._name = weights.state.name
         self._weights = weights
         self._streams = streams
-        self._written_CRK: list[torch.Tensor] = []
-        self._deferred_CRK: tuple[torch.Tensor, ...] = ()
+        # Gradients of all trained matrices, as they are exchanged, and those of each one.
+        self._slots_CRK: torch.Tensor | None = None
+        self._matrices: dict[int, torch.Tensor] = {}
+        self._written: set[int] = set()
         self._compute: torch.cuda.Stream | None = None
-        self._delayed: dict[int, tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = {}
-        self._arriving: tuple[Pending, ...] = ()
+        self._delayed: dict[int, Callable[[torch.Tensor], None]] = {}
+        self._new_sums: tuple[torch.Tensor, ...] = ()
+        self._arriving: Pending | None = None
         self._num_passes = self._left = 0
-        self._sums_CRK: list[torch.Tensor] = []
+        self._sums_CRK: torch.Tensor | None = None
 
     def begin_step(self, num_passes: int) -> None:
         """Begin a step whose passes are summed."""
         self._num_passes = self._left = num_passes
 
     def new(self, position: int) -> torch.Tensor:
-        like = self.share.likes[position]
-        grad_CRK = self._streams.grads.take(self._weights.shapes[position], like.dtype, like.device)
-        self._written_CRK.append(grad_CRK)
-        self._compute = torch.cuda.current_stream() if has_streams(like.device) else None
-        return grad_CRK
+        """Return memory for a matrix's gradients, which the caller writes."""
+        if self._slots_CRK is None:
+            form, device = self.share.grads_form, self.share.likes[0].device
+            shape = self._weights.index.placed.geometry.replica_slots, *form.shape
+            self._slots_CRK = self._streams.grads.take(shape, form.dtype, device)
+            matrices = form.split(self._slots_CRK)
+            self._matrices = dict(zip(self.share.trained_at, matrices, strict=True))
+            self._compute = torch.cuda.current_stream() if has_streams(device) else None
+        self._written.add(position)
+        return self._matrices[position]
 
     def delay(self, position: int, compute: Callable[[torch.Tensor], None]) -> torch.Tensor:
         """Keep the computation of a matrix's gradients for `compute_delayed`; return zeros."""
         assert position not in self._delayed, (
             f"{self._name}: the last pass's delayed weight gradients were not computed"
         )
-        self._delayed[position] = self.new(position), compute
+        self.new(position)
+        self._delayed[position] = compute
         return placeholder(self.share.likes[position].detach(), self._weights.shapes[position])
 
     @torch.no_grad()
-    def compute_delayed(self, grads_CRK: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Compute the delayed gradients, which take the place of zeros in `grads_CRK`.
+    def compute_delayed(self) -> None:
+        """Compute the delayed gradients, which then wait for the tokens' gradients.
 
         Perhaps on a stream of its own, for which the compute stream waits before the reduce. So
         the operands are kept until then.
         """
-        computed = list(grads_CRK)
-        for at, position in enumerate(self.share.trained_at):
+        for position in self.share.trained_at:
             if position in self._delayed:
-                computed[at], compute = self._delayed[position]
-                compute(computed[at])
-        return tuple(computed)
+                self._delayed[position](self._matrices[position])
+        self.defer()
 
-    def defer(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+    def receive(self, grads_CRK: Sequence[torch.Tensor]) -> None:
+        """Copy the gradients of trained matrices that nothing has written, which are zeros."""
+        for position, grad_CRK in zip(self.share.trained_at, grads_CRK, strict=True):
+            if position not in self._written:
+                self.new(position).copy_(grad_CRK)
+
+    def defer(self) -> None:
         self.state.enter(GradState.DEFERRED)
-        self._deferred_CRK = grads_CRK
 
     def let_go(self, *, sums: bool) -> None:
         """Add the deferred gradients to the step's, or send them, on the stream they are from."""
-        assert self._deferred_CRK, "tokens' gradients arrived before the experts had any"
-        grads_CRK, self._deferred_CRK = self._deferred_CRK, ()
+        assert self.state.grads is GradState.DEFERRED, (
+            "tokens' gradients arrived before the experts had any"
+        )
         # Megatron may exchange tokens' gradients on a stream of its own.
         computes = None if self._compute is None else torch.cuda.stream(self._compute)
         with computes or contextlib.nullcontext():
-            (self.add if sums else self.start_reduce)(grads_CRK)
+            (self.add if sums else self.start_reduce)()
 
-    def add(self, grads_CRK: Sequence[torch.Tensor]) -> None:
+    def add(self) -> None:
         """Add a pass's gradients; send the sum with the last one. Collective then."""
-        if not self._sums_CRK:
-            self._sums_CRK = [
-                self._streams.grads.take(tuple(grad.shape), torch.float32, grad.device).copy_(grad)
-                for grad in grads_CRK
-            ]
+        slots_CRK = self._slots_CRK
+        assert slots_CRK is not None
+        if self._sums_CRK is None:
+            shape, device = tuple(slots_CRK.shape), slots_CRK.device
+            self._sums_CRK = self._streams.grads.take(shape, torch.float32, device)
+            self._sums_CRK.copy_(slots_CRK)
         else:
-            for sum_CRK, grad_CRK in zip(self._sums_CRK, grads_CRK, strict=True):
-                sum_CRK.add_(grad_CRK)
+            self._sums_CRK.add_(slots_CRK)
         self.state.enter(GradState.SUMMED)
-        self._delayed.clear()
         self.free()
         self._left -= 1
         if self._left == 0:
-            self._written_CRK, self._sums_CRK = self._sums_CRK, []
-            self.start_reduce(self._written_CRK)
+            self._slots_CRK, self._sums_CRK = self._sums_CRK, None
+            self.start_reduce()
             self._left = self._num_passes  # Megatron's rerun state machine repeats steps
 
-    def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
+    def start_reduce(self) -> None:
         """Start to send whole gradients to the ranks' shares. Collective over the group."""
         self.state.enter(GradState.REDUCING)
         self._delayed.clear()
-        exchange, index = self._streams.exchange, self._weights.index
-        exchanges = [
-            exchange.reduce_steps(
-                grad_CRK,
-                index,
-                # A step's float32 sums cross nodes in a microbatch's dtype.
-                wire_dtype=self.share.likes[at].dtype,
-                add_to=self.share.grad_target(at, index.placed.geometry.num_experts),
-            )
-            for grad_CRK, at in zip(grads_CRK, self.share.trained_at, strict=True)
-        ]
+        share, exchange = self.share, self._streams.exchange
+        assert self._slots_CRK is not None
+        self._new_sums = share.new_sums()
+        steps = exchange.reduce_steps(
+            self._slots_CRK,
+            self._weights.index,
+            share.grads_form.matrices,
+            # A step's float32 sums cross nodes in a microbatch's dtype.
+            wire_dtype=share.grads_form.dtype,
+            add_to=share.sums_in_rows(self._new_sums),
+        )
         activity = Activity(Kind.REDUCE, self._name)
-        self._arriving = self._streams.gradients.submit_exchanges(exchanges, activity)
+        self._arriving = self._streams.gradients.submit_exchange(steps, activity)
         self._streams.parameters.go_on()  # a restore started before the experts' backward
         exchange.count.reduces += 1
 
@@ -131,12 +143,17 @@ class SlotGrads:
         if self._num_passes and self.state.grads is not GradState.REDUCING:
             return self.share.added()
         self.state.enter(GradState.NONE)
-        sums = tuple(pending.wait() for pending in self._arriving)
-        self._arriving = ()
+        assert self._arriving is not None
+        self._arriving.wait()
+        self._arriving = None
         self.free()
+        sums, self._new_sums = self._new_sums, ()
         return self.share.reduced(sums)
 
     def free(self) -> None:
-        for grad_CRK in self._written_CRK:
-            self._streams.grads.put_back(grad_CRK)
-        self._written_CRK.clear()
+        if self._slots_CRK is not None:
+            self._streams.grads.put_back(self._slots_CRK)
+        self._slots_CRK = None
+        self._matrices.clear()
+        self._written.clear()
+        self._delayed.clear()

@@ -164,7 +164,6 @@ def run(args: argparse.Namespace) -> int:
         flex=args.token_exchange == _FLEX,
         stock_flex=args.stock_dispatcher == _FLEX,
         combined=args.overlap,
-        one_queue=shape.tensor > 1,  # for which Megatron asks
     )
     methods, refused = _methods(args, settings, rates, predict, most_bytes)
     layers = min(routing.layers, model.moe_layers)

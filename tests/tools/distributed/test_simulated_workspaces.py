@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -18,11 +17,12 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.token_prices import TokenPrices
+from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.precision import Precision
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.comm.steps import SideBySide
+from megatron_laer.runtime.comm.steps import finish
 from megatron_laer.tools.simulator.iteration.methods import FSEP, MethodSettings, make_method
 from megatron_laer.tools.simulator.iteration.rates import Rates
 
@@ -34,51 +34,49 @@ LAYOUTS = 20
 
 
 def allocated_bytes(
-    geometry: Geometry, way: ExchangeAlgorithm, costs: CostModel, one_queue: bool, holds: bool
+    geometry: Geometry, way: ExchangeAlgorithm, costs: CostModel, holds: bool
 ) -> int:
     """Return the workspaces' size after exchanges of many layouts, without other ranks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    ranks, cpu, home = geometry.num_ranks, torch.device("cpu"), geometry.home_slots
+    ranks, cpu = geometry.num_ranks, torch.device("cpu")
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=ranks)
     try:
         groups = process_groups.create_groups(dist.group.WORLD, geometry.node_size, dist.new_group)
         exchange = Exchange(groups, [way_of(geometry, way)])
+        weights, grads = costs.weights_form(geometry.sharding), costs.grads_form
+        dtype = torch.uint8 if weights.bytes_per_element == 1 else torch.bfloat16
 
-        def run(exchanges: list[Any]) -> None:
-            parts = [exchanges] if one_queue else [[one] for one in exchanges]
-            for part in parts:
-                together = SideBySide(part, cpu)
-                while together.next():
-                    pass
+        def slots(form: WireForm, dtype: torch.dtype) -> torch.Tensor:
+            rows = sum(rows * columns for rows, columns in form.matrices)
+            return torch.zeros(geometry.replica_slots, rows, 1, dtype=dtype)
 
+        def owned(form: WireForm, dtype: torch.dtype) -> list[torch.Tensor]:
+            """Return the elements of each matrix and home expert, or of all experts' slices."""
+            number, share = geometry.home_slots or 1, 1 if geometry.home_slots else 16 / ranks
+            return [
+                torch.zeros(int(rows * columns * share), 1, dtype=dtype)
+                for rows, columns in form.matrices
+                for _ in range(number)
+            ]
+
+        summed = slots(grads, torch.float32 if holds else torch.bfloat16)
         for seed in range(LAYOUTS):
             index = layout_index(Placed(geometry.random_layout((seed,)), geometry), cpu)
-            restores, reduces = [], []
-            for form, kind in (
-                (costs.weights_form(geometry.sharding), restores),
-                (costs.grads_form, reduces),
-            ):
-                for rows, columns in form.matrices:
-                    dtype = torch.uint8 if form.bytes_per_element == 1 else torch.bfloat16
-                    if kind is reduces:
-                        shape = geometry.replica_slots, rows, columns
-                        grads = torch.zeros(shape, dtype=torch.float32 if holds else dtype)
-                        kind.append(exchange.reduce_steps(grads, index, wire_dtype=dtype))
-                    else:
-                        shape = (home, rows, columns) if home else (16, rows // ranks, columns)
-                        source = torch.zeros(shape, dtype=dtype)
-                        kind.append(
-                            exchange.restore_steps(source.unbind() if home else source, index, rows)
-                        )
-            run(restores)
-            run(reduces)
+            given = owned(weights, dtype), index, weights.matrices
+            finish(exchange.restore_steps(*given, out=slots(weights, dtype)))
+            sums = owned(grads, torch.bfloat16)
+            finish(
+                exchange.reduce_steps(
+                    summed, index, grads.matrices, add_to=sums, wire_dtype=torch.bfloat16
+                )
+            )
     finally:
         dist.destroy_process_group()
     return sum(one.workspace.num_bytes for one in (exchange.restored, exchange.reduced))
 
 
-@pytest.mark.parametrize(("one_queue", "holds"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("holds", [False, True])
 @pytest.mark.parametrize(
     ("geometry", "way", "precision"),
     [
@@ -92,15 +90,14 @@ def test_workspaces_are_those_of_the_exchanges(
     geometry: Geometry,
     way: ExchangeAlgorithm,
     precision: Precision,
-    one_queue: bool,
     holds: bool,
     ranks: RankPools,
 ) -> None:
     costs = replace(COSTS, restore_algorithm=way, precision=precision)
     config = FSEPConfig(restore="step" if holds else "layer")
-    settings = MethodSettings(geometry, costs, config, one_queue=one_queue)
+    settings = MethodSettings(geometry, costs, config)
     method = make_method(FSEP, settings, Rates(costs.cluster, 2))
-    (allocated,) = ranks(1).run(allocated_bytes, geometry, way, costs, one_queue, holds)
+    (allocated,) = ranks(1).run(allocated_bytes, geometry, way, costs, holds)
     assert allocated == method.fixed_bytes["workspaces"]
 
 

@@ -6,9 +6,7 @@ of one slot.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import accumulate as running_sums
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,18 +20,12 @@ class Loop(SlotGemm):
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        output_TR = input_TK.new_empty(input_TK.shape[0], weight_CRK.shape[1])
-        for slot, rows in _spans(tokens_C):
-            torch.mm(input_TK[rows], weight_CRK[slot].t(), out=output_TR[rows])
-        return output_TR
+        return _products(input_TK, weight_CRK.transpose(1, 2), tokens_C)
 
     def input_grad(
         self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        grad_TK = grad_TR.new_empty(grad_TR.shape[0], weight_CRK.shape[2])
-        for slot, rows in _spans(tokens_C):
-            torch.mm(grad_TR[rows], weight_CRK[slot], out=grad_TK[rows])
-        return grad_TK
+        return _products(grad_TR, weight_CRK, tokens_C)
 
     def weight_grad(
         self,
@@ -42,13 +34,24 @@ class Loop(SlotGemm):
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
     ) -> None:
-        for slot, rows in _spans(tokens_C):
-            _write_product(grad_TR[rows].t(), kept_TK[rows], out_CRK[slot])
+        grads, inputs = _by_slot(grad_TR, tokens_C), _by_slot(kept_TK, tokens_C)
+        for grad_nR, input_nK, out_RK in zip(grads, inputs, out_CRK.unbind(), strict=True):
+            _write_product(grad_nR.t(), input_nK, out_RK)
 
 
-def _spans(tokens_C: Sequence[int]) -> Iterable[tuple[int, slice]]:
-    ends = running_sums(tokens_C, initial=0)
-    return enumerate(slice(start, end) for start, end in pairwise(ends))
+def _by_slot(rows_TX: torch.Tensor, tokens_C: Sequence[int]) -> Sequence[torch.Tensor]:
+    return torch.split_with_sizes(rows_TX, list(tokens_C))
+
+
+def _products(
+    rows_TX: torch.Tensor, matrix_CXY: torch.Tensor, tokens_C: Sequence[int]
+) -> torch.Tensor:
+    """Multiply each slot's rows by its matrix; X and Y are R and K or the reverse."""
+    out_TY = rows_TX.new_empty(rows_TX.shape[0], matrix_CXY.shape[2])
+    slots = _by_slot(rows_TX, tokens_C), matrix_CXY.unbind(), _by_slot(out_TY, tokens_C)
+    for rows_nX, matrix_XY, out_nY in zip(*slots, strict=True):
+        torch.mm(rows_nX, matrix_XY, out=out_nY)
+    return out_TY
 
 
 def _write_product(grad_Rn: torch.Tensor, input_nK: torch.Tensor, out_RK: torch.Tensor) -> None:

@@ -180,7 +180,6 @@ class Predictor:
             topk=self.run.model.topk,
             flex=setting.is_flex,
             combined=setting.combined,
-            one_queue=self.run.shape.tensor > 1,  # for which Megatron asks
         )
         method = make_method(FSEP, settings, self.run.rates[0])
         return Candidate(geometry.num_ranks, method, setting)

@@ -13,31 +13,21 @@ from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 
 # Bytes of an element of gradients that are summed over a step.
 SUM_BYTES = 4
-# Bytes by buffer, for each matrix of an expert.
-_Sizes = list[dict[str, int]]
 
 
 def buffers(
-    geometry: Geometry,
-    costs: CostModel,
-    card: Card | None,
-    one_queue: bool,
-    *,
-    holds_step: bool = False,
+    geometry: Geometry, costs: CostModel, card: Card | None, *, holds_step: bool = False
 ) -> dict[str, float]:
     """Return the bytes of workspaces and payloads, and of libraries with FSEP's communicators.
 
-    Matrices follow each other through one workspace. With one hardware queue
-    (CUDA_DEVICE_MAX_CONNECTIONS=1) they are exchanged side by side, and each has its own. So it is
-    with payloads, which homes make of their replicated experts for the time of an exchange. With
-    `holds_step` gradients are sums.
+    Homes make payloads of their replicated experts for the time of an exchange. With `holds_step`
+    gradients are sums.
     """
     num_ranks, node_size = geometry.num_ranks, geometry.node_size
     ways = [way_of(geometry, algorithm) for algorithm in costs.algorithms]
-    together = sum if one_queue else max
     by_way = [_workspaces(way, costs, SUM_BYTES if holds_step else None) for way in ways]
     workspaces = sum(
-        max(together(of_matrix[name] for of_matrix in sizes) for sizes in of_ways)
+        max(of_way[name] for of_way in of_ways)
         for of_ways in zip(*by_way, strict=True)
         for name in ("send", "receive")
     )
@@ -51,8 +41,7 @@ def buffers(
     form = costs.weights_form(geometry.sharding)
     if form != costs.grads_form:
         sent = min(geometry.home_slots, (num_ranks - 1) * geometry.replica_slots)
-        sizes = (rows * columns * form.bytes_per_element for rows, columns in form.matrices)
-        found["payloads"] = sent * together(sizes)
+        found["payloads"] = sent * form.expert_bytes
     return found
 
 
@@ -69,8 +58,8 @@ def library_bytes(
     return {"libraries": card.context_gib * 2**30 + nccl}
 
 
-def _workspaces(way: Way, costs: CostModel, sum_bytes: int | None) -> list[_Sizes]:
-    """Return the buffers of restores and reduces by one way.
+def _workspaces(way: Way, costs: CostModel, sum_bytes: int | None) -> list[dict[str, int]]:
+    """Return the bytes by buffer of restores, and of reduces, by one way.
 
     Gradients have `sum_bytes` where they are summed over a step, except between hops. A home that
     sends directly is assumed to send as many experts as it has replica slots.
@@ -78,6 +67,6 @@ def _workspaces(way: Way, costs: CostModel, sum_bytes: int | None) -> list[_Size
     weights, grads = costs.weights_form(way.geometry.sharding), costs.grads_form
     wire = grads.bytes_per_element
     return [
-        [restore_workspace(way, *matrix, weights.bytes_per_element) for matrix in weights.matrices],
-        [reduce_workspace(way, *matrix, sum_bytes or wire, wire) for matrix in grads.matrices],
+        restore_workspace(way, weights.matrices, weights.bytes_per_element),
+        reduce_workspace(way, grads.matrices, sum_bytes or wire, wire),
     ]

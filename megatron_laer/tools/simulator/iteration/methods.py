@@ -61,7 +61,7 @@ class MethodSettings:
     The paper's methods have FSEP's without the sharding, and of `config` only the scheduler.
     `stock_group` is X of stock; None for the largest possible. With `flex` FSEP, with `stock_flex`
     stock sends a token once per node, pipelined. With `combined` all methods run Megatron's
-    combined 1F1B. With `one_queue` exchanges have the buffers of CUDA_DEVICE_MAX_CONNECTIONS=1.
+    combined 1F1B.
     """
 
     geometry: Geometry
@@ -72,7 +72,6 @@ class MethodSettings:
     flex: bool = False
     stock_flex: bool = False
     combined: bool = False
-    one_queue: bool = False
 
 
 class LayerPlanner(Protocol):
@@ -213,9 +212,7 @@ def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy
         experts_held=geometry.num_experts / geometry.num_ranks,
         restored=geometry.replica_slots,
         replicas=1,
-        fixed_bytes=buffers(
-            geometry, costs, rates.cluster.card, settings.one_queue, holds_step=holds_step
-        ),
+        fixed_bytes=buffers(geometry, costs, rates.cluster.card, holds_step=holds_step),
         form=costs.weights_form(geometry.sharding),
     )
 
