@@ -324,10 +324,9 @@ class CostModel:
         return self._passes * self.flops_per_token
 
     def _latency_of(self, way: Way) -> float:
-        """Return the latency of an exchange of all matrices, hop after hop."""
-        links = way.links[::-1]
-        peers = (link.peers(way.geometry) for link in links)
-        return len(self.matrices) * sum(self.cluster.collective_seconds(*of) for of in peers)
+        """Return the latency of an exchange, hop after hop."""
+        peers = (link.peers(way.geometry) for link in way.links[::-1])
+        return sum(self.cluster.collective_seconds(*of) for of in peers)
 
     def _carried(self, form: WireForm, num_ranks: int) -> native.Carried:
         each, rates = form.bytes_per_element, self.cluster.exchange_rates

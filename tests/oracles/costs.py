@@ -131,7 +131,7 @@ def _exchange_seconds(
     for link in reversed(traffic.links):
         latency_s += costs.cluster.collective_seconds(*link.peers(geometry))
     wire_s = max(seconds) if len(traffic.links) == 1 else sum(seconds)
-    return wire_s + len(costs.matrices) * latency_s
+    return wire_s + latency_s
 
 
 def _pass_seconds(costs: CostModel, totals: SplitTotals, geometry: Geometry) -> float:

@@ -34,7 +34,6 @@ class Exchange:
     intra_bytes: float
     inter_bytes: float
     links: tuple[Link, ...]
-    collectives: int
     geometry: Geometry
     quantising_passes: float = 0.0
     directions: int = 1
@@ -46,7 +45,6 @@ class Exchange:
             float(np.maximum(traffic.intra_N, traffic.sent_intra_N).max()),
             float(np.maximum(traffic.inter_N, traffic.sent_inter_N).max()),
             traffic.links,
-            len(form.matrices),
             geometry,
             form.quantising_passes,
             form.directions,
@@ -63,7 +61,7 @@ class Exchange:
             near, far = link.peers(self.geometry)
             latency_s += rates.collective_seconds(1 + near + far, 1 + near)
         wire_s = max(intra_s, inter_s) if len(self.links) == 1 else intra_s + inter_s
-        return wire_s + self.collectives * latency_s
+        return wire_s + latency_s
 
 
 @dataclass(frozen=True)
