@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, TokenExchange
 from megatron_laer.config import FSEPConfig
@@ -44,6 +45,7 @@ from megatron_laer.tools.simulator.comparison import (
 )
 from megatron_laer.tools.simulator.output import aligned
 from megatron_laer.tools.simulator.replay import check_memory
+from megatron_laer.tools.simulator.run_settings import RunSettings
 from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import TITLES, WorkloadShape
@@ -198,31 +200,44 @@ def run(args: argparse.Namespace) -> int:
     }
     # The file first: a reader of the table that stops early would end the command.
     write_json(args.json, {**about, "rows": [asdict(row) for row in rows]})
-    print(f"{_shortest(rows)}\n")
-    said = "steps", "layers", "records", "experts"
-    sizes_of_trace = ", ".join(f"{about[name]} {name}" for name in said)
-    print(one_line(f"{source}: {sizes_of_trace}, {recorded.num_ranks} ranks"))
-    recorded_in = "" if metrics is None else f"; what no flag gives is from {metrics}"
-    print(
-        one_line(
-            f"planned for {num_ranks} ranks in nodes of {node_size}: {settings.words()}"
-            f"{recorded_in}"
-        ),
-        end="\n\n",
-    )
-    head = [name for name, _ in _COLUMNS]
-    print(aligned([head, *([text(row) for _, text in _COLUMNS] for row in rows)], _WORDS))
-    print(
-        f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts of the counts of "
-        f"earlier steps.\nRows of {' and '.join(BASELINES)} are for comparison, always in mode "
-        "forecast."
-    )
-    if settings.sharding == Sharding.EXPERTS and any(map(lays_out_freely, strategies)):
-        print("laer leaves no expert at home: its rows are those of --sharding rows.")
-    if trace.num_experts % num_ranks != 0:
-        print(f"No row for stock EP, which needs {trace.num_experts} experts / {num_ranks} ranks.")
-    print(_LEGEND)
+    print(_text(about, rows, settings, strategies, metrics))
     return 0
+
+
+def _text(
+    about: Mapping[str, Any],
+    rows: Sequence[PlanRow],
+    settings: RunSettings,
+    strategies: Sequence[str],
+    metrics: Path | None,
+) -> str:
+    counts = ", ".join(
+        f"{about[name]} {name}" for name in ("steps", "layers", "records", "experts")
+    )
+    recorded_in = "" if metrics is None else f"; what no flag gives is from {metrics}"
+    planned_for = f"planned for {about['ranks']} ranks in nodes of {about['node_size']}"
+    lines = [
+        f"{_shortest(rows)}\n",
+        one_line(f"{about['trace']}: {counts}, {about['recorded_ranks']} ranks"),
+        one_line(f"{planned_for}: {settings.words()}{recorded_in}") + "\n",
+        aligned(
+            [
+                [name for name, _ in _COLUMNS],
+                *([text(row) for _, text in _COLUMNS] for row in rows),
+            ],
+            _WORDS,
+        ),
+        f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts of the counts of "
+        "earlier steps.",
+        f"Rows of {' and '.join(BASELINES)} are for comparison, always in mode forecast.",
+    ]
+    if settings.sharding == Sharding.EXPERTS and any(map(lays_out_freely, strategies)):
+        lines.append("laer leaves no expert at home: its rows are those of --sharding rows.")
+    if about["experts"] % about["ranks"] != 0:
+        lines.append(
+            f"No row for stock EP, which needs {about['experts']} experts / {about['ranks']} ranks."
+        )
+    return "\n".join([*lines, _LEGEND])
 
 
 def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Trace]:

@@ -147,9 +147,8 @@ def run(args: argparse.Namespace) -> int:
     scaled = args.tokens if args.workload is None else None
     routing = Routing(trace, num_ranks, model.topk, scaled)
     chosen = _chosen(args, model, rates[0], config, asked, routing)
-    microbatches = int(trace.microbatch_R.max()) + 1
-    shape = _run_shape(args, model, chosen.geometry, routing.tokens(model.topk), microbatches)
-    geometry = chosen.geometry
+    geometry, recorded = chosen.geometry, int(trace.microbatch_R.max()) + 1
+    shape = _run_shape(args, model, geometry, routing.tokens(model.topk), recorded)
     sizes = f"N={num_ranks} G={geometry.node_size} C={geometry.capacity}"
     label = f"{sizes} {geometry.sharding} {config.mode} T={shape.tokens}"
     most_bytes = None if most_gib is None else most_gib * 2**30
@@ -191,19 +190,20 @@ def run(args: argparse.Namespace) -> int:
     }
     write_json(args.json, about)
     limit = "" if most_gib is None else f" with {most_gib:g} GiB each"
-    print(sentence, end="\n\n")
-    if about["not_given"]:
-        print(one_line(str(about["not_given"])), end="\n\n")
-    print(one_line(f"{args.model} on {cluster.name}, {source}"))
-    print(
-        f"{label}: {shape.tokens} tokens per rank and microbatch, {shape.microbatches} "
+    parts = [
+        sentence,
+        *filter(None, [one_line(output.not_given(cluster))]),
+        one_line(f"{args.model} on {cluster.name}, {source}")
+        + f"\n{label}: {shape.tokens} tokens per rank and microbatch, {shape.microbatches} "
         f"microbatches; pipeline {shape.stages} x {shape.chunks}, {shape.world} ranks in all"
-        f"{limit}; recompute {shape.recompute}\n"
-    )
-    print(output.methods_text(predicted))
-    print("".join(f"no {name}: {why}\n" for name, why in refused.items()))
-    print(output.parts_text(predicted), end="\n\n")
-    print(output.LEGEND)
+        f"{limit}; recompute {shape.recompute}",
+        "\n".join(
+            [output.methods_text(predicted), *(f"no {name}: {refused[name]}" for name in refused)]
+        ),
+        output.parts_text(predicted),
+        output.LEGEND,
+    ]
+    print("\n\n".join(parts))
     return 0
 
 
