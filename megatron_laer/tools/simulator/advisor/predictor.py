@@ -12,7 +12,6 @@ from functools import cache, cached_property
 import numpy as np
 
 from megatron_laer.choices import Auto, Sharding, TokenExchange, Unproven
-from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.tools.simulator.advisor.settings import Dispatch, Setting
@@ -176,7 +175,7 @@ class Predictor:
         settings = MethodSettings(
             geometry,
             self._costs(geometry, setting.tokens.exchange),
-            FSEPConfig(restore=setting.restore),
+            setting.config,
             topk=self.run.model.topk,
             flex=setting.is_flex,
             combined=setting.combined,

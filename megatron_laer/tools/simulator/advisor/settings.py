@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from megatron_laer.choices import Choice, Restore, Sharding, TokenExchange
-from megatron_laer.config import FSEPConfig, flag_name, setting
+from megatron_laer.config import FSEPConfig, setting
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.layout import default_capacity
 from megatron_laer.support.arguments import buffer_problems
@@ -44,14 +44,14 @@ class Setting:
     combined: bool = False
 
     @property
-    def changes(self) -> dict[str, str]:
-        """Return the fields of `FSEPConfig` that differ from its defaults, with their words."""
+    def config(self) -> FSEPConfig:
         by_node = self.tokens == Dispatch.NODE
-        exchange = TokenExchange.NODE if by_node else TokenExchange.RANK
-        words = {"restore": self.restore, "token_exchange": exchange}
-        return {
-            name: word.value for name, word in words.items() if word != getattr(_DEFAULTS, name)
-        }
+        return FSEPConfig(
+            sharding=self.geometry.sharding,
+            capacity=self.geometry.capacity,
+            restore=self.restore,
+            token_exchange=TokenExchange.NODE if by_node else TokenExchange.RANK,
+        )
 
     @property
     def label(self) -> str:
@@ -62,13 +62,13 @@ class Setting:
 
     @property
     def flags(self) -> list[str]:
-        geometry = self.geometry
+        """Return Megatron's flags, and those of settings that are not training's defaults."""
+        config = self.config
         words = ["--expert-parallel-mode", "fsep"]
-        words += group_flags(geometry.num_ranks, self.is_flex, self.combined)
-        words += [flag_name("sharding"), geometry.sharding.value]
-        words += [flag_name("capacity"), str(geometry.capacity)]
-        for name, word in self.changes.items():
-            words += setting(name, word).split()
+        words += group_flags(self.geometry.num_ranks, self.is_flex, self.combined)
+        for name in ("sharding", "capacity", "restore", "token_exchange"):
+            if (value := getattr(config, name)) != getattr(_DEFAULTS, name):
+                words += setting(name, value).split()
         return words
 
     @property
