@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -67,49 +68,54 @@ def test_runs_of_rows_equal_their_definition(geometry: Geometry, seed: int) -> N
 
 COUNTS_NE = np.ones((4, 6), dtype=np.int64)
 SLOTS_S = ExpertLayout.static(4, 3, 6).slot_expert_S
-COSTS = make_costs().for_native(Geometry(4, 6, 3, 2))
+LOADS_S, COLUMNS_NC = np.full(12, 2), np.ones((4, 3), dtype=np.int64)
+SUMS = *[np.ones(12, dtype=np.int64)] * 2, *[np.ones(4, dtype=np.int64)] * 3
+COSTS, OF_TWO = (make_costs().for_native(Geometry(ranks, 6, 3, 2)) for ranks in (4, 2))
+CALLS: dict[Any, tuple[Any, ...]] = {
+    native.decide: ("adaptive", COSTS, None, COUNTS_NE, SLOTS_S, 2, 0, 0),
+    native.rank_row: (COUNTS_NE, SLOTS_S, LOADS_S, 2, 0),
+    native.rank_columns: (COUNTS_NE, SLOTS_S, LOADS_S, 2, 0),
+    native.totals: (COUNTS_NE, SLOTS_S, LOADS_S, 2),
+    native.rank_quotas: (SLOTS_S, LOADS_S, COLUMNS_NC, 6),
+    native.greedy: (COUNTS_NE, SLOTS_S, 2, 0, COSTS),
+    native.layer_seconds: (COSTS, *SUMS),
+    native.least_layer_seconds: (COSTS, COUNTS_NE),
+    native.change_seconds: (COSTS, SLOTS_S, SLOTS_S),
+    native.exposed: (COSTS, SLOTS_S, 0.0),
+}
 
 
-def decide(**other: Any) -> Any:
-    given = {"mode": "adaptive", "costs": COSTS, "tolerance": None, "counts_NE": COUNTS_NE}
-    given |= {"planned_S": SLOTS_S, "node_size": 2, "home": 0, "rank": 0}
-    return native.decide(*(given | other).values())
+def wrong(argument: Any) -> Iterator[Any]:
+    """Yield values of an argument's type that do not fit the other arguments."""
+    if isinstance(argument, np.ndarray):
+        yield from (argument[:-1], argument[:0], argument[..., :-1])
+    if argument is COUNTS_NE:
+        yield from (COUNTS_NE[0], np.ones((4, 7), dtype=np.int64))
+    elif argument is SLOTS_S:  # an expert that is none, and too many slots
+        yield from (SLOTS_S + 1, np.tile(SLOTS_S, 4))
+    elif argument is COSTS:
+        yield OF_TWO
+    elif isinstance(argument, int):
+        yield from (-1, 5)
+    elif isinstance(argument, str):
+        yield "guess"
 
 
-def with_one(array: Any, value: int) -> Any:
-    other = array.copy()
-    other.flat[5] = value
-    return other
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ({"mode": "guess"}, "no such mode: guess"),
-        ({"costs": make_costs().for_native(Geometry(2, 6, 3, 2))}, "another shape"),
-        ({"counts_NE": COUNTS_NE[0]}, r"counts must be \[N, E\]"),
-        ({"counts_NE": COUNTS_NE[:0]}, r"counts must be \[N, E\]"),
-        ({"counts_NE": COUNTS_NE[:, :5]}, "a slot holds no expert"),
-        ({"counts_NE": np.ones((4, 7), dtype=np.int64)}, "every expert must have a slot"),
-        ({"counts_NE": with_one(COUNTS_NE, -3)}, "holds -3 at rank 0, expert 5"),
-        ({"planned_S": SLOTS_S[:11]}, "ranks must divide the slots"),
-        ({"planned_S": SLOTS_S[:0]}, "every expert must have a slot"),
-        ({"planned_S": with_one(SLOTS_S, 6)}, "a slot holds no expert"),
-        ({"planned_S": with_one(SLOTS_S, -1)}, "a slot holds no expert"),
-        ({"planned_S": np.zeros(12, dtype=np.int16)}, "every expert must have a slot"),
-        ({"planned_S": np.tile(SLOTS_S, 4)}, "no more slots than experts"),
-        ({"node_size": 3}, "a node's ranks all ranks"),
-        ({"node_size": 0}, "a node's ranks all ranks"),
-        ({"home": 1}, "home slots must be E/N"),
-        ({"home": -1}, "home slots must be E/N"),
-        ({"rank": 4}, r"rank must be in 0\.\.N-1"),
-        ({"rank": -1}, r"rank must be in 0\.\.N-1"),
-    ],
-)
-def test_the_core_refuses_what_it_cannot_read(other: dict[str, Any], message: str) -> None:
-    decide()
-    with pytest.raises(ValueError, match=message):
-        decide(**other)
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_the_core_refuses_each_argument_that_does_not_fit_the_others(call: Any) -> None:
+    given = CALLS[call]
+    call(*given)
+    refused = [
+        (*given[:at], other, *given[at + 1 :])
+        for at, argument in enumerate(given)
+        for other in wrong(argument)
+    ]
+    if call is native.decide:
+        for at, array in ((3, COUNTS_NE - 4), (4, SLOTS_S * 0), (4, SLOTS_S - 1)):
+            refused.append((*given[:at], array, *given[at + 1 :]))
+    for arguments in refused:
+        with pytest.raises(ValueError, match=r"must|wrong size|another shape|holds|no such mode"):
+            call(*arguments)
 
 
 def test_counts_are_read_from_rows_that_end_in_the_same_tags() -> None:
@@ -124,38 +130,6 @@ def test_counts_are_read_from_rows_that_end_in_the_same_tags() -> None:
     for wrong, tags in ((rows[0], 2), (rows[:0], 2), (rows[:, :2], 2), (rows, 0)):
         with pytest.raises(ValueError, match=r"rows must be \[N, E \+ tags\]"):
             native.agreed_counts(wrong, tags)
-
-
-LOADS_S, SHORT_S = np.full(12, 2), np.full(11, 2)
-COLUMNS_NC = np.ones((4, 3), dtype=np.int64)
-SUMS = np.ones(12, dtype=np.int64), np.ones(12, dtype=np.int64), *[np.ones(4, dtype=np.int64)] * 3
-OF_TWO = make_costs().for_native(Geometry(2, 6, 3, 2))
-
-
-@pytest.mark.parametrize(
-    ("call", "arguments", "message"),
-    [
-        (native.rank_row, (COUNTS_NE, SLOTS_S, SHORT_S, 2, 0), "wrong size of loads"),
-        (native.rank_row, (COUNTS_NE, SLOTS_S, LOADS_S, 2, 4), "rank must be"),
-        (native.rank_columns, (COUNTS_NE, SLOTS_S, SHORT_S, 2, 0), "wrong size of loads"),
-        (native.rank_columns, (COUNTS_NE, SLOTS_S, LOADS_S, 2, 4), "rank must be"),
-        (native.totals, (COUNTS_NE, SLOTS_S, SHORT_S, 2), "wrong size of loads"),
-        (native.rank_quotas, (SLOTS_S, SHORT_S, COLUMNS_NC, 6), "wrong size of the row"),
-        (native.rank_quotas, (SLOTS_S, LOADS_S, COLUMNS_NC[:3], 6), "wrong size of the columns"),
-        (native.rank_quotas, (SLOTS_S, LOADS_S, COLUMNS_NC, 5), "a slot holds no expert"),
-        (native.greedy, (COUNTS_NE, SLOTS_S, 2, 0, OF_TWO), "another shape"),
-        (native.layer_seconds, (COSTS, SUMS[0], SUMS[1][:8], *SUMS[2:]), "size of the slots"),
-        (native.layer_seconds, (COSTS, *SUMS[:4], SUMS[4][:2]), "wrong size of the ranks"),
-        (native.least_layer_seconds, (COSTS, np.ones((8, 6))), "wrong size of counts"),
-        (native.change_seconds, (COSTS, SLOTS_S[:8], SLOTS_S), "size of the slots"),
-        (native.change_seconds, (COSTS, SLOTS_S, SLOTS_S + 1), "a slot holds no expert"),
-        (native.exposed, (COSTS, SLOTS_S[:11], 0.0), "size of the slots"),
-        (native.exposed, (COSTS, SLOTS_S - 1, 0.0), "a slot holds no expert"),
-    ],
-)
-def test_the_core_refuses_sizes_that_do_not_fit(call: Any, arguments: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(*arguments)
 
 
 def test_the_core_refuses_costs_of_other_sizes() -> None:
