@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.files.shipped import yaml_file
+from megatron_laer.files.yaml_text import parse_yaml
 from megatron_laer.planner.cluster_files import (
     cluster_content,
     cluster_of,
@@ -70,17 +73,13 @@ measured: {date: 2026-11-26, torch: 2.15.0}
     ("old", "new", "message"),
     [
         ("237e12", "-1.0", r"gemm: GEMM point \[4096, -1\.0\]: .* FLOP/s positive"),
-        ("237e12", "1_0", r"gemm\[1\] must be a number .*got '1_0'"),
         ("[4096, 237e12]", "[2, 237e12]", r"less time for more tokens; at 2 .* most 4\.000e\+12"),
         ("[4096, 237e12]", "[1, 237e12]", "increasing tokens, got 1 after 1"),
         ("[4096, 237e12]", "[4096]", r"must be a point \[tokens, FLOP/s\]"),
         ("2e-5", "1e308", r"inter\.latency_s must be at most 3600 s, got '1e308'"),
         ("3e11", "1e-300", r"bytes_per_s must be in 1\.\.1e\+24 per second, got '1e-300'"),
-        ("nodes: 1", "nodes: ²", "nodes must be an integer in 1..1048576, got '²'"),
         ("nodes: 1", "speed: 3", r"lacks .*'nodes'\] and has the unknown keys \['speed'\]"),
-        ("base_s: 1e-5", "base_s: -1", r"solve: base_s must be .* not negative, got -1"),
         ("factor: 1.5", "factor: 0", r"backward_gemm_factor must be positive and finite, got 0\.0"),
-        ("{gemm: 1.1, ", "{gemm: fast, ", r"contention\.gemm must be a number .*got 'fast'"),
         ("weight_grad: ", "weights: ", r"back_ends\.loop lacks the keys \['weight_grad'\]"),
         ("low: 3e10", "low: 4e11", r"intra\.bytes_per_s: low 4e\+11 and high 3e\+11 are no range"),
         ("high: 3e11", "high: 2e11", r"is 3e\+11, outside of its spread 3e\+10\.\.2e\+11"),
@@ -88,7 +87,6 @@ measured: {date: 2026-11-26, torch: 2.15.0}
         ("low: 3e10", "low: 0", r"intra\.bytes_per_s has a spread from 0, but must be positive"),
         ("gemm: {low", "gemms: {low", r"'gemms' is no constant with a spread; known are \['gemm'"),
         ("[2, 1, 3]", "[2, 1]", r"must be a figure \[median, low, high\], got \['2', '1'\]"),
-        ("torch: 2.15.0", "torch: []", r"measured\.torch must be a text that is not empty, got"),
         ("  loop: {", "  foo: {", r"back_ends\.foo: 'foo' is no back end; known are loop, te"),
         ("context_gib: 1", "context_gib: 80", r"card: context_gib must be less than memory_gib 80"),
         ("channels: 32", "channels: 65", r"card: nccl_channels must be in 1\.\.64, NCCL's most"),
@@ -103,6 +101,31 @@ def test_cluster_files_are_checked(tmp_path: Path, old: str, new: str, message: 
     path.write_text(whole.replace(old, new), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"(?s)x\.yaml: .*{message}"):
         load_cluster(path)
+
+
+# Keys of texts, and of figures, which may be negative.
+NO_NUMBERS = {"name", "source", "assumed", "one thing, s", "date", "torch"}
+
+
+def changed_in_place(content: Any, *keys: str) -> Iterator[tuple[str, ...]]:
+    """Give each value of a file or of JSON another kind in turn, and yield the last keys to it."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        names = (*keys[-1:], key) if isinstance(key, str) else keys
+        if isinstance(value, dict | list):
+            yield from changed_in_place(value, *names)
+            continue
+        numbers = ("nan", "1_0", "-1", "1e400", "²", None, True, math.nan)
+        for content[key] in ("", [], {}, *(() if names[-1] in NO_NUMBERS else numbers)):
+            yield names
+        content[key] = value
+
+
+def test_a_value_of_another_kind_is_refused_wherever_it_is_and_its_key_is_named() -> None:
+    content: Any = parse_yaml(GOOD + MEASURED)
+    for keys in changed_in_place(content):
+        with pytest.raises(ValueError, match="|".join(map(re.escape, keys))):
+            cluster_of(content, "cluster")
+    assert cluster_of(content, "cluster") == parse_cluster(GOOD + MEASURED)
 
 
 def test_what_a_file_leaves_out_changes_nothing_and_what_calibrate_adds_is_read() -> None:
@@ -157,23 +180,6 @@ def test_any_text_and_number_is_written_and_read_again(
     assert cluster_of(as_json(cluster), "cluster") == cluster
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"nodes": True}, r"cluster\.nodes must be an integer in 1..1048576, got True"),
-        ({"nodes": 1.5}, r"cluster\.nodes must be an integer in 1..1048576, got '1\.5'"),
-        ({"backward_gemm_factor": math.nan}, "must be a number like 2.37e.14, got 'NaN'"),
-        ({"backward_gemm_factor": -1}, "cluster: backward_gemm_factor must be positive"),
-        ({"gemm": 10**400}, r"cluster\.gemm must be a list of points"),
-        ({"intra": None}, r"cluster\.intra holds None, expected a mapping"),
-        ({"more": 1}, r"cluster .*has the unknown keys \['more'\]"),
-    ],
-)
-def test_json_of_a_cluster_is_checked_as_its_file_is(change: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        cluster_of(as_json(parse_cluster(GOOD)) | change, "cluster")
-
-
 def as_json(cluster: Cluster) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(json.dumps(cluster_content(cluster)))
     return content
@@ -206,33 +212,6 @@ def test_a_back_end_that_was_measured_brings_its_gemms() -> None:
     assert chosen.gemm == GemmCurve(((1, 1e9),)) and chosen.backward_gemm_factor == 1.5
     assert [name for name, _ in chosen.spreads] == ["intra.bytes_per_s"]
     assert cluster.for_back_end("te") is cluster
-
-
-CASES = 300
-VALUES = st.recursive(
-    st.one_of(
-        st.text(max_size=8),
-        st.sampled_from(["1", "-1", "1e999", "~", "yes", "2001-99-99", "!!int ''", "!!bool x"]),
-    ),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3).map(lambda items: f"[{', '.join(items)}]"),
-        inner.map(lambda item: f"{{tokens: {item}}}"),
-    ),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=CASES)
-@given(st.sampled_from(GOOD.splitlines(keepends=True)), VALUES)
-@example("nodes: 1\n", "&x [*x]")
-def test_any_value_loads_or_is_a_value_error(line: str, value: str) -> None:
-    key = line.split(":")[0]
-    try:
-        cluster = parse_cluster(GOOD.replace(line, f"{key}: {value}\n"))
-    except ValueError:
-        return
-    assert cluster.nodes >= 1
-    assert cluster.gemm.unit_seconds(np.array([1]))[0] > 0
 
 
 @st.composite
