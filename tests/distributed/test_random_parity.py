@@ -51,6 +51,7 @@ def with_faulty_router(model: torch.nn.Module) -> None:
 PLAIN = draw(1052, STEPS_IN_CI)
 
 
+@pytest.mark.nightly
 def test_a_wrong_gradient_is_beyond_all_floors(ranks: RankPools, text_data: str) -> None:
     """Floors of fp8 from weights a rounding off hide none, though such weights move as much."""
     flags, fsep = PLAIN.row.flags + BLOCKS, PLAIN.row.fsep + IN_FP8
