@@ -116,7 +116,6 @@ def construct(counts_NE: _Int64, current_S: _Int16, node_size: int, home: int, /
 def replicate(
     counts_NE: _Int64, capacity: int, node_size: int, level: int, /
 ) -> tuple[_Int16, _Int64, bool]: ...
-def proportional(counts_NE: _Int64, current_S: _Int16, node_size: int, /) -> _Int16: ...
 def layer_seconds(
     costs: CostModel,
     near_S: _Int64,

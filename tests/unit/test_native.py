@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.costs import paper_costs
@@ -45,8 +45,11 @@ def test_other_threads_run_while_it_solves() -> None:
 @settings(max_examples=150)
 @given(geometries(12, 20), st.integers(0, 2**16))
 def test_replicas_in_proportion_equal_the_plain_reference(geometry: Geometry, seed: int) -> None:
+    # The native planner takes them without costs where slots are not scarce.
+    spare = geometry.num_slots - geometry.num_experts
+    assume(spare >= 2 * geometry.num_ranks or not always_balances(geometry))
     counts_NE, node_size = any_counts(geometry, seed), geometry.node_size
-    slots_S = native.proportional(counts_NE, geometry.static_layout.slot_expert_S, node_size)
+    slots_S = native.greedy(counts_NE, geometry.static_layout.slot_expert_S, node_size, 0)
 
     # The native code moves ranks of a node, and slots of a rank, back to their earlier places.
     def by_node(experts: list[list[int]]) -> list[list[list[int]]]:

@@ -123,13 +123,9 @@ void by_tolerance(const Microbatch& microbatch, double tolerance, const int16_t*
 }  // namespace
 
 Decision decide(const Shape& shape, Mode mode, const CostModel& costs, double tolerance,
-                const int64_t* counts_NE, const int64_t* node_counts_QE,
-                const int16_t* planned_S) {
-  // Each price asks for the sums of all ranks.
-  std::vector<int64_t> sums_N;
-  if (mode == Mode::kExact || mode == Mode::kByCost) sums_N = rank_sums(shape, counts_NE);
-  const Counts counts(shape, counts_NE, sums_N.empty() ? nullptr : sums_N.data());
-  const Microbatch microbatch{shape, counts, node_counts_QE};
+                const int64_t* counts_NE, const Sums& sums, const int16_t* planned_S) {
+  const Counts counts(shape, counts_NE, sums.tokens_N.data());
+  const Microbatch microbatch{shape, counts, sums.node_counts_QE.data()};
   Decision decision;
   switch (mode) {
     case Mode::kForecast:

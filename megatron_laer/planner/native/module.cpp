@@ -123,13 +123,6 @@ void check_costs(const laer::Shape& shape, const laer::CostModel& costs) {
   }
 }
 
-// Counts by node, [Q, E].
-std::vector<int64_t> node_counts(const laer::Shape& shape, const int64_t* counts_NE) {
-  std::vector<int64_t> node_counts_QE(static_cast<size_t>(shape.nodes()) * shape.experts);
-  laer::node_counts(shape, counts_NE, node_counts_QE.data());
-  return node_counts_QE;
-}
-
 // Calls compute(shape, counts, node counts, replicas) without the GIL.
 template <typename Compute>
 void on_layout(const laer::Shape& shape, const Counts& counts_NE, const Slots& slots_S,
@@ -137,7 +130,7 @@ void on_layout(const laer::Shape& shape, const Counts& counts_NE, const Slots& s
   const int64_t* counts = counts_NE.data();
   const int16_t* slots = slots_S.data();
   py::gil_scoped_release release;
-  compute(counts, node_counts(shape, counts).data(), laer::Replicas(shape, slots));
+  compute(counts, laer::sums_of(shape, counts).node_counts_QE.data(), laer::Replicas(shape, slots));
 }
 
 // Counts of gathered rows, [N, E + X], which end in X tags; none where a rank has other tags.
@@ -198,10 +191,10 @@ py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& lo
 
 laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            const Doubles& slope_P, const Doubles& limit_P, const Doubles& best_P,
-                           double expert_flops, double forward_share, double token_passes,
-                           double intra_pair_bytes, double inter_pair_bytes, bool tokens_in_stages,
-                           double intra_bytes_per_s, double inter_bytes_per_s, double latency_s,
-                           double host_s, double host_forward_s, double host_slot_s,
+                           double expert_flops, double forward_share,
+                           double token_passes, double intra_pair_bytes, double inter_pair_bytes,
+                           bool tokens_in_stages, double intra_bytes_per_s, double inter_bytes_per_s,
+                           double latency_s, double host_s, double host_forward_s, double host_slot_s,
                            double replicas_host_s,
                            const std::vector<std::pair<laer::Way, double>>& ways, double solve_s,
                            double least_change_s, double hidden_share, int64_t pairs,
@@ -248,7 +241,7 @@ double least_layer_seconds(const laer::CostModel& costs, const Counts& counts_NE
   const laer::Shape& shape = costs.shape();
   check_size(counts_NE, static_cast<int64_t>(shape.ranks) * shape.experts, "counts");
   return laer::least_layer_seconds(shape, costs, laer::Counts(shape, counts_NE.data()),
-                                   node_counts(shape, counts_NE.data()).data());
+                                   laer::sums_of(shape, counts_NE.data()).node_counts_QE.data());
 }
 
 // Of one exchange in this way that nothing hides.
@@ -342,12 +335,13 @@ py::tuple decide(const std::string& mode, const laer::CostModel& costs,
     const int64_t* counts = counts_NE.data();
     int64_t *row = row_S.mutable_data(), *columns = columns_NC.mutable_data();
     py::gil_scoped_release release;
-    const std::vector<int64_t> by_node = node_counts(shape, counts);
-    made = laer::decide(shape, way, costs, tolerance.value_or(0.0), counts, by_node.data(), slots);
+    const laer::Sums sums = laer::sums_of(shape, counts);
+    const int64_t* by_node = sums.node_counts_QE.data();
+    made = laer::decide(shape, way, costs, tolerance.value_or(0.0), counts, sums, slots);
     if (!made.fresh_S.empty()) slots = made.fresh_S.data();
     const laer::Replicas replicas(shape, slots);
-    laer::rank_row(shape, counts, by_node.data(), replicas, made.loads_S.data(), rank, row);
-    laer::rank_columns(shape, counts, by_node.data(), replicas, made.loads_S.data(), rank, columns);
+    laer::rank_row(shape, counts, by_node, replicas, made.loads_S.data(), rank, row);
+    laer::rank_columns(shape, counts, by_node, replicas, made.loads_S.data(), rank, columns);
   }
   py::object fresh_S = py::none(), kept_loads_S = py::none();
   py::object gain_s = py::none(), cost_s = py::none();
@@ -379,7 +373,7 @@ py::array_t<int16_t> make_layout(const laer::Shape& shape, const Counts& counts_
     const int64_t* counts = counts_NE.data();
     const int16_t* current = current_S.data();
     py::gil_scoped_release release;
-    slots_S = make(counts, node_counts(shape, counts).data());
+    slots_S = make(counts, laer::sums_of(shape, counts).node_counts_QE.data());
     keep_in_place(shape, current, slots_S);
   }
   return to_array(slots_S);
@@ -410,17 +404,9 @@ py::tuple replicate(const Counts& counts_NE, int capacity, int node_size, int64_
   {
     const int64_t* counts = counts_NE.data();
     py::gil_scoped_release release;
-    made = laer::replicate(shape, node_counts(shape, counts).data(), level);
+    made = laer::replicate(shape, laer::sums_of(shape, counts).node_counts_QE.data(), level);
   }
   return py::make_tuple(to_array(made.slots_S), to_array(made.loads_S), made.is_ideal);
-}
-
-py::array_t<int16_t> proportional(const Counts& counts_NE, const Slots& current_S,
-                                  int node_size) {
-  const laer::Shape shape = shape_of(counts_NE, current_S, node_size, 0);
-  return make_layout(shape, counts_NE, current_S, [&](auto, auto by_node) {
-    return laer::proportional(shape, by_node, laer::Purpose::kForecast);
-  });
 }
 
 py::array_t<int16_t> proportional_by_node(const Counts& counts_NE, int capacity, int node_size,
@@ -434,8 +420,8 @@ py::array_t<int16_t> proportional_by_node(const Counts& counts_NE, int capacity,
       static_cast<int64_t>(most_experts) * shape.nodes() < shape.experts) {
     throw py::value_error("nodes have too few places, or fewer slots than places");
   }
-  const std::vector<int64_t> by_node = node_counts(shape, counts_NE.data());
-  return to_array(laer::proportional_by_node(shape, by_node.data(), most_experts));
+  const laer::Sums sums = laer::sums_of(shape, counts_NE.data());
+  return to_array(laer::proportional_by_node(shape, sums.node_counts_QE.data(), most_experts));
 }
 
 py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int node_size,
@@ -567,7 +553,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("rank_quotas", &rank_quotas);
   module.def("construct", &construct);
   module.def("replicate", &replicate);
-  module.def("proportional", &proportional);
   module.def("proportional_by_node", &proportional_by_node);
   module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
              py::arg("home"), py::arg("costs") = nullptr);

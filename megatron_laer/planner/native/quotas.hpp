@@ -20,11 +20,12 @@ struct Totals {
   std::vector<int64_t> near_S, far_S, sent_near_N, sent_far_N, own_N;
 };
 
-// Tokens of each node for each expert, [Q, E].
-void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_counts_QE);
+// Tokens of each node for each expert, [Q, E], and of each rank, [N].
+struct Sums {
+  std::vector<int64_t> node_counts_QE, tokens_N;
+};
 
-// Tokens of each rank, [N].
-std::vector<int64_t> rank_sums(const Shape& shape, const int64_t* counts_NE);
+Sums sums_of(const Shape& shape, const int64_t* counts_NE);
 
 // Tokens of all nodes for each expert, [E].
 std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts_QE);

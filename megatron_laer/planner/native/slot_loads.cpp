@@ -146,21 +146,17 @@ int64_t lower_bound(const Shape& shape, const FlowGraph& graph) {
 
 }  // namespace
 
-void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_counts_QE) {
-  const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
-  std::fill(node_counts_QE, node_counts_QE + size, 0);
+Sums sums_of(const Shape& shape, const int64_t* counts_NE) {
+  Sums sums{std::vector<int64_t>(static_cast<size_t>(shape.nodes()) * shape.experts, 0),
+            std::vector<int64_t>(shape.ranks)};
   for (int rank = 0; rank < shape.ranks; ++rank) {
     const int64_t* from = counts_NE + static_cast<int64_t>(rank) * shape.experts;
-    int64_t* to = node_counts_QE + static_cast<int64_t>(rank / shape.node_size) * shape.experts;
+    int64_t* to =
+        sums.node_counts_QE.data() + static_cast<int64_t>(rank / shape.node_size) * shape.experts;
     for (int e = 0; e < shape.experts; ++e) to[e] += from[e];
+    sums.tokens_N[rank] = std::accumulate(from, from + shape.experts, int64_t{0});
   }
-}
-
-std::vector<int64_t> rank_sums(const Shape& shape, const int64_t* counts_NE) {
-  const Counts counts(shape, counts_NE);
-  std::vector<int64_t> sums_N(shape.ranks);
-  for (int rank = 0; rank < shape.ranks; ++rank) sums_N[rank] = counts.sum(rank);
-  return sums_N;
+  return sums;
 }
 
 std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts_QE) {
