@@ -32,7 +32,7 @@ def test_a_run_without_replicas_is_stock_bit_for_bit(trained: Trainings) -> None
 
 
 def exchanged_and_expected(_: object) -> tuple[list[int], list[int], int]:
-    """Return what was exchanged so far, what this step's layouts need, and matrices in memory.
+    """Return what was exchanged so far, what this step's layouts need, and buffers in memory.
 
     Exchanged are numbers of restores and reduces, then the bytes that this rank received by each.
     Frozen matrices are restored only.
@@ -72,7 +72,7 @@ def test_replicas_are_held_and_their_gradients_summed_over_a_step(trained: Train
         before = [0] * 4
         for counted, expected, in_memory in record.probes:
             assert [now - then for now, then in zip(counted, before, strict=True)] == expected
-            assert in_memory == 2 * expected[0], "both matrices of each layer with replicas"
+            assert in_memory == expected[0], "one buffer of each layer with replicas"
             before = counted
         assert before[0] >= 4 and min(before) > 0
 
