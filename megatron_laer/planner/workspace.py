@@ -64,5 +64,6 @@ def _most(way: Way, matrices: _Matrices, row_bytes: int, of_slots: int) -> tuple
         if width >= wanting:
             served = width // wanting * experts
         most_sent = max(most_sent, served * rows_of(width) * each[at])
-        most_received = max(most_received, experts * rows_of(wanting) * each[at])
+        if not (way.is_direct and geometry.replica_slots == 1):  # else in place
+            most_received = max(most_received, experts * rows_of(wanting) * each[at])
     return most_sent, most_received

@@ -178,13 +178,22 @@ def test_a_home_sends_directly_as_many_copies_as_it_has_replicas() -> None:
             for rank, exchange in enumerate(group.exchanges)
         ]
     )
+    run(
+        [
+            exchange.reduce_steps(case.grads_NCRK[rank], index, case.matrices, add_to=sources[rank])
+            for rank, exchange in enumerate(group.exchanges)
+        ]
+    )
     one = case.rows * COLUMNS * 4
-    assert [exchange.restored.workspace.num_bytes for exchange in group.exchanges] == [
-        3 * one,
-        0,
-        0,
-        0,
-    ]
+    for way in ("restored", "reduced"):
+        spaces = [getattr(exchange, way).workspace for exchange in group.exchanges]
+        assert [space.num_bytes for space in spaces] == [3 * one, 0, 0, 0]
+    # The bound is that of one replica for each slot, where a single one is in place.
+    assert restore_workspace(case.way, case.matrices, COLUMNS * 4) == {"send": one, "receive": 0}
+    assert reduce_workspace(case.way, case.matrices, COLUMNS * 4, COLUMNS * 4) == {
+        "receive": one,
+        "send": 0,
+    }
 
 
 def test_an_exchange_goes_by_the_way_that_is_chosen_for_its_layout() -> None:
