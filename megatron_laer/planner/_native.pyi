@@ -51,7 +51,6 @@ class CostModel:
         limit_P: _Float64,
         best_P: _Float64,
         expert_flops: float,
-        pair_memory_s: float,
         forward_share: float,
         token_passes: float,
         intra_pair_bytes: float,

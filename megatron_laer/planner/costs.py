@@ -5,8 +5,6 @@ overlap with compute, and `exposed` predicts the part of their time that is not 
 has hardware constants, `traffic` element counts. With experts at home only replicas move, and a
 layout without any costs nothing.
 
-Over 400 lines: one model, whose Python and native forms share constants.
-
 The formulas are native code (`native/costs.cpp`), which explains why all ranks get bitwise equal
 numbers. Their constants are made here.
 
@@ -45,12 +43,6 @@ from megatron_laer.precision import Precision
 
 # Backward GEMMs per forward GEMM, of the same size: for the inputs and for the weights.
 _BACKWARD_GEMMS = 2
-# Bytes of memory-bound operations in backward over forward's: a gradient read and written, and most
-# inputs read.
-MEMORY_BACKWARD = 2
-# Passes of a pair's hidden state where it is computed: rows are put in order (a read and a write),
-# there and back.
-_SORTED_PASSES = 4
 # Small kernels of a layer's forward and backward, counted by `benchmarks/launches.py`; each takes
 # about as long to start as to run.
 _LAUNCHES, _LAUNCHES_OF_MORE_HOPS = 52, 6
@@ -60,14 +52,6 @@ _BESIDE_COUNTS, _COUNT_BYTES = 3, 8
 _LEAST_HIDDEN_SHARE = 0.125
 # Slack of lower bounds, above the rounding errors (about 1e-15) of the bounded times.
 _BELOW_ROUNDING = 1.0 - 1e-9
-
-
-def expert_memory_elements(hidden: int, ffn: int, *, gated: bool) -> int:
-    """Return the elements of a pair that an expert's rank moves in forward, but for its GEMMs.
-
-    They are those of its activation and of rows that are put in order.
-    """
-    return (3 if gated else 2) * ffn + _SORTED_PASSES * hidden
 
 
 class Exposed(NamedTuple):
@@ -339,13 +323,6 @@ class CostModel:
     def _expert_flops(self) -> float:
         return self._passes * self.flops_per_token
 
-    @property
-    def _pair_memory_s(self) -> float:
-        passes = (1 if self.recompute == Recompute.NONE else 2) + MEMORY_BACKWARD
-        elements = expert_memory_elements(self.hidden, self.ffn, gated=self.gated)
-        rate = self.cluster.memory_rate(self.bytes_per_element)
-        return passes * elements * self.bytes_per_element / rate
-
     def _latency_of(self, way: Way) -> float:
         """Return the latency of an exchange, hop after hop."""
         peers = (link.peers(way.geometry) for link in way.links[::-1])
@@ -391,7 +368,6 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
     return native.CostModel(
         *costs.gemm.columns(),
         costs._expert_flops,
-        costs._pair_memory_s,
         costs.forward_share,
         costs.token_passes,
         *costs.tokens.pair_bytes(costs.token_bytes),
@@ -400,7 +376,7 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         inter.bytes_per_s,
         costs.token_latency_seconds(geometry),
         costs.host_seconds(geometry),
-        0.0 if host is None else host.forward_seconds(0),
+        0.0 if host is None else host.forward_seconds(geometry.home_slots or geometry.capacity),
         0.0 if host is None else host.slot_s,
         0.0 if host is None else host.replicas_s,
         [(way.native, costs._latency_of(way)) for way in costs._ways(geometry)],

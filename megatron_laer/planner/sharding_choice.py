@@ -2,8 +2,8 @@
 
 Candidates are priced for typical counts, with the planner's layout: a layer and microbatch with all
 exchanges of weights and gradients. Memory is the same but for the slots. Replica slots must also
-serve skewed routing: where all hot experts share a home, they need slots on other ranks. So a few
-such shapes are priced too. Rows need more than the fewest slots only to keep tokens on their
+serve skewed routing: where all hot experts share a home, they need slots on other ranks. So the
+worst of few shapes is priced too. Rows need more than the fewest slots only to keep tokens on their
 node.
 
 Legend: N ranks, E experts, C slots per rank, G ranks per node.
@@ -39,13 +39,13 @@ _WORTH = 0.01
 class Candidate:
     """Sharding and slots, their prices, and the predicted seconds of a layer and microbatch.
 
-    `skewed_s` are means of skewed routing, for experts at home.
+    `worst_s` are those of the slowest skewed routing, for experts at home.
     """
 
     geometry: Geometry
     costs: CostModel
     seconds: float
-    skewed_s: float = 0.0
+    worst_s: float = 0.0
 
     def is_worth_more_than(self, fewer: Candidate) -> bool:
         """Return whether more slots save enough time, and none over all.
@@ -54,8 +54,8 @@ class Candidate:
         """
         saves_enough = self.seconds < fewer.seconds * (1.0 - _WORTH)
         if self.takes_little_memory:
-            saves_enough |= self.skewed_s < fewer.skewed_s * (1.0 - _WORTH)
-        return saves_enough and self.seconds + self.skewed_s < fewer.seconds + fewer.skewed_s
+            saves_enough |= self.worst_s < fewer.worst_s * (1.0 - _WORTH)
+        return saves_enough and self.seconds + self.worst_s < fewer.seconds + fewer.worst_s
 
     @property
     def takes_little_memory(self) -> bool:
@@ -142,15 +142,14 @@ def _candidate(
 ) -> Candidate:
     costs = priced(geometry)
     pairs = costs.pairs_per_rank
-    typical_s = skewed_s = 0.0
+    typical_s = worst_s = 0.0
     for draw in range(DRAWS):
         counts_NE = typical_counts_NE(geometry, pairs, draw)
         typical_s += planned_seconds(config, geometry, costs, counts_NE) / DRAWS
     if geometry.home_slots:
         skewed = skewed_counts_NE(geometry, top_k, pairs)
-        found_s = [planned_seconds(config, geometry, costs, counts_NE) for counts_NE in skewed]
-        skewed_s = sum(found_s) / len(found_s)
-    return Candidate(geometry, costs, typical_s, skewed_s)
+        worst_s = max(planned_seconds(config, geometry, costs, counts_NE) for counts_NE in skewed)
+    return Candidate(geometry, costs, typical_s, worst_s)
 
 
 def planned_seconds(

@@ -32,15 +32,9 @@ def split_seconds(costs: CostModel, totals: SplitTotals, geometry: Geometry) -> 
     rank_s_N = slot_s_NC[:, 0].copy()
     for slot in range(1, geometry.capacity):
         rank_s_N += slot_s_NC[:, slot]
-    pairs_N = (totals.near_S + totals.far_S).reshape(geometry.num_ranks, -1).sum(axis=1)
-    expert_s = (costs._expert_flops * rank_s_N + costs._pair_memory_s * pairs_N).max()
+    expert_s = costs._expert_flops * rank_s_N.max()
     pass_s = _pass_seconds(costs, totals, geometry) + costs.token_latency_seconds(geometry)
-    device_s = expert_s + costs.token_passes * pass_s
-    used_NC = (totals.near_S + totals.far_S).reshape(geometry.num_ranks, -1) > 0
-    launch_s = _launch_seconds(costs, int(used_NC.sum(axis=1).max()))
-    most = float(max(int(pairs_N.max()), 1)) * geometry.num_ranks
-    launch_s += expert_s * max(1.0 - 2.0 * int(pairs_N.sum()) / most, 0.0)
-    return float(max(device_s, launch_s) + costs.host_seconds(geometry))
+    return float(expert_s + costs.token_passes * pass_s + costs.host_seconds(geometry))
 
 
 def least_layer_seconds(costs: CostModel, counts_NE: Int64, geometry: Geometry) -> float:
@@ -52,12 +46,9 @@ def least_layer_seconds(costs: CostModel, counts_NE: Int64, geometry: Geometry) 
     experts_s = float(np.cumsum(least_unit_seconds(gemm, loads_E))[-1]) / num_ranks
     largest_s = float(least_unit_seconds(gemm, largest)[0])
     expert_s = costs._expert_flops * max(experts_s, largest_s)
-    expert_s += costs._pair_memory_s * (int(loads_E.sum()) / num_ranks)
     pass_s = _least_pass_seconds(costs, counts_NE, geometry)
     pass_s += costs.token_latency_seconds(geometry)
-    device_s = expert_s + costs.token_passes * pass_s
-    launch_s = _launch_seconds(costs, -(-int((loads_E > 0).sum()) // num_ranks))
-    seconds = max(device_s, launch_s) + costs.host_seconds(geometry)
+    seconds = expert_s + costs.token_passes * pass_s + costs.host_seconds(geometry)
     return seconds * _BELOW_ROUNDING
 
 
@@ -141,11 +132,6 @@ def _exchange_seconds(
         latency_s += costs.cluster.collective_seconds(*link.peers(geometry))
     wire_s = max(seconds) if len(traffic.links) == 1 else sum(seconds)
     return wire_s + latency_s
-
-
-def _launch_seconds(costs: CostModel, slots: int) -> float:
-    host = costs.cluster.host
-    return 0.0 if host is None else host.forward_seconds(slots) / costs.forward_share
 
 
 def _pass_seconds(costs: CostModel, totals: SplitTotals, geometry: Geometry) -> float:

@@ -176,7 +176,7 @@ def test_an_exchange_takes_what_the_cost_model_says(in_stages, precision):
 
 def test_a_layers_compute_and_tokens_are_the_cost_models():
     """Where only GEMMs and links cost time, both models have the same layer."""
-    cluster = replace(CLUSTER, host=None, memory_bytes_per_s=1e24, spreads=())
+    cluster = replace(CLUSTER, host=None, spreads=())
     layout = ExpertLayout.random(8, 3, 16, (5,))
     by_node = TokenPrices(TokenExchange.NODE, intra_rows=0.9, inter_rows=0.5)
     for seed, prices in itertools.product(range(8), (BY_RANK, by_node)):

@@ -29,7 +29,7 @@ from tests.costs import COSTS
 from tests.recorded_runs import RUN_NUMBER, TickingClock
 from tests.tools.report_pages import data_of, written
 
-LAYERS, TOP_K, TOKENS = ("layer 1",), 2, 4096
+LAYERS, TOP_K, TOKENS = ("layer 1",), 2, 8192
 SHARES_E = np.random.default_rng(4).dirichlet(np.full(16, 0.3))
 
 

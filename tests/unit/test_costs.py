@@ -32,7 +32,6 @@ COSTS = make_costs(
     inter=Link(2e7, 3e-6, 4e-7),
     host=HostTime(2e-6, SolveTime(1e-5, 1e-7, 1e-8)),
     backward_gemm_factor=1.4,
-    memory_bytes_per_s=1e9,
 )
 ANY = geometries(40, 64)
 

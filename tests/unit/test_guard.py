@@ -35,7 +35,7 @@ from megatron_laer.planner.token_prices import TokenPrices
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.planner_cases import KINDS, counts_of, geometries
 
-HOSTS = (None, HostTime(2e-8, SolveTime(1e-5, 1e-7, 1e-8)))
+HOSTS = (None, HostTime(3e-6, SolveTime(1e-5, 1e-7, 1e-8)))
 # From almost free changes to changes that never pay.
 SOLVES = (SolveTime(0.0, 0.0, 0.0), SolveTime(1e-6, 1e-8, 1e-9), SolveTime(1e-3, 0.0, 0.0))
 NODE = TokenPrices(TokenExchange.NODE, intra_rows=0.9, inter_rows=0.46)
@@ -158,18 +158,9 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
     )
     gain_s = stock_s - balanced_s
     assert gain_s > 10 * free.solve_seconds(geometry) > 0
-    # A host that is never late, one that takes as long as a balanced device, and one that is later
-    # than the device without replicas.
-    launches = HostTime(1.0, SolveTime(0.0, 0.0, 0.0)).forward_seconds(1)
-    balanced_launch_s, later_launch_s = (
-        seconds * free.forward_share / launches for seconds in (balanced_s, 1.01 * stock_s)
-    )
-    for launch_s, part, pays in (
-        (0.0, 2.0, True),
-        (balanced_launch_s, 0.3, True),
-        (balanced_launch_s, 2.0, False),
-        (later_launch_s, 0.0, False),
-    ):
+    # The host is about as late as the device in forward, or never; a slot more takes it some time.
+    bound_s = stock_s * free.forward_share / 200
+    for launch_s, part, pays in ((bound_s, 0.3, True), (bound_s, 2.0, False), (0.0, 2.0, True)):
         host = HostTime(launch_s, SolveTime(0.0, 0.0, 0.0), part * gain_s)
         costs = replace(free, cluster=replace(free.cluster, host=host))
         assert (GreedyStrategy(geometry, costs).plan(counts_NE, stock) != stock) == pays
@@ -181,29 +172,13 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
             guard = Guard(mode, costs, geometry)
             assert (guard.decide(counts_NE, planned).layout != stock) == pays
         for beside_s in (0.0, balanced_s, 9.0):
-            # Later than the device in forward, with a slot more.
-            device_s = (beside_s - costs.host_seconds(geometry)) * costs.forward_share
-            late_s = host.forward_seconds(2) - device_s
-            expected_s = max(late_s + host.replicas_s, 0.0) - max(late_s, 0.0)
+            device_s = beside_s * costs.forward_share
+            # Later than the device, with and without the replicas.
+            with_s = max(host.forward_seconds(2) + host.replicas_s - device_s, 0.0)
+            expected_s = with_s - max(host.forward_seconds(1) - device_s, 0.0)
             found_s = costs.exposed(Placed(balanced, geometry), beside_s).host_s
             assert found_s == pytest.approx(expected_s)
             assert costs.exposed(Placed(stock, geometry), beside_s).host_s == 0.0
-
-
-@pytest.mark.parametrize(("hot", "pays"), [(5, False), (8, True)])
-def test_imbalance_that_the_host_hides_stays_up_to_twice_the_mean(hot: int, pays: bool) -> None:
-    """Let one of three ranks have half of the tokens, or four fifths, and the host be later."""
-    geometry = Geometry(3, 3, 2, 3, Sharding.EXPERTS)
-    counts_NE, stock = np.array([[hot, 1, 9 - hot]] * 3) * 1000, geometry.static_layout
-    free = make_costs(intra=FREE, inter=FREE, points=((1, 1e12),), pairs_per_rank=10**4)
-    stock_s = free.layer_seconds(counts_NE, Placed(stock, geometry))
-    gate = SolveTime(0.0, 0.0, 0.0)
-    launches = HostTime(1.0, gate).forward_seconds(1)
-    host = HostTime(1.01 * stock_s * free.forward_share / launches, gate)
-    costs = replace(free, cluster=replace(free.cluster, host=host))
-    assert (GreedyStrategy(geometry, costs).plan(counts_NE, stock) != stock) == pays
-    decision = Guard(PlanMode.ADAPTIVE, costs, geometry).decide(counts_NE, stock)
-    assert decision.replanned == pays
 
 
 @pytest.mark.parametrize("tokens", [TokenPrices(), NODE])

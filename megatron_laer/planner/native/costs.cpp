@@ -14,9 +14,6 @@ namespace {
 
 constexpr double kBelowRounding = 1.0 - 1e-9;
 
-// Tokens of the busiest rank over the mean up to which the host may hide imbalance.
-constexpr double kMostHidden = 2.0;
-
 // The sum of the `kept` largest of `size` numbers.
 template <typename Row>
 int64_t largest_sum(Row row, int size, int kept, std::vector<int64_t>& scratch) {
@@ -67,30 +64,24 @@ double GemmCurve::least_unit_seconds(int64_t tokens) const {
   return std::min(unit_seconds(tokens), at_best);
 }
 
-// The busiest rank's expert compute, one GEMM per slot and matrix and what its rows take in memory,
-// and the token exchange of the rank that takes longest: per link class the slower of send and receive (links are full duplex),
+// The busiest rank's expert compute, one GEMM per slot and matrix, and the token exchange of the
+// rank that takes longest: per link class the slower of send and receive (links are full duplex),
 // and of the classes the slower, as one collective drives both. Tokens for a rank's own slots travel
 // nowhere. In stages the classes add up, inside nodes travels all that a rank computes for others,
 // and between nodes rows reach the rank in their source's place, so a node's ranks receive alike. The
 // paper adds up communication over all devices but takes the maximum of compute; here
-// both are the time of one device, so that their sum has a meaning. Where the host takes longer to
-// start all that, the device waits for it. Then imbalance costs nothing, up to twice the mean: rows of
-// more tokens need memory that a run may not have.
+// both are the time of one device, so that their sum has a meaning.
 double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& totals) {
-  int64_t intra = 0, inter = 0, far_of_node = 0, pairs = 0, most_pairs = 0;
-  int used = 0;
+  int64_t intra = 0, inter = 0, far_of_node = 0;
   double expert_s = 0.0;
   for (int rank = 0; rank < shape.ranks; ++rank) {
     int64_t near = 0, far = 0;
     if (rank % shape.node_size == 0) far_of_node = 0;
     double rank_s = 0.0;
-    int used_here = 0;
     for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
-      const int64_t load = totals.near_S[slot] + totals.far_S[slot];
       near += totals.near_S[slot];
       far += totals.far_S[slot];
-      used_here += load > 0;
-      rank_s += costs.gemm.unit_seconds(load);
+      rank_s += costs.gemm.unit_seconds(totals.near_S[slot] + totals.far_S[slot]);
     }
     const int64_t inside =
         costs.tokens_in_stages ? near + far : std::max(totals.sent_near_N[rank], near);
@@ -100,31 +91,15 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
                                  ? (far_of_node + shape.node_size - 1) / shape.node_size
                                  : far;
     inter = std::max({inter, totals.sent_far_N[rank], arriving});
-    rank_s = costs.expert_flops * rank_s + costs.pair_memory_s * static_cast<double>(near + far);
     expert_s = std::max(expert_s, rank_s);
-    pairs += near + far;
-    most_pairs = std::max(most_pairs, near + far);
-    used = std::max(used, used_here);
   }
   const double intra_s =
       static_cast<double>(intra) * (costs.intra_pair_bytes / costs.intra_bytes_per_s);
   const double inter_s =
       static_cast<double>(inter) * (costs.inter_pair_bytes / costs.inter_bytes_per_s);
   const double pass_s = costs.tokens_in_stages ? intra_s + inter_s : std::max(intra_s, inter_s);
-  const double device_s = expert_s + costs.token_passes * (pass_s + costs.latency_s);
-  const double most = static_cast<double>(std::max<int64_t>(most_pairs, 1)) * shape.ranks;
-  const double over = std::max(1.0 - kMostHidden * static_cast<double>(pairs) / most, 0.0);
-  return std::max(device_s, launch_seconds(costs, used) + expert_s * over) + costs.host_s;
-}
-
-double launch_seconds(const CostModel& costs, int slots) {
-  return (costs.host_forward_s + slots * costs.host_slot_s) / costs.forward_share;
-}
-
-int least_used(const Shape& shape, const int64_t* node_counts_QE) {
-  const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
-  const auto idle = std::count(loads_E.begin(), loads_E.end(), 0);
-  return (shape.experts - static_cast<int>(idle) + shape.ranks - 1) / shape.ranks;
+  return costs.expert_flops * expert_s + costs.token_passes * (pass_s + costs.latency_s) +
+         costs.host_s;
 }
 
 double expert_seconds(const Shape& shape, const CostModel& costs,
@@ -132,15 +107,12 @@ double expert_seconds(const Shape& shape, const CostModel& costs,
   double most_s = 0.0;
   for (int rank = 0; rank < shape.ranks; ++rank) {
     double rank_s = 0.0;
-    int64_t pairs = 0;
     for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
       rank_s += costs.gemm.unit_seconds(loads_S[slot]);
-      pairs += loads_S[slot];
     }
-    rank_s = costs.expert_flops * rank_s + costs.pair_memory_s * static_cast<double>(pairs);
     most_s = std::max(most_s, rank_s);
   }
-  return most_s;
+  return costs.expert_flops * most_s;
 }
 
 // Compute: the busiest rank has at least the mean load, and no less than the mean of all ranks'
@@ -158,8 +130,7 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const Cou
   }
   const double largest_s =
       costs.gemm.least_unit_seconds((total + shape.ranks - 1) / shape.ranks);
-  const double expert_s = costs.expert_flops * std::max(experts_s / shape.ranks, largest_s) +
-                          costs.pair_memory_s * (static_cast<double>(total) / shape.ranks);
+  const double expert_s = costs.expert_flops * std::max(experts_s / shape.ranks, largest_s);
 
   double pass_s = 0.0;
   if (shape.ranks > 1 && !costs.tokens_in_stages) {
@@ -175,9 +146,7 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const Cou
         pass_s, static_cast<double>(leaving) / shape.node_size / costs.inter_bytes_per_s);
   }
   pass_s = pass_s * costs.inter_pair_bytes + costs.latency_s;
-  const double device_s = expert_s + costs.token_passes * pass_s;
-  const double host_s = launch_seconds(costs, least_used(shape, node_counts_QE));
-  return (std::max(device_s, host_s) + costs.host_s) * kBelowRounding;
+  return (expert_s + costs.token_passes * pass_s + costs.host_s) * kBelowRounding;
 }
 
 // Where experts are at home, an exchange without any is left out.
@@ -252,15 +221,16 @@ int most_replicas(const Shape& shape, const int16_t* slots_S) {
   return most;
 }
 
-// The host starts anew at each gate, and is hidden as far as the device takes longer. Slots are in
-// the layer's own time.
+// The host starts anew at each gate, and is hidden as far as the device takes longer. All layouts of
+// rows have as many slots.
 double replica_host_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                             double beside_s) {
   const int most = most_replicas(shape, slots_S);
   if (most == 0) return 0.0;
-  const double late_s = launch_seconds(costs, shape.home + most) - (beside_s - costs.host_s);
-  return std::min(std::max(costs.replicas_host_s + late_s * costs.forward_share, 0.0),
-                  costs.replicas_host_s);
+  const double more_s =
+      costs.replicas_host_s + (shape.home > 0 ? most * costs.host_slot_s : 0.0);
+  const double over_s = costs.host_forward_s + more_s - beside_s * costs.forward_share;
+  return std::min(std::max(over_s, 0.0), more_s);
 }
 
 }  // namespace laer

@@ -43,7 +43,6 @@ struct PricedWay {
 struct CostModel {
   GemmCurve gemm;
   double expert_flops;   // per token, over all passes
-  double pair_memory_s;  // of a token's passes through memory with an expert, such as its activation
   double forward_share;  // of a layer's time, that hides a restore
   double token_passes;   // All-to-Alls of tokens, of all of a microbatch's passes
   double intra_pair_bytes, inter_pair_bytes;  // of hidden states, per (token, expert) pair
@@ -51,7 +50,7 @@ struct CostModel {
   double intra_bytes_per_s, inter_bytes_per_s;
   double latency_s;                    // of one pass of the token exchange
   double host_s;                       // of any microbatch, a constant of the shape
-  // Of forward without slots, of each slot in it, and of any replicas.
+  // Of forward without replicas, of each slot more in it, and of any replicas.
   double host_forward_s, host_slot_s, replicas_host_s;
   std::vector<PricedWay> ways;  // at least one; each layout takes the fastest
   double solve_s, least_change_s;      // constants of the shape
@@ -67,13 +66,7 @@ struct CostModel {
 // Seconds of one layer and microbatch, both passes, whose split is known.
 double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& totals);
 
-// Seconds of the host for both passes of a layer whose busiest rank uses this many slots.
-double launch_seconds(const CostModel& costs, int slots);
-
-// Slots that the busiest rank uses at least: every expert with tokens has one.
-int least_used(const Shape& shape, const int64_t* node_counts_QE);
-
-// The part of these that the rank with most expert compute takes for it, both passes.
+// The part of these that the rank with most expert compute takes for it.
 double expert_seconds(const Shape& shape, const CostModel& costs,
                       const std::vector<int64_t>& loads_S);
 
@@ -111,7 +104,7 @@ double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchang
 // Slots after the home slots with an expert, the most of a rank.
 int most_replicas(const Shape& shape, const int16_t* slots_S);
 
-// Seconds that the host's work for fetched experts, but for their slots, adds to such a layer.
+// Seconds that the host's work for fetched experts adds to the forward of such a layer.
 double replica_host_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                             double beside_s);
 

@@ -64,19 +64,17 @@ void take(Decision& decision, std::vector<int16_t> fresh_S, std::vector<int64_t>
 void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t* planned_S,
              Decision& decision) {
   const Shape& shape = microbatch.shape;
-  const int64_t* node_counts_QE = microbatch.node_counts_QE;
   const Replicas planned(shape, planned_S);
   decision.loads_S = microbatch.loads(planned);
   const double kept_s = microbatch.seconds(costs, planned, decision.loads_S);
   // Fresh replicas of home experts are placed by the rules of the planned ones, so that little but
   // balance is left to gain: a bound over all layouts would hope for exchanges that none reaches.
   const double least_s =
-      shape.home > 0 ? std::max(kept_s - unbalanced_seconds(shape, costs,
-                                                            ideal_load(shape, node_counts_QE),
-                                                            decision.loads_S),
-                                launch_seconds(costs, least_used(shape, node_counts_QE)) +
-                                    costs.host_s)
-                     : least_layer_seconds(shape, costs, microbatch.counts, node_counts_QE);
+      shape.home > 0 ? kept_s - unbalanced_seconds(shape, costs,
+                                                   ideal_load(shape, microbatch.node_counts_QE),
+                                                   decision.loads_S)
+                     : least_layer_seconds(shape, costs, microbatch.counts,
+                                           microbatch.node_counts_QE);
   // Beside a layer that takes as little as this one could. In one hop all slots' rows do not differ.
   const auto exposed_s = [&](const int16_t* slots_S) {
     if (shape.home == 0 && costs.ways.front().way.links.size() == 1) return 0.0;

@@ -191,7 +191,7 @@ py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& lo
 
 laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            const Doubles& slope_P, const Doubles& limit_P, const Doubles& best_P,
-                           double expert_flops, double pair_memory_s, double forward_share,
+                           double expert_flops, double forward_share,
                            double token_passes, double intra_pair_bytes, double inter_pair_bytes,
                            bool tokens_in_stages, double intra_bytes_per_s, double inter_bytes_per_s,
                            double latency_s, double host_s, double host_forward_s, double host_slot_s,
@@ -214,7 +214,7 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
   const bool is_alike = weights == grads;
   return {{to_vector(tokens_P), to_vector(seconds_P), to_vector(slope_P), to_vector(limit_P),
            to_vector(best_P)},
-          expert_flops, pair_memory_s, forward_share, token_passes, intra_pair_bytes, inter_pair_bytes,
+          expert_flops, forward_share, token_passes, intra_pair_bytes, inter_pair_bytes,
           tokens_in_stages, intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s, host_forward_s,
           host_slot_s, replicas_host_s, std::move(priced), solve_s, least_change_s, hidden_share,
           pairs, std::move(weights), std::move(grads), is_alike, backward_restores};

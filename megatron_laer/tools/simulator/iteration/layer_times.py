@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.choices import Recompute
-from megatron_laer.planner.costs import MEMORY_BACKWARD, expert_memory_elements
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes
@@ -29,9 +28,11 @@ from megatron_laer.tools.simulator.iteration.work import LayerWork
 # Passes over H elements per token and layer: two norms (a read and a write each) and two residual
 # sums (two reads and a write each).
 _HIDDEN_PASSES = 2 * 2 + 2 * 3
-# Passes over H elements per (token, expert) pair on its own rank: rows are put in order (a read and
-# a write), there and back.
-_PERMUTED_PASSES = 4
+# Passes over H elements per (token, expert) pair on its own rank, and on the computing one: rows
+# are put in order (a read and a write), there and back.
+_PERMUTED_PASSES, _SORTED_PASSES = 4, 4
+# Backward's bytes over forward's: a gradient read and written, and most inputs read.
+_BACKWARD_PASSES = 2
 # Bytes per logit in fp32: written, read for the maximum and the sum, and its gradient written.
 _LOGIT_BYTES = 16
 # Passes over attention's scores forward and backward, unless they stay on the chip. Scores are
@@ -190,7 +191,7 @@ class Timing:
         outputs += model.query_width + 2 * model.key_value_width + model.hidden
         quantising = self._quantising(inputs, outputs, tokens)
         forward_s = gemm_s + memory_s + quantising[0]
-        return forward_s, backward_s + MEMORY_BACKWARD * memory_s + quantising[1]
+        return forward_s, backward_s + _BACKWARD_PASSES * memory_s + quantising[1]
 
     def _tensor(self) -> float:
         run = self.run
@@ -225,13 +226,13 @@ class Timing:
         model, rates, recompute = self.model, self.rates, self.run.recompute
         scale = self.nominal.best_flops_per_s / rates.best_flops_per_s
         gemm_s_N = 2.0 * model.expert_weights * work.unit_s_N * scale
-        elements = expert_memory_elements(model.hidden, model.expert_ffn, gated=model.gated)
+        elements = (3 if model.gated else 2) * model.expert_ffn + _SORTED_PASSES * model.hidden
         memory_s = rates.layer_memory_seconds(elements * model.bytes_per_element)
         memory_s_N = work.pairs_N * memory_s
         quantising = self._quantising(*_ffn_widths(model, model.expert_ffn), 1.0)
         forward_N = gemm_s_N + memory_s_N + work.pairs_N * quantising[0]
         backward_N = gemm_s_N * (_BACKWARD_GEMMS * rates.backward_factor)
-        backward_N += MEMORY_BACKWARD * memory_s_N + work.pairs_N * quantising[1]
+        backward_N += _BACKWARD_PASSES * memory_s_N + work.pairs_N * quantising[1]
         if recompute == Recompute.COMPUTE:
             backward_N += forward_N
 
