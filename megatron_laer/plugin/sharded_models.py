@@ -58,16 +58,16 @@ def _judge_model(
 
 @around(
     "megatron.core.optimizer",
-    "_get_megatron_optimizer_based_on_param_groups",
+    "_get_param_groups",
     "so are settings of its optimizer",
 )
 def _judge_optimizer(
-    original: Any, config: Any, model_chunks: Any, *args: Any, **kwargs: Any
+    original: Any, model_chunks: Any, config: Any, *args: Any, **kwargs: Any
 ) -> Any:
     wrapped = model_chunks[0]
     if is_sharded(wrapped):
         _judge(wrapped.config, wrapped.ddp_config, config)
-    return original(config, model_chunks, *args, **kwargs)
+    return original(model_chunks, config, *args, **kwargs)
 
 
 def _judge(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.rules import STRATEGIES, WITH_FSDP
+from megatron_laer.rules import STRATEGIES, WITH_FSDP, Rule
 from tests.distributed.conftest import refusal
 from tests.distributed.test_own_loop import (
     HOMES,
@@ -26,41 +26,20 @@ from tests.distributed.test_own_loop import (
 )
 
 AT_HOME = HOMES | {"late_plan": "wait"}
-# Classes of configurations in the script, and the names of arguments that they have by others.
+# Classes of configurations in the script.
 DDP, MODEL, OPTIMIZER = "DistributedDataParallelConfig", "TransformerConfig", "OptimizerConfig"
-RENAMED = {"ddp_average_in_collective": "average_in_collective"}
-# Partners of which no configuration of Megatron Core has a field.
-OF_MEGATRONS_LOOP = {"log_params_norm", "async_save", "non_persistent_save_interval", "ckpt_format"}
-
-# By argument: the class that has it, and its value.
-REFUSED: dict[str, tuple[str, Any]] = {
-    "data_parallel_sharding_strategy": (DDP, "no_shard"),
-    "ddp_average_in_collective": (DDP, True),
-    "megatron_fsdp_grad_comm_dtype": (DDP, torch.bfloat16),
-    "megatron_fsdp_main_params_dtype": (DDP, torch.bfloat16),
-    "num_distributed_optimizer_instances": (DDP, 2),
-    "nccl_ub": (DDP, True),
-    "fsdp_double_buffer": (DDP, True),
-    "megatron_fsdp_max_pool_double_buffer": (DDP, True),
-    "megatron_fsdp_enable_fine_grained_param_gather": (DDP, True),
-    "init_model_with_meta_device": (MODEL, True),
-    "pipeline_model_parallel_size": (MODEL, 2),
-    "overlap_moe_expert_parallel_comm": (MODEL, True),
-    "delay_wgrad_compute": (MODEL, True),
-    "overlap_dispatch_backward_with_experts_wgrad": (MODEL, True),
-    "cuda_graph_impl": (MODEL, "local"),
-    "fp16": (MODEL, True),
-    "fp8": (MODEL, "hybrid"),
-    "gradient_accumulation_fusion": (MODEL, True),
-    "optimizer": (OPTIMIZER, "sgd"),
-    "optimizer_cpu_offload": (OPTIMIZER, True),
-    "use_precision_aware_optimizer": (OPTIMIZER, True),
+# Fields of configurations by arguments of other names.
+RENAMED = {
+    "ddp_average_in_collective": "average_in_collective",
+    "fp8_format": "fp8",
+    "use_nccl_ub": "nccl_ub",
 }
-# Flags that are not spelt as their argument, or beginnings of a refusal.
-SPELT = {
-    "nccl_ub": "--use-nccl-ub",
-    "fp8": "--fp8-format hybrid",
-    "gradient_accumulation_fusion": "--use-megatron-fsdp with fused gradient",
+# Settings that no configuration of Megatron Core has.
+OF_MEGATRONS_LOOP = {
+    "--log-params-norm",
+    "--async-save",
+    "--non-persistent-save-interval",
+    "--ckpt-format",
 }
 
 
@@ -102,39 +81,50 @@ def test_a_loop_of_ones_own_trains_with_megatron_fsdp_as_without(
     assert loads[0][-1] < loads[1][-1], "no replica was made, so nothing is shown"
 
 
+def refused_value(rule: Rule) -> Any:
+    words = str(rule.example).split()
+    return words[words.index(rule.flag) + 1] if rule.flag in words else rule.example
+
+
 def messages() -> dict[str, str]:
-    """Return the refusal of each setting on this rank."""
+    """Return the refusal of each setting that a configuration has, on this rank."""
     from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 
     found = {}
     with loaded() as own, sharded(own, STRATEGIES[-1]), two_ranks(AT_HOME):
         (model,) = own.build_model()
-        optimizer = own.OptimizerConfig(optimizer="adam", use_distributed_optimizer=True)
-        for argument, (name, value) in REFUSED.items():
+        optimizer = own.OptimizerConfig(lr=1e-3, use_distributed_optimizer=True)
+        for rule in PARTNERS:
             of = {MODEL: model.config, DDP: model.ddp_config, OPTIMIZER: optimizer}
+            field = RENAMED.get(rule.argument, rule.argument)
+            name = next((name for name, config in of.items() if hasattr(config, field)), None)
+            if name is None:
+                continue
             # Not by the constructor, which knows more of settings that go together.
             of[name] = copy.copy(of[name])
-            setattr(of[name], RENAMED.get(argument, argument), value)
+            setattr(of[name], field, refused_value(rule))
             try:
                 if name == OPTIMIZER:
                     own.get_megatron_optimizer(of[OPTIMIZER], [model])
                 else:
                     FullyShardedDataParallel(of[MODEL], of[DDP], torch.nn.Linear(2, 2))
             except Exception as error:
-                found[argument] = f"{type(error).__name__}: {error}"
+                found[rule.flag] = f"{type(error).__name__}: {error}"
     return found
 
 
+PARTNERS = [rule for rule in WITH_FSDP if rule.argument != "use_megatron_fsdp"]
+
+
 def test_the_same_settings_are_refused_as_by_flags_before_training(ranks: RankPools) -> None:
-    partners = {rule.argument for rule in WITH_FSDP if rule.next_to} - {"use_megatron_fsdp"}
-    assert partners - OF_MEGATRONS_LOOP < {*REFUSED}
     by_rank = ranks(2).run(messages)
     assert by_rank[0] == by_rank[1]
-    for argument, (_, value) in REFUSED.items():
-        text, flag = by_rank[0][argument], "--" + argument.replace("_", "-")
-        given = flag if value is True else f"{flag} {value}"
-        assert text.startswith("ValueError: FSEP cannot run this model:\n  "), text
-        assert f"\n  {SPELT.get(argument, given)}" in text, text
+    assert {rule.flag for rule in PARTNERS} - {*by_rank[0]} == OF_MEGATRONS_LOOP
+    for rule in PARTNERS:
+        if rule.flag not in OF_MEGATRONS_LOOP:
+            text, value = by_rank[0][rule.flag], refused_value(rule)
+            assert text.startswith("ValueError: FSEP cannot run this model:\n  "), (rule.flag, text)
+            assert f"\n  {rule.flag}{'' if value is True else f' {value}'}" in text, text
 
 
 def test_rows_are_refused_in_a_loop_of_ones_own(ranks: RankPools) -> None:
