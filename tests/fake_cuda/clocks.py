@@ -7,6 +7,11 @@ may get it. So that stream must have waited for every other stream that used it 
 
 Orders by the host are ignored, apart from `host_waits`: a test must not rest on the host's
 slowness.
+
+A card with one hardware queue (`CUDA_DEVICE_MAX_CONNECTIONS=1`) starts kernels in the order of
+their launch, so one that waits stops all later ones. An exchange of ours takes time. Hence no
+launch that waits for it may follow right behind it, with no other stream's between, while a later
+matrix product does not need it. So launches of the steady state are kept too.
 """
 
 from __future__ import annotations
@@ -16,14 +21,21 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+import torch.distributed as dist
+
+from tests.fake_cuda import findings
 
 Clock = dict[int, int]  # by stream: the number of the last operation that was waited for
 
 HOST = 0
 """Number of the host's own operations, in the place of a stream."""
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
+_OURS = "the stream of "
 
 
 class Span(NamedTuple):
@@ -59,11 +71,28 @@ class Memory:
     accesses: dict[Span, Operation] = field(default_factory=dict)
 
 
+@dataclass
+class Launch:
+    """Launch on a stream, and the launches that end before it starts, by their places."""
+
+    stream: str
+    after: set[int]
+    name: str = ""
+    exchanges: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.stream}"
+
+
 class Checker:
-    """Collector of races, each once; `place` names the code that runs."""
+    """Collector of races, each once, and of launches; `place` names the code that runs."""
 
     def __init__(self, place: Callable[[], str]) -> None:
         self._place = place
+        self._launches: list[Launch] = []
+        self._places: dict[tuple[int, int], int] = {}
+        # Of launches that are one; None outside of a group.
+        self._together: list[int] | None = None
         self.names: dict[int, str] = {}
         self.operations = 0
         self.frees = 0
@@ -81,8 +110,21 @@ class Checker:
         self.operations += 1
         clock = self._clocks[stream]
         _merge(clock, self._clocks[HOST])
-        clock[stream] = clock.get(stream, 0) + 1
-        return clock[stream]
+        number = clock[stream] = clock.get(stream, 0) + 1
+        if stream == HOST or not findings.current.is_steady:
+            return number
+        last = (clock | {stream: number - 1}).items()
+        after = {self._places[one] for one in last if one in self._places}
+        place = len(self._launches)
+        if self._together:
+            (place,) = self._together
+            self._launches[place].after |= after - {place}
+        else:
+            self._launches.append(Launch(self._name(stream), after))
+            if self._together is not None:
+                self._together.append(place)
+        self._places[stream, number] = place
+        return number
 
     def now(self, stream: int) -> Clock:
         """Return the clock of an event that is recorded now on this stream."""
@@ -100,6 +142,8 @@ class Checker:
         self, stream: int, number: int, tensor: torch.Tensor, *, writes: bool, name: str
     ) -> None:
         """Note that operation `number` of a stream reads or writes a tensor."""
+        if (place := self._places.get((stream, number))) is not None:
+            self._launches[place].name = name
         if tensor.numel() == 0 or tensor.device.type == "meta":
             return
         memory = self._known(tensor, None)
@@ -120,15 +164,44 @@ class Checker:
 
     def exchanged(self, stream: int, number: int) -> None:
         """Note that operation `number` of a stream is a collective."""
+        if (place := self._places.get((stream, number))) is not None:
+            self._launches[place].exchanges = True
 
     def held_up(self) -> list[str]:
-        """Return launches that wait too early for a single hardware queue; none with many."""
-        return []
+        """Return launches that wait for an exchange of ours too early, each once."""
+        needs: list[int] = []  # of each launch, all that end before it, as bits
+        for launch in self._launches:
+            bits = 0
+            for other in launch.after:
+                bits |= needs[other] | 1 << other
+            needs.append(bits)
+        products = [at for at, launch in enumerate(self._launches) if launch.name in _PRODUCTS]
+        found: dict[str, None] = {}
+        for place, launch in enumerate(self._launches):
+            for at in launch.after:
+                exchange = self._launches[at]
+                is_ours = exchange.exchanges and exchange.stream.startswith(_OURS)
+                between = self._launches[at + 1 : place]
+                if is_ours and all(other.stream == exchange.stream for other in between):
+                    later = (product for product in products if product > place)
+                    if any(not needs[product] >> at & 1 for product in later):
+                        found[f"{launch} waits for {exchange}, and later products do not"] = None
+        return list(found)
 
     @contextlib.contextmanager
     def grouping(self) -> Iterator[None]:
-        """Do nothing inside the block: with many queues, launches need no groups."""
-        yield
+        """Record operations together that NCCL launches as one kernel."""
+        batch = dist.batch_isend_irecv
+
+        def together(operations: list[Any]) -> Any:
+            self._together = []
+            try:
+                return batch(operations)
+            finally:
+                self._together = None
+
+        with mock.patch.object(dist, "batch_isend_irecv", together):
+            yield
 
     def allocated(self, stream: int, tensor: torch.Tensor) -> bool:
         storage = tensor.untyped_storage()

@@ -19,7 +19,6 @@ from tests.fake_cuda.findings import Finding, Findings
 from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
 from tests.fake_cuda.observing import Observer, Works
 from tests.fake_cuda.oracle import Oracle
-from tests.fake_cuda.recorder import Recorder
 from tests.launch_order import Launch
 
 H100, B200 = (9, 0), (10, 0)
@@ -74,6 +73,7 @@ class Observed(NamedTuple):
     findings: Findings
     launches: Launches
     entered: set[str]
+    has_one_queue: bool
 
     @property
     def races(self) -> list[str]:
@@ -84,11 +84,11 @@ class Observed(NamedTuple):
         return self.checker.frees
 
     def watched(self, **more: Any) -> Watched:
-        checker, found, launches, functions = self
+        checker, found, launches, functions, has_one_queue = self
         return Watched(
             *(checker.races, checker.operations, checker.frees, [*found.found]),
             *(dict(launches.number), [*+launches.compiled_in_steps], functions),
-            *({*found.captured}, checker.held_up()),
+            *({*found.captured}, checker.held_up() if has_one_queue else []),
             **more,
         )
 
@@ -107,7 +107,7 @@ def observed(
         one_queue: whether the card has one hardware queue, for which exchanges are launched.
         capability: of the card.
     """
-    checker = (Recorder if one_queue else Checker)(findings.place)
+    checker = Checker(findings.place)
     works, launches, found = Works(checker), Launches(), findings.renew()
     with (
         entered.recorded() as functions,
@@ -120,7 +120,7 @@ def observed(
         _shapes_of_shards(),
         checker.grouping(),
     ):
-        yield Observed(checker, found, launches, functions)
+        yield Observed(checker, found, launches, functions, one_queue)
 
 
 @contextlib.contextmanager
