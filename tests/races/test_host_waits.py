@@ -48,12 +48,20 @@ def test_the_debug_mode_raises_at_a_number_that_is_read_back(ranks: RankPools) -
     assert ranks(1).run(check, name, []) == [[]]
 
 
-def waits_of_steps(**settings: Any) -> tuple[list[int], list[str]]:
-    """Return the number of waits in each step, its start and end included, and races."""
+def waits_of_steps(folder: str) -> tuple[list[int], list[str], set[str]]:
+    """Train three profiled steps whose metrics are recorded.
+
+    Return the number of waits in each step, its start and end included, races, and the names in the
+    profile.
+    """
     import megatron_laer
 
     found = []
-    with observed() as checker, one_layer("gloo", "no shared experts", **settings) as layer:
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        observed() as checker,
+        one_layer("gloo", "no shared experts", record_metrics=folder) as layer,
+    ):
         for step in range(3):
             hidden = torch.randn(TOKENS, 1, HIDDEN, device=torch.cuda.current_device())
             hidden.requires_grad_()
@@ -65,22 +73,13 @@ def waits_of_steps(**settings: Any) -> tuple[list[int], list[str]]:
                 output.sum().backward()
             waits = [number for one, number in noted.found.items() if one.kind is Kind.WAIT]
             found.append(sum(waits))
-    return found, checker.races
+    return found, checker.races, {event.name for event in profile.events()}
 
 
-def waits_of_recorded(folder: str) -> tuple[list[int], list[str]]:
-    return waits_of_steps(record_metrics=folder)
-
-
-def waits_of_profiled() -> tuple[list[int], list[str], set[str]]:
-    """Return waits and races of profiled steps, and the names in the profile."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        waits, races = waits_of_steps()
-    return waits, races, {event.name for event in profile.events()}
-
-
-def test_a_profiled_rank_waits_for_nothing_more_and_names_its_activities(ranks: RankPools) -> None:
-    ((waits, races, names),) = ranks(1).run(waits_of_profiled)
+def test_a_rank_that_is_profiled_and_records_metrics_waits_for_nothing_more(
+    ranks: RankPools, tmp_path: Path
+) -> None:
+    ((waits, races, names),) = ranks(1).run(waits_of_steps, str(tmp_path))
     # For counts, and for a step's new layouts.
     assert waits[1:] == [2, 2] and races == []
     layer = "layer 1"
@@ -89,14 +88,6 @@ def test_a_profiled_rank_waits_for_nothing_more_and_names_its_activities(ranks: 
         *(f"dispatch {layer}{suffix}" for suffix in ("", ", backward")),
         *(f"combine {layer}{suffix}" for suffix in ("", ", backward")),
     }
-
-
-def test_a_rank_that_records_metrics_waits_for_nothing_more(
-    ranks: RankPools, tmp_path: Path
-) -> None:
-    ((waits, races),) = ranks(1).run(waits_of_recorded, str(tmp_path))
-    # For counts, and for a step's new layouts.
-    assert waits[1:] == [2, 2] and races == []
     # No event is ever found to have passed here, so all steps are written at the end.
     recording = read_metrics(METRICS.path(tmp_path, 0))
     assert recording.steps_T.tolist() == [0, 1, 2]
