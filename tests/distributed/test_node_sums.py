@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from tests.parity.compare import distance
-from tests.parity.decisions import Decisions
+from tests.parity.decisions import differ
 from tests.parity.random.on_ranks import Outcome, train_case
 from tests.parity.row import FLOOR_FACTOR, SMALLEST_FLOOR, Row
 from tests.parity.rows import CLAMPED_GEGLU, TOKENS
@@ -32,11 +33,6 @@ ROW = Row(
 CLAMPED = replace(ROW, flags=ROW.flags + CLAMPED_GEGLU, without="--swiglu")
 
 
-def decisions(run: list[Outcome]) -> Decisions:
-    found = [outcome.decisions for outcome in run if outcome.decisions is not None]
-    return Decisions.of_all_ranks(found)
-
-
 @pytest.mark.parametrize("row", [ROW, CLAMPED], ids=["plain", "clamped"])
 def test_nothing_but_the_rounding_of_partial_sums_parts_the_runs(
     ranks: RankPools, text_data: str, row: Row
@@ -48,9 +44,12 @@ def test_nothing_but_the_rounding_of_partial_sums_parts_the_runs(
 
     stock, other = train(row.reference(text_data)), train(row.other_stock(text_data))
     rounded, exact = (train(row.fsep_run(text_data), None, in_fp32) for in_fp32 in (False, True))
-    differ_CT = [decisions(run).differ_CT(decisions(stock)) for run in (rounded, exact)]
-    assert differ_CT[0].any(), "no near-tie, so nothing is shown"
-    assert not differ_CT[1].any()
+    chosen = [
+        np.concatenate([outcome.chosen_CTK for outcome in run], axis=1)
+        for run in (stock, rounded, exact)
+    ]
+    assert differ(chosen[1], chosen[0]).any(), "no near-tie, so nothing is shown"
+    assert not differ(chosen[2], chosen[0]).any()
     floor = distance(other[0].record, stock[0].record).at_least(SMALLEST_FLOOR)
     found = distance(exact[0].record, stock[0].record)
     print(f"\nfloor {floor}\nexact {found}")

@@ -1,4 +1,4 @@
-"""The routers' decisions in a run: recorded, compared with another run's, and given to a run.
+"""The routers' choices in a run: recorded, compared with another run's, and given to a run.
 
 Megatron's top-k is intercepted at its routing replay (`RouterReplay`). Sinkhorn and quantile
 balancing do not use it, so their results are replaced. All else in a router is unchanged.
@@ -21,38 +21,12 @@ import torch
 from megatron_laer.cpu.training import rank_of_environment
 from tests import te_graphs
 
+# Own top-k of each router call, highest score first, int16 [C, T, K].
 Chosen = npt.NDArray[np.int16]
 
 
-@dataclass(frozen=True)
-class Decisions:
-    """Input of each router call (logits for softmax) and its own top-k, highest score first."""
-
-    scores_CTE: npt.NDArray[np.float32]
-    chosen_CTK: Chosen
-
-    @classmethod
-    def of_all_ranks(cls, parts: list[Decisions]) -> Decisions:
-        """Join the calls of parallel ranks, each with the tokens of all of them."""
-        return cls(
-            np.concatenate([part.scores_CTE for part in parts], axis=1),
-            np.concatenate([part.chosen_CTK for part in parts], axis=1),
-        )
-
-    def margins_T(self, call: int) -> npt.NDArray[np.float32]:
-        """Return the gap between the lowest chosen and the highest other score of a call."""
-        top_k = self.chosen_CTK.shape[2]
-        ascending_TE = np.sort(self.scores_CTE[call], axis=1)
-        return ascending_TE[:, -top_k] - ascending_TE[:, -top_k - 1]
-
-    def gaps_CT(self, other: Decisions) -> npt.NDArray[np.float32]:
-        return np.abs(self.scores_CTE - other.scores_CTE).max(axis=2)
-
-    def differ_CT(self, other: Decisions) -> npt.NDArray[np.bool_]:
-        return _differ(self.chosen_CTK, other.chosen_CTK)
-
-
-def _differ(one: Chosen, other: Chosen) -> npt.NDArray[np.bool_]:
+def differ(one: Chosen, other: Chosen) -> npt.NDArray[np.bool_]:
+    """Return whether experts chosen for a token differ in more than their order, [..., T]."""
     return (np.sort(one, axis=-1) != np.sort(other, axis=-1)).any(axis=-1)
 
 
@@ -61,7 +35,6 @@ class _TopK:
     """Replacement of a router's `RouterReplay`; one serves all routers of a rank."""
 
     given_CTK: Chosen | None
-    scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
     chosen: list[Chosen] = field(default_factory=list)
 
     def get_replay_topk(
@@ -74,25 +47,22 @@ class _TopK:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return values and indices of the top-k for Megatron, as given where they differ."""
         values, own_TK = default_compute_topk(scores, topk, num_groups, group_topk)
-        used_TK = self.choose(scores, own_TK)
+        used_TK = self.choose(own_TK)
         return values if used_TK is own_TK else scores.gather(1, used_TK), used_TK
 
     @property
-    def decisions(self) -> Decisions:
-        if not self.chosen:
-            return Decisions(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.int16))
-        return Decisions(np.stack(self.scores), np.stack(self.chosen))
+    def chosen_CTK(self) -> Chosen:
+        return np.stack(self.chosen) if self.chosen else np.zeros((0, 0, 0), np.int16)
 
-    def choose(self, scores_TE: torch.Tensor, own_TK: torch.Tensor) -> torch.Tensor:
+    def choose(self, own_TK: torch.Tensor) -> torch.Tensor:
         if te_graphs.makes.get():  # of samples, which stock does not route
             return own_TK
         call = len(self.chosen)
-        self.scores.append(scores_TE.detach().float().numpy().copy())
         self.chosen.append(own_TK.numpy().astype(np.int16))
         if self.given_CTK is None:
             return own_TK
         # Tokens that choose alike keep their own order, which decides a softmax's last bit.
-        differ_T = torch.from_numpy(_differ(self.chosen[call], self.given_CTK[call]))
+        differ_T = torch.from_numpy(differ(self.chosen[call], self.given_CTK[call]))
         given_TK = torch.from_numpy(self.given_CTK[call]).to(own_TK.dtype)
         return torch.where(differ_T[:, None], given_TK, own_TK)
 
@@ -114,11 +84,11 @@ def choices(given: list[Chosen] | None = None) -> Iterator[_TopK]:
         scores_TE = balance(cost)
         own_TK = scores_TE.topk(get_args().moe_router_topk, dim=1).indices
         # Only the places of the highest scores are used.
-        return scores_TE.scatter(1, top_k.choose(scores_TE, own_TK), float("inf"))
+        return scores_TE.scatter(1, top_k.choose(own_TK), float("inf"))
 
     def observed_quantiles(logits: torch.Tensor, topk: int, beta: Any, **kwargs: Any) -> Any:
         own_TK, quantiles = update(logits, topk, beta, **kwargs)
-        return top_k.choose(logits - beta, own_TK), quantiles
+        return top_k.choose(own_TK), quantiles
 
     with (
         mock.patch.object(router, "topk_routing_with_score_function", observed),

@@ -12,7 +12,6 @@ import torch
 
 from megatron_laer.cpu.ranks import Raised
 from megatron_laer.cpu.training import Record
-from tests.parity.decisions import Decisions
 from tests.parity.random.draft import Draft
 from tests.parity.random.generator import Case, draw
 from tests.parity.random.judge import Verdict, judge
@@ -113,8 +112,7 @@ class Made:
             first_grads={"weight": torch.tensor([1.0 + apart], dtype=torch.float64)},
             weights={"weight": torch.ones(1)},
         )
-        scores_CTE = np.array([[[3.0, 2.0, 1.0]]], np.float32)
-        return [Outcome(record, Decisions(scores_CTE, np.array([[[0, 1]]], np.int16)))]
+        return [Outcome(record, np.array([[[0, 1]]], np.int16))]
 
 
 def case_with(*names: str, but: tuple[str, ...] = ()) -> Case:

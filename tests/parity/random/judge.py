@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-
-import numpy as np
+from typing import Any
 
 from megatron_laer.cpu.ranks import Raised, RankError, RankPools
 from megatron_laer.cpu.training import Record
 from tests.parity.compare import Distance, distance
-from tests.parity.decisions import Decisions
+from tests.parity.decisions import differ
 from tests.parity.random.generator import Case
 from tests.parity.random.on_ranks import Outcome, train_case
 from tests.parity.random.settings import IN_FP8
@@ -86,16 +85,15 @@ class _Runs:
     def train(
         self,
         run: tuple[int, list[str]],
-        given: list[Decisions] | None = None,
+        given: list[Any] | None = None,
         exact: bool = False,
         nudge: float = 0.0,
     ) -> list[Outcome]:
         """Train as `train_case` does; return every rank's outcome."""
         size, command = run
         pool, case = self.ranks(size), self.case
-        chosen = None if given is None else [decisions.chosen_CTK for decisions in given]
         more = case.row.adapt, case.row.gradients, nudge
-        arguments = command, case.chooses, chosen, exact, *more
+        arguments = command, case.chooses, given, exact, *more
         try:
             results = pool.run_raw(train_case, *arguments, timeout_s=TIMEOUT_S)
         except RankError as error:
@@ -137,12 +135,14 @@ def _compare(runs: _Runs, reference: list[Outcome], data: str) -> Judgement:
     if is_within(found):
         verdict = Verdict.WITHIN_BOUND if floor is None else Verdict.WITHIN_FLOORS
         return Judgement(case, verdict, found, floor)
-    explained, near_ties, decisions = None, "", None
+    explained, near_ties, chosen = None, "", None
     if case.chooses:
-        decisions = [_decisions(outcome) for outcome in reference]
-        run = runs.train(command, decisions)
+        chosen = [outcome.chosen_CTK for outcome in reference]
+        run = runs.train(command, chosen)
         explained = distance(run[0].record, stock)
-        near_ties = describe_near_ties([_decisions(outcome) for outcome in run], decisions)
+        pairs = zip((outcome.chosen_CTK for outcome in run), chosen, strict=True)
+        differing = sum(int(differ(mine, theirs).sum()) for mine, theirs in pairs)
+        near_ties = f"{differing} choices differ"
         if is_within(explained):
             return Judgement(case, Verdict.NEAR_TIES, found, floor, explained, near_ties)
     if case.has("bf16") and case.has("tokens by nodes", "HybridEP"):
@@ -152,7 +152,7 @@ def _compare(runs: _Runs, reference: list[Outcome], data: str) -> Judgement:
             return Judgement(case, Verdict.ROUNDING, found, floor, explained, near_ties)
     if floor is not None and case.has("fp32") and case.has("Lion", *IN_FP8):
         for nudge in (SMALLEST_FLOOR, -SMALLEST_FLOOR):
-            nudged = runs.train(case.row.reference(data), decisions, nudge=nudge)
+            nudged = runs.train(case.row.reference(data), chosen, nudge=nudge)
             floor = floor.or_larger(distance(nudged[0].record, stock))
         if is_within(explained or found):
             return Judgement(case, Verdict.NUDGED, found, floor, explained, near_ties)
@@ -177,27 +177,6 @@ def _floor(runs: _Runs, stock: Record, data: str) -> Distance | None:
     except _RunFailed:  # stock does not support this model in that size
         return None
     return distance(record, stock).at_least(SMALLEST_FLOOR)
-
-
-def _decisions(outcome: Outcome) -> Decisions:
-    assert outcome.decisions is not None, "routers that choose have decisions"
-    return outcome.decisions
-
-
-def describe_near_ties(run: list[Decisions], stock: list[Decisions]) -> str:
-    """Describe the ties at which a run, given stock's choices, would have chosen otherwise."""
-    count, total, margin, gap = 0, 0, 0.0, 0.0
-    for mine, theirs in zip(run, stock, strict=True):
-        differ_CT, gaps_CT = mine.differ_CT(theirs), mine.gaps_CT(theirs)
-        total += differ_CT.size
-        gap = max(gap, float(gaps_CT.max(initial=0.0)))
-        for call in np.flatnonzero(differ_CT.any(axis=1)):
-            count += int(differ_CT[call].sum())
-            margin = max(margin, float(theirs.margins_T(int(call))[differ_CT[call]].max()))
-    return (
-        f"{count} of {total} choices differ, margins up to {margin:.1e},"
-        f" scores up to {gap:.1e} from stock's"
-    )
 
 
 def _one_line(error: Exception) -> str:

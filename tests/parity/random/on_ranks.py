@@ -10,7 +10,7 @@ from unittest import mock
 
 from megatron_laer.cpu import weights
 from megatron_laer.cpu.training import Adapt, Record
-from tests.parity.decisions import Chosen, Decisions, choices
+from tests.parity.decisions import Chosen, choices
 from tests.parity.exact_sums import exact_sums
 from tests.parity.replay import train_row
 
@@ -18,7 +18,7 @@ from tests.parity.replay import train_row
 @dataclass(frozen=True)
 class Outcome:
     record: Record
-    decisions: Decisions | None
+    chosen_CTK: Chosen | None
 
 
 def train_case(
@@ -42,7 +42,7 @@ def train_case(
         choices(given) if chooses else nothing as observed,
     ):
         record = train_row(flags, None, adapt, gradients)
-    return Outcome(record, None if observed is None else observed.decisions)
+    return Outcome(record, None if observed is None else observed.chosen_CTK)
 
 
 @contextlib.contextmanager
