@@ -325,70 +325,12 @@ class _Kept:
         return kept
 
 
-@dataclass(frozen=True)
-class Expected:
-    """Rows that ranks receive from others, by a plain definition: inside their node, and between.
-
-    Attributes:
-        dispatch_N2: with tokens; those of combine are sent by the other side.
-        combine_N2: with outputs.
-        sent_N: rows that a rank sends, or passes on, in both stages; those to itself included.
-        arrived_N: rows at the end of the exchange, a rank's own included.
-    """
-
-    dispatch_N2: Int64
-    combine_N2: Int64
-    sent_N: Int64
-    arrived_N: Int64
-
-
-def slots_of(case: Case) -> list[torch.Tensor]:
+def routing_of(case: Case) -> TokenRouting:
     from megatron_laer.layer.dispatch.token_routes import token_order
 
-    return [
-        token_order(map_TE, plan_of(case, rank).quotas)
-        for rank, map_TE in enumerate(routing_maps(case))
+    maps = routing_maps(case)
+    slots = [
+        token_order(map_TE, plan_of(case, rank).quotas).numpy() for rank, map_TE in enumerate(maps)
     ]
-
-
-def routing_of(case: Case) -> TokenRouting:
-    maps = [map_TE.numpy() for map_TE in routing_maps(case)]
-    slots = [slot_P.numpy() for slot_P in slots_of(case)]
-    return TokenRouting.count(maps, slots, case.capacity, case.node_size)
-
-
-def expected(case: Case, *, nodes: bool) -> Expected:
-    size, node_size = case.ranks, case.node_size
-    pairs: list[tuple[int, int, int]] = []  # source, token, rank
-    slots_N = slots_of(case)
-    for source, map_TE in enumerate(routing_maps(case)):
-        by_expert = [(t, e) for e in range(case.experts) for t in range(len(map_TE))]
-        routed = [token for token, expert in by_expert if map_TE[token, expert]]
-        slots = zip(routed, slots_N[source].tolist(), strict=True)
-        pairs += [(source, token, slot // case.capacity) for token, slot in slots]
-
-    hops: list[tuple[int, int]] = []  # (from, to) of each row
-    rows: Any = pairs
-    if nodes:
-        rows = set(pairs)
-    first = [(source, rank) for source, _, rank in rows]
-    if nodes and 1 < node_size < size:
-        local_rank_on = lambda source, rank: rank // node_size * node_size + source % node_size  # noqa: E731
-        to_nodes = {(source, token, local_rank_on(source, rank)) for source, token, rank in rows}
-        first = [(source, via) for source, _, via in to_nodes]
-        hops = [(local_rank_on(source, rank), rank) for source, _, rank in rows]
-    hops += first
-
-    received = {"dispatch": np.zeros((size, 2), int), "combine": np.zeros((size, 2), int)}
-    for source, rank in hops:
-        if source != rank:
-            between = source // node_size != rank // node_size
-            received["dispatch"][rank, int(between)] += 1
-            received["combine"][source, int(between)] += 1
-
-    return Expected(
-        received["dispatch"],
-        received["combine"],
-        np.bincount([source for source, _ in hops], minlength=size),
-        np.bincount([rank for _, _, rank in rows], minlength=size),
-    )
+    maps_N = [map_TE.numpy() for map_TE in maps]
+    return TokenRouting.count(maps_N, slots, case.capacity, case.node_size)

@@ -25,7 +25,6 @@ from tests.token_exchange import (
     Case,
     Outcome,
     Sent,
-    expected,
     gloo_groups,
     make_dispatcher,
     plan_of,
@@ -148,7 +147,6 @@ def test_rows_and_bytes_of_real_collectives_equal_the_formulas(
     found = ranks(8).run(sent_by, case)
     routing = routing_of(case)
     for nodes, exchange in ((False, TokenExchange.RANK), (True, TokenExchange.NODE)):
-        plain = expected(case, nodes=nodes)
         rows = dispatch_rows(routing, exchange)
         # Probabilities and, through nodes, the numbers of rows, their bits, and the sizes.
         more = metadata_bytes(routing, exchange)
@@ -158,31 +156,35 @@ def test_rows_and_bytes_of_real_collectives_equal_the_formulas(
             dispatch, beside = received_by_link(sent["dispatch"], rank, node_size)
             combine, none = received_by_link(sent["combine"], rank, node_size)
             backward, grads = received_by_link(sent["backward"], rank, node_size)
-            assert dispatch == plain.dispatch_N2[rank].tolist()
             assert dispatch == [rows.intra_N[rank], rows.inter_N[rank]]
-            assert combine == plain.combine_N2[rank].tolist() and none == [0, 0]
+            # A rank receives in combine as much as it sends in dispatch.
             assert combine == [rows.sent_intra_N[rank], rows.sent_inter_N[rank]]
-            assert backward == (plain.dispatch_N2 + plain.combine_N2)[rank].tolist()
+            assert none == [0, 0]
+            assert backward == [sum(pair) for pair in zip(dispatch, combine, strict=True)]
             assert beside == [more.intra_N[rank], more.inter_N[rank]]
             assert grads == [of_grads.intra_N[rank], of_grads.inter_N[rank]]
-    by_rank, through_nodes = (expected(case, nodes=nodes) for nodes in (False, True))
-    # A rank sends in dispatch as much as it receives in combine.
-    assert (through_nodes.combine_N2[:, 1] <= by_rank.combine_N2[:, 1]).all()
-    assert through_nodes.combine_N2[:, 1].sum() < by_rank.combine_N2[:, 1].sum() or node_size == 8
+    by_rank, through_nodes = (dispatch_rows(routing, exchange) for exchange in TokenExchange)
+    assert through_nodes.inter_N.sum() < by_rank.inter_N.sum() or node_size == 8
 
 
 @pytest.mark.parametrize("node_size", [2, 8])
 def test_backward_keeps_rows_instead_of_pairs(ranks: RankPools, node_size: int) -> None:
     case = replace(BYTES, node_size=node_size)
-    plain = expected(case, nodes=True)
-    for rank, outcomes in enumerate(ranks(8).run(sent_by, case)):
+    found = ranks(8).run(sent_by, case)
+    # By receiving rank and collective, from each rank: the last one brings rows where experts are.
+    came = [
+        [one.received_N for one in outcomes[True].sent["dispatch"] if one.is_hidden]
+        for outcomes in found
+    ]
+    for rank, outcomes in enumerate(found):
         by_rank, nodes = (outcomes[nodes] for nodes in (False, True))
         received, row_bytes = len(nodes.experts[0]), 4 * HIDDEN
         routed = int(routing_maps(case)[rank].sum())
         # The order of received rows, and the experts' own weights, are the same in both.
         of_pairs = (8 + 4) * received
         assert by_rank.kept_bytes == row_bytes * received + of_pairs + 16 * routed
-        rows, sent = int(plain.arrived_N[rank]), int(plain.sent_N[rank])
+        rows = sum(came[rank][-1])
+        sent = sum(received_N[rank] for of_rank in came for received_N in of_rank)
         of_maps = 4 * received + 4 * sent + 8 * routed
         assert nodes.kept_bytes == row_bytes * rows + of_pairs + of_maps
         assert rows < received
