@@ -12,18 +12,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPools
+from tests.distributed.conftest import Trainings
 from tests.faults.delays import STEPS_PER_SEED, Trace, train_with_delays
-from tests.parity.flags import command_line
-from tests.parity.row import HOMES
-from tests.parity.rows import FULL_RECOMPUTE
+from tests.parity.row import FSEP, HOMES
+from tests.parity.rows import FULL_RECOMPUTE, STEP
 
-VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+VIRTUAL = (
+    " --num-layers 4 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+    " --expert-model-parallel-size 2"
+)
 FORECAST = " --fsep-plan-mode forecast"
 NODES = " --fsep-node-size 2 --fsep-set restore_algorithm=node"
 TOKENS = " --fsep-node-size 2 --fsep-token-exchange node"
@@ -31,38 +32,16 @@ TOKENS = " --fsep-node-size 2 --fsep-token-exchange node"
 ADAPTIVE = " --fsep-plan-mode adaptive --fsep-set imbalance_tolerance=0.02"
 
 
-@dataclass(frozen=True)
-class Case:
-    """One configuration: ranks, size of the FSEP group, microbatches, layers and flags."""
-
-    ranks: int
-    group: int
-    microbatches: int
-    layers: int
-    flags: str
-
-    def command(self, data: str, seeds: int, extra: str) -> list[str]:
-        replicas = self.ranks // (2 if VIRTUAL in self.flags else 1)
-        return command_line(
-            data,
-            " --micro-batch-size 1 --expert-parallel-mode fsep --fsep-sharding rows"
-            f" --num-layers {self.layers}{self.flags}{extra}",
-            expert_parallel=self.group,
-            global_batch=self.microbatches * replicas,
-            steps=seeds * STEPS_PER_SEED,
-        )
-
-
 QUICK = "restored per layer"
+# Ranks, global batch, and flags.
 CASES = {
-    "restored per layer": Case(2, 2, 2, 3, FORECAST),
-    "experts and tokens by nodes, 2 of 2": Case(4, 4, 2, 2, FORECAST + NODES + TOKENS),
-    "restored per step, accumulation 4": Case(2, 2, 4, 3, " --fsep-restore step"),
-    "pipeline 2 x virtual 2": Case(4, 2, 4, 4, FORECAST + VIRTUAL),
-    "full recompute, adaptive": Case(2, 2, 2, 3, ADAPTIVE + FULL_RECOMPUTE),
-    "experts at home by relay, adaptive": Case(4, 4, 2, 2, ADAPTIVE + HOMES + NODES),
+    "restored per layer": (2, 4, FORECAST + " --num-layers 3"),
+    "experts and tokens by nodes, 2 of 2": (4, 8, FORECAST + NODES + TOKENS),
+    "restored per step, accumulation 4": (2, 8, STEP + " --num-layers 3"),
+    "pipeline 2 x virtual 2": (4, 8, FORECAST + VIRTUAL),
+    "full recompute, adaptive": (2, 4, ADAPTIVE + FULL_RECOMPUTE + " --num-layers 3"),
+    "experts at home by relay, adaptive": (4, 8, ADAPTIVE + HOMES + NODES),
 }
-WAIT = " --fsep-late-plan wait"
 
 
 def seeds_of_delays() -> Iterator[Any]:
@@ -100,16 +79,26 @@ def _results(trace: Trace) -> list[tuple[str, float, float]]:
 
 @pytest.mark.parametrize(("case", "seeds"), seeds_of_delays())
 def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
-    ranks: RankPools, text_data: str, case: str, seeds: int
+    trained: Trainings, case: str, seeds: int
 ) -> None:
-    pool, timeout_s = ranks(CASES[case].ranks), 60.0 + 31.0 * seeds
-    command = CASES[case].command(text_data, seeds, WAIT)
-    steady = pool.run(train_with_delays, command, None, timeout_s=timeout_s)
-    disturbed = pool.run(train_with_delays, command, 0, timeout_s=timeout_s)
+    size, batch, flags = CASES[case]
+    steady, disturbed = (
+        trained.each(
+            f"{FSEP} --micro-batch-size 1 --fsep-late-plan wait{flags}",
+            first_seed,
+            by=train_with_delays,
+            size=size,
+            timeout_s=60.0 + 31.0 * seeds,
+            expert_parallel=size,
+            global_batch=batch,
+            steps=seeds * STEPS_PER_SEED,
+        )
+        for first_seed in (None, 0)
+    )
     assert disturbed[0].versions[-1] == seeds * STEPS_PER_SEED - 1, "a plan for every step"
     assert len(disturbed[0].digests) == seeds * STEPS_PER_SEED
     assert differing_steps(disturbed, steady) == []
-    if ADAPTIVE in CASES[case].flags:
+    if ADAPTIVE in flags:
         changes = [name for step in steady[0].completed for name in step if "change" in name]
         assert changes, "no layout was changed between gate and experts"
     reordered = reordered_seeds(disturbed, steady)
