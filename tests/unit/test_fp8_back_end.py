@@ -1,10 +1,4 @@
-"""The products in fp8 by Transformer Engine, on replacements of its quantiser, tensor and GEMM.
-
-They do what Transformer Engine documents, by the definitions in `tests/doubles/fp8.py`, and
-refuse what its kernels do.
-
-Over 400 lines: the replacements come first, and every recipe runs on them.
-"""
+"""The products in fp8 by Transformer Engine, on replacements (`tests/te_fp8.py`)."""
 
 from __future__ import annotations
 
@@ -22,200 +16,12 @@ from megatron_laer.layer.experts.fp8.padding import padded, unpadded
 from megatron_laer.layer.experts.fp8.payload import PayloadForm
 from megatron_laer.layer.experts.slot_linear import slot_linear
 from megatron_laer.precision import Precision
-from tests import te_mx as mx_fakes
-from tests.doubles import fp8 as definitions
 from tests.doubles.fp8_experts import EmulatedGemm
 from tests.slot_gemm import SPLITS, fixed_experts, poisoned_memory
+from tests.te_fp8 import MODULES, Quantiser, Tensor, grouped_gemm
 
 ROWS, COLUMNS = 64, 32
-KINDS = {"e4m3": definitions.E4M3, "e5m2": definitions.E5M2}
 GPU = torch.device("cuda", 0)
-
-
-class Tensor:
-    """Replacement of `Float8Tensor`: bytes, their scale, and the transpose for column-wise use."""
-
-    block: tuple[int, int] | None = None
-    multiple = 16
-
-    def __init__(
-        self,
-        *,
-        shape: Any,
-        dtype: torch.dtype,
-        data: torch.Tensor,
-        fp8_scale_inv: torch.Tensor,
-        fp8_dtype: str,
-    ) -> None:
-        assert tuple(data.shape) == tuple(shape) and data.dtype == torch.uint8
-        assert data.is_contiguous() and fp8_scale_inv.is_contiguous()
-        assert self.block or fp8_scale_inv.shape == (1,)
-        self._data, self._scale_inv, self.kind = data, fp8_scale_inv, fp8_dtype
-        self.device, self.by_columns = data.device, None
-
-    def update_usage(self, columnwise_usage: bool) -> None:
-        self.by_columns = self.by_rows
-
-    is_by_rows = True
-
-    @property
-    def by_rows(self) -> torch.Tensor:
-        assert self.is_by_rows, "quantised along columns alone"
-        quantised = definitions.Quantised(self._data.view(KINDS[self.kind]), self._scale_inv)
-        return definitions.dequantised(quantised, self.block)
-
-
-class Storage:
-    def __new__(
-        cls,
-        *args: Any,
-        data: Any,
-        fp8_scale_inv: Any,
-        fp8_dtype: Any,
-        data_transpose: Any = None,
-        quantizer: Any = None,
-    ) -> Storage:
-        raise NotImplementedError
-
-
-class Quantiser:
-    def __init__(
-        self,
-        fp8_dtype: str,
-        device: torch.device,
-        *,
-        rowwise: bool,
-        columnwise: bool,
-        force_pow_2_scales: bool,
-        amax_epsilon: float,
-    ) -> None:
-        assert rowwise and not force_pow_2_scales and amax_epsilon == 0.0
-        self.kind, self.rowwise, self.columnwise = fp8_dtype, rowwise, columnwise
-
-    def set_usage(self, *, rowwise: bool, columnwise: bool) -> None:
-        self.rowwise, self.columnwise = rowwise, columnwise
-
-    def __call__(self, matrix: torch.Tensor) -> Tensor:
-        assert matrix.is_contiguous() and matrix.shape[1] % 16 == 0
-        assert self.rowwise, "columns are made from rows"
-        values, scale = definitions.per_tensor(matrix, KINDS[self.kind])
-        made = Tensor(
-            shape=matrix.shape,
-            dtype=matrix.dtype,
-            data=values.view(torch.uint8),
-            fp8_scale_inv=scale,
-            fp8_dtype=self.kind,
-        )
-        if self.columnwise:
-            made.update_usage(columnwise_usage=True)
-        return made
-
-
-class BlockTensor(Tensor):
-    """Replacement of `Float8BlockwiseQTensor`, whose scales of square blocks come in fours.
-
-    As there, parameters are those of `__new__`.
-    """
-
-    def __new__(
-        cls,
-        *args: Any,
-        rowwise_data: Any,
-        rowwise_scale_inv: Any,
-        columnwise_data: Any,
-        columnwise_scale_inv: Any,
-        fp8_dtype: Any,
-        quantizer: Any,
-        is_2D_scaled: Any,
-        **kwargs: Any,
-    ) -> BlockTensor:
-        assert columnwise_data is columnwise_scale_inv is None
-        return super().__new__(cls)
-
-    def __init__(
-        self, rowwise_data: torch.Tensor, rowwise_scale_inv: torch.Tensor, **others: Any
-    ) -> None:
-        is_square = others["is_2D_scaled"]
-        self.block = (128, 128) if is_square else (1, 128)
-        assert rowwise_scale_inv.shape[1] % 4 == 0 or not is_square
-        parts = {"data": rowwise_data, "fp8_scale_inv": rowwise_scale_inv}
-        super().__init__(**parts, **{key: others[key] for key in ("shape", "dtype", "fp8_dtype")})
-        self._rowwise_data, self._rowwise_scale_inv = rowwise_data, rowwise_scale_inv
-
-    def update_usage(self, columnwise_usage: bool) -> None:
-        assert self.block == (128, 128), "only square blocks are those of the transpose"
-        super().update_usage(columnwise_usage)
-
-
-class BlockQuantiser:
-    def __init__(
-        self,
-        fp8_dtype: str,
-        *,
-        rowwise: bool,
-        columnwise: bool,
-        amax_epsilon: float,
-        force_pow_2_scales: bool,
-        block_scaling_dim: int,
-    ) -> None:
-        assert rowwise and force_pow_2_scales and amax_epsilon == 0.0
-        self.kind, self.dimensions = fp8_dtype, block_scaling_dim
-        self.rowwise, self.columnwise = rowwise, columnwise
-
-    def set_usage(self, *, rowwise: bool = True, columnwise: bool) -> None:
-        self.rowwise, self.columnwise = rowwise, columnwise
-
-    def __call__(self, matrix: torch.Tensor) -> BlockTensor:
-        square = self.dimensions == 2
-        kind = KINDS[self.kind]
-        block = (128, 128) if square else (1, 128)
-        values, scales = definitions.by_blocks(matrix, kind, block)
-        if square:
-            scales = torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4))
-        made = BlockTensor(
-            shape=matrix.shape,
-            dtype=matrix.dtype,
-            rowwise_data=values.view(torch.uint8),
-            rowwise_scale_inv=scales,
-            columnwise_data=None,
-            columnwise_scale_inv=None,
-            fp8_dtype=self.kind,
-            quantizer=self,
-            is_2D_scaled=square,
-        )
-        made.is_by_rows = self.rowwise
-        if self.columnwise:
-            of_columns = definitions.by_blocks(matrix, kind, (128, 1))
-            made.by_columns = definitions.dequantised(of_columns, (128, 1))
-        return made
-
-
-def grouped_gemm(
-    A: list[Tensor],
-    B: list[Tensor],
-    out: list[torch.Tensor],
-    quantization_params: list[None],
-    out_dtype: torch.dtype,
-    *,
-    layout: str,
-    m_splits: list[int],
-    grad: bool,
-    use_split_accumulator: bool,
-    single_output: bool = False,
-) -> None:
-    """Multiply column-major operands, in float32, and refuse sizes that cuBLAS does."""
-    assert len(A) == len(B) == len(m_splits) == len(quantization_params)
-    assert grad == (layout != "TN") and use_split_accumulator == grad
-    outs = out[0].split(m_splits) if single_output else out
-    for first, second, tokens, product in zip(A, B, m_splits, outs, strict=True):
-        assert (
-            tokens % second.multiple == 0
-            and tokens > 0
-            and all(size % 16 == 0 for size in product.shape)
-        )
-        left = second.by_columns.t() if layout[1] == "T" else second.by_rows
-        right = first.by_rows.t() if layout[0] == "T" else first.by_columns
-        product.copy_((left @ right).to(out_dtype))
 
 
 @pytest.fixture(params=["hybrid", "e4m3"])
@@ -241,22 +47,9 @@ def config(request: pytest.FixtureRequest, fp8_format: str, monkeypatch: pytest.
     )
     if request.param == "mxfp8":  # it has no settings
         recipe = SimpleNamespace()
-    modules = {
-        f"{te.TENSORS}.float8_tensor": SimpleNamespace(
-            Float8CurrentScalingQuantizer=Quantiser, Float8Tensor=Tensor
-        ),
-        f"{te.TENSORS}.float8_blockwise_tensor": SimpleNamespace(
-            Float8BlockQuantizer=BlockQuantiser, Float8BlockwiseQTensor=BlockTensor
-        ),
-        f"{te.TENSORS}.mxfp8_tensor": mx_fakes.MODULE,
-        f"{te.TENSORS}.storage.float8_tensor_storage": SimpleNamespace(Float8TensorStorage=Storage),
-        "transformer_engine_torch": SimpleNamespace(
-            DType=SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2")
-        ),
-    }
     found = importlib.import_module
     monkeypatch.setattr(
-        te.importlib, "import_module", lambda name, *a: modules.get(name) or found(name, *a)
+        te.importlib, "import_module", lambda name, *a: MODULES.get(name) or found(name, *a)
     )
     monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda _: recipe)
     monkeypatch.setattr(te.grouped, "grouped_gemm", lambda: grouped_gemm)
@@ -312,13 +105,13 @@ def test_each_product_quantises_tokens_in_its_own_direction(
     config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[bool, bool]] = []
-    for fake in (Quantiser, BlockQuantiser, mx_fakes.MxQuantiser):
+    quantise = Quantiser.__call__
 
-        def recorded(self: Any, matrix: torch.Tensor, call: Any = fake.__call__) -> Any:
-            asked.append((self.rowwise, self.columnwise))
-            return call(self, matrix)
+    def recorded(self: Any, matrix: torch.Tensor) -> Any:
+        asked.append((self.rowwise, self.columnwise))
+        return quantise(self, matrix)
 
-        monkeypatch.setattr(fake, "__call__", recorded)
+    monkeypatch.setattr(Quantiser, "__call__", recorded)
     gemm = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
     tokens_C, options = [3, 0, 64], {"dtype": torch.bfloat16}
     input_TK, grad_TR = torch.ones(67, COLUMNS, **options), torch.ones(67, ROWS, **options)
@@ -348,7 +141,8 @@ def test_a_parameter_in_fp8_sends_its_own_bytes_and_scales(config: Any) -> None:
 @pytest.mark.parametrize("config", ["mxfp8"], indirect=True)
 def test_a_parameter_in_mxfp8_sends_its_own_bytes_of_each_direction(config: Any) -> None:
     gemm = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
-    parameter: Any = mx_fakes.MxQuantiser("e4m3")(torch.randn(ROWS, COLUMNS).bfloat16())
+    quantise = Quantiser("e4m3", rowwise=True, columnwise=True)
+    parameter: Any = quantise(torch.randn(ROWS, COLUMNS).bfloat16())
     for packer, direction in zip(gemm.packers, ("row", "column"), strict=True):
         values, scales = (
             getattr(parameter, f"_{direction}wise_{part}") for part in ("data", "scale_inv")
@@ -383,11 +177,11 @@ def test_unfit_sizes_packages_and_signatures_are_refused(
     multiple = 32 if config.fp8_recipe == "mxfp8" else 16
     with pytest.raises(ValueError, match=f"40 x 32 elements, and .* needs multiples of {multiple}"):
         fp8.quantised_gemm(config, 40, 32, GPU)
-    monkeypatch.delattr(Quantiser, "__init__")
-    monkeypatch.delattr(BlockQuantiser, "__init__")
-    monkeypatch.delattr(mx_fakes.MxTensor, "__new__")
     missing = r"Float8.*Quantizer of Tr.* has no amax_epsilon, .*; install transformer-engine 2.11"
-    if config.fp8_recipe == "mxfp8":
+    if config.fp8_recipe != "mxfp8":
+        monkeypatch.delattr(Quantiser, "__init__")
+    else:
+        monkeypatch.delattr(Tensor, "__new__")
         missing = r"MXFP8Tensor of Tr.*, with_gemm_swizzled_scales; install transformer-engine 2.12"
     with pytest.raises(ValueError, match=missing):
         fp8.quantised_gemm(config, 32, 32, GPU)
