@@ -59,11 +59,6 @@ def _proof(found: Judgement) -> str:
     )
 
 
-def no_rows(recipes: Judged) -> Counter[str]:
-    proofs = [found.proof for _, found in recipes if found.proof]
-    return Counter(feature for proof in proofs for feature in proof.no_row)
-
-
 def _reasons(training: Judged, lora: Judged) -> Iterator[str]:
     yield "| in the way now | verdict | training | LoRA |"
     yield "|---|---|---|---|"
@@ -87,4 +82,3 @@ def _keys(found: Judgement) -> Iterable[tuple[str, str]]:
 
 if __name__ == "__main__":
     print("\n\n".join("\n".join(table) for table in tables(judged(LIST))))
-    print("\n", no_rows(judged(LIST)))

@@ -1,12 +1,10 @@
 """Rules of plain English that a machine can check, with a count of today's exceptions.
 
-`python -m tests.style` lists the exceptions, and `--write` lowers the counts of `style_limits.csv`
-to those of today; a count never grows.
+`python -m tests.style` lists the exceptions; a count of `style_limits.csv` never grows.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import csv
 import re
@@ -126,21 +124,5 @@ def excess(found: Exceptions, allowed: dict[tuple[str, str], int]) -> list[str]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--write", action="store_true", help="lower the counts to today's")
-    options = parser.parse_args()
-    found = exceptions()
-    if not options.write:
-        print("\n".join(line for items in found.values() for line in items))
-        return
-    allowed = limits()
-    counts = {key: min(len(items), allowed.get(key, 0)) for key, items in found.items()}
-    with LIMITS.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["rule", "room", "allowed"])
-        writer.writerows([*key, count] for key, count in sorted(counts.items()) if count)
-
-
 if __name__ == "__main__":
-    main()
+    print("\n".join(line for items in exceptions().values() for line in items))
