@@ -24,7 +24,7 @@ _TILES = {_SQUARE: (1, 4), _MX: (128, 4), _MX[::-1]: (4, 128)}
 
 
 def _padded(sizes: Any, block: tuple[int, int] | None) -> tuple[int, ...]:
-    tile = _TILES.get(block, (1,) * len(sizes)) if block else (1,)
+    tile = _TILES.get(block, (1,) * len(sizes))
     return tuple(-(-size // side) * side for size, side in zip(sizes, tile, strict=True))
 
 
