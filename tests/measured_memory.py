@@ -1,36 +1,26 @@
-"""Bytes of a rank by setting, measured on gloo ranks and by formula: the table of docs/memory.md.
-
-`python -m tests.measured_memory` trains a small model with each setting, prints both, and writes
-`measured_memory.csv`, from which `python -m tests.site_pages` makes the table.
+"""Bytes of a rank by setting, measured on gloo ranks and by the formulas of docs/memory.md.
 
 Legend: C slots per rank, h home experts, L layers, P weights of an expert.
 """
 
 from __future__ import annotations
 
-import csv
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.cpu.training import Adapt, train
 from megatron_laer.planner.state_bytes import RankWeights, state_bytes
 from megatron_laer.rules import STRATEGIES
 from megatron_laer.schedule import make_schedule
-from tests.parity.bridge_lora import lora_on_experts, lora_on_experts_under_recompute
+from tests.parity.bridge_lora import lora_on_experts_under_recompute
 from tests.parity.flags import command_line
 from tests.parity.rows import DIST_OPT, FSDP
-from tests.text_data import write_text_data
-
-FIGURES = Path(__file__).with_suffix(".csv")
 
 LAYERS, EXPERTS, RANKS, TOKENS = 4, 8, 2, 2 * 48  # of a rank's microbatch
 CAPACITY = 8  # at which every random layout has replicas
@@ -40,23 +30,20 @@ EXPERT_WEIGHTS = 3 * HIDDEN * 64
 AT_HOME = " --fsep-sharding experts"
 ROWS = " --fsep-sharding rows"
 STEP = " --fsep-restore step"
-OFF = " --fsep-set scheduler=off"
 FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-MOE = " --recompute-granularity selective --recompute-modules moe"
 # By default Megatron-FSDP has gradients in the parameters' dtype.
 _COMMON = " --bf16 --megatron-fsdp-main-grads-dtype fp32 --expert-parallel-mode fsep"
 _COMMON += f" --fsep-planner random --fsep-capacity {CAPACITY}"
 
-PARTS = ("weights", "gradients", "optimizer", "restored", "restored_gradients", "kept")
-
 
 class Bytes(NamedTuple):
-    """Bytes of a rank by part; None where no formula says them.
+    """Bytes of a rank by part.
 
     Attributes:
         restored: buffers of restored experts or replicas.
         restored_gradients: buffers of their gradients, with sums of a held step.
-        kept: tensors of the layers that live from a microbatch's forward to its backward.
+        kept: tensors of the layers that live from a microbatch's forward to its backward, under
+            full recompute; else None, as no formula has them.
     """
 
     weights: float
@@ -69,15 +56,13 @@ class Bytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table.
+    """Settings of a run.
 
     Attributes:
-        name: on the page.
         flags: Megatron's and FSEP's, without the sharding.
         keeps_gib: `--fsep-restore GIB`.
     """
 
-    name: str
     flags: str = DIST_OPT
     sharding: str = AT_HOME
     strategy: str | None = None
@@ -122,15 +107,15 @@ class Setting:
             frozen=frozen,
         )
         holds = STEP in self.flags
-        schedule = make_schedule(overlaps=OFF not in self.flags, holds_step=holds)
+        schedule = make_schedule(overlaps=True, holds_step=holds)
         weights, gradients = self.replicas_bytes
         # Under a checkpoint a layer's gradients arrive before its own backward ends.
-        again = FULL in self.flags or MOE in self.flags
+        again = FULL in self.flags
         kept = (1 if again else schedule.gradient_layers(LAYERS)) * gradients
         if holds:  # float32 sums of all layers
             kept += LAYERS * gradients * 4 // WEIGHT_BYTES
         layers = schedule.restored_layers(LAYERS) + self.keeps_gib * 2**30 // weights
-        inputs = LAYERS * TOKENS * HIDDEN * WEIGHT_BYTES if FULL in self.flags else None
+        inputs = LAYERS * TOKENS * HIDDEN * WEIGHT_BYTES if again else None
         return Bytes(*state, layers * weights, kept, inputs)
 
 
@@ -138,23 +123,15 @@ class Setting:
 ADAPTER_WEIGHTS = 4 * (HIDDEN + 128) + 4 * (64 + HIDDEN)
 _LAYER_GIB = (CAPACITY - EXPERTS // RANKS) * EXPERT_WEIGHTS * WEIGHT_BYTES / 2**30
 
-SETTINGS = (
-    Setting("experts at home, DDP", ""),
-    Setting("with `--use-distributed-optimizer`"),
-    Setting("rows of experts instead", sharding=ROWS),
-    *(Setting(f"Megatron-FSDP, `{name}`", " ", strategy=name) for name in STRATEGIES),
-    Setting("LoRA of rank 4 on experts", adapt=lora_on_experts),
-    Setting("`--fsep-set scheduler=off`", DIST_OPT + OFF),
-    Setting("`--fsep-restore step`", DIST_OPT + STEP),
-    Setting("one layer of `--fsep-restore GIB`", keeps_gib=_LAYER_GIB),
-    Setting("recompute of the MoE layer", DIST_OPT + MOE),
-    Setting("full recompute", DIST_OPT + FULL),
-    Setting(
-        "full recompute, LoRA of rank 4 on experts",
-        DIST_OPT + FULL,
-        adapt=lora_on_experts_under_recompute,
-    ),
-)
+SETTINGS = {
+    "ddp": Setting(""),
+    "distributed optimizer": Setting(),
+    "rows": Setting(sharding=ROWS),
+    **{name: Setting(" ", strategy=name) for name in STRATEGIES},
+    "step": Setting(DIST_OPT + STEP),
+    "one layer kept": Setting(keeps_gib=_LAYER_GIB),
+    "full recompute, lora": Setting(DIST_OPT + FULL, adapt=lora_on_experts_under_recompute),
+}
 
 
 class Measured(NamedTuple):
@@ -173,6 +150,7 @@ def measure(command: list[str], adapt: Adapt | None = None) -> Measured:
     from megatron_laer.plugin.sharded_models import is_sharded, unwrapped
     from megatron_laer.session import current_coordinator
 
+    recomputes = "full" in command
     setup, forward, kept = training.setup_model_and_optimizer, TransformerBlock.forward, list[Any]()
     counts, living, found = list[Any](), list[int](), list[Bytes]()
 
@@ -182,6 +160,9 @@ def measure(command: list[str], adapt: Adapt | None = None) -> Measured:
         return result
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not recomputes:
+            return forward(self, *args, **kwargs)
+
         def count_living(*_: Any) -> None:
             living.append(_unchanging(new.num_bytes))
 
@@ -222,7 +203,8 @@ def measure(command: list[str], adapt: Adapt | None = None) -> Measured:
         coordinator: Any = current_coordinator()
         streams = coordinator.streams
         buffers = streams.weights.num_bytes, streams.grads.num_bytes
-        found.append(Bytes(*map(_bytes, (weights, gradients, states)), *buffers, living[-1]))
+        kept_bytes = living[-1] if recomputes else None
+        found.append(Bytes(*map(_bytes, (weights, gradients, states)), *buffers, kept_bytes))
 
     with (
         mock.patch.object(training, "setup_model_and_optimizer", keep),
@@ -284,37 +266,5 @@ def both(setting: Setting, results: Sequence[Measured], ranks: int = RANKS) -> t
     first = results[0]
     expected = setting.formula(first.trained, first.frozen, ranks)
     parts = zip(*(of.bytes for of in results), strict=True)
-    return expected, Bytes(*(sum(part) / len(results) for part in parts))
-
-
-def table() -> Iterator[str]:
-    """Yield the lines of the page's table, in KiB by formula and as measured."""
-    yield "|".join(["|setting", *(part.replace("_", " ") for part in PARTS), ""])
-    yield "|---" * (1 + len(PARTS)) + "|"
-    with FIGURES.open(newline="", encoding="utf-8") as file:
-        for line in csv.reader(file):
-            yield "|".join(["", *line, ""])
-
-
-def cells(expected: Bytes, measured: Bytes) -> list[str]:
-    """Return a line's cells: formula and measurement, or the latter alone without a formula."""
-    return [
-        f"{found / 1024:.1f}" if of is None else f"{of / 1024:.1f}/{found / 1024:.1f}"
-        for of, found in zip(expected, measured, strict=True)
-    ]
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, RankPool(RANKS) as pool:
-        write_text_data(data := f"{folder}/text")
-        lines = []
-        for setting in SETTINGS:
-            results = pool.run(measure, setting.command(data), setting.adapt)
-            lines.append([setting.name, *cells(*both(setting, results))])
-            print(*lines[-1], sep=" | ", flush=True)
-    with FIGURES.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
-
-
-if __name__ == "__main__":
-    main()
+    means = (None if None in part else sum(part) / len(results) for part in parts)
+    return expected, Bytes(*means)

@@ -16,7 +16,7 @@ from megatron_laer.life import LIFE, Kind
 from megatron_laer.plugin.command_line import ARGUMENT_PATCHES
 from megatron_laer.plugin.switch import FSEP_PATCHES
 from megatron_laer.releases import NEXT, RELEASES
-from tests import compatibility, measured_memory
+from tests import compatibility
 from tests.parity import report
 from tests.releases import PLACES
 
@@ -89,7 +89,6 @@ TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
     ("flags.md", "flags"): flags,
     ("megatron.md", "patches"): patches,
     ("slurm.md", "settings"): slurm_settings,
-    ("memory.md", "memory"): measured_memory.table,
     ("support.md", "releases"): releases,
     ("support.md", "combinations"): compatibility.combinations,
     ("support.md", "versions"): compatibility.versions,
