@@ -266,5 +266,5 @@ def both(setting: Setting, results: Sequence[Measured], ranks: int = RANKS) -> t
     first = results[0]
     expected = setting.formula(first.trained, first.frozen, ranks)
     parts = zip(*(of.bytes for of in results), strict=True)
-    means = (None if None in part else sum(part) / len(results) for part in parts)
+    means: list[Any] = [None if None in part else sum(part) / len(results) for part in parts]
     return expected, Bytes(*means)

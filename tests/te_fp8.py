@@ -20,7 +20,7 @@ UNDEFINED = 255  # NaN as a scale of mxfp8
 _SQUARE = (128, 128)
 _MX = (1, fp8.MX_BLOCK)
 # Rows and columns of padded scales are multiples of these, by the block of a scale.
-_TILES = {_SQUARE: (1, 4), _MX: (128, 4), _MX[::-1]: (4, 128)}
+_TILES: dict[Any, tuple[int, ...]] = {_SQUARE: (1, 4), _MX: (128, 4), _MX[::-1]: (4, 128)}
 
 
 def _padded(sizes: Any, block: tuple[int, int] | None) -> tuple[int, ...]:
@@ -113,7 +113,7 @@ class Quantiser:
         amax_epsilon: float | None = None,
         block_scaling_dim: int | None = None,
     ) -> None:
-        is_mx = device is block_scaling_dim is None
+        is_mx = device is None and block_scaling_dim is None
         assert rowwise and amax_epsilon == (None if is_mx else 0.0)
         assert force_pow_2_scales == (None if is_mx else device is None)
         self.kind, self.dimensions = fp8_dtype, block_scaling_dim
@@ -125,7 +125,11 @@ class Quantiser:
 
     def __call__(self, matrix: torch.Tensor) -> Tensor:
         assert matrix.is_contiguous()
-        named = {"shape": matrix.shape, "dtype": matrix.dtype, "fp8_dtype": self.kind}
+        named: dict[str, Any] = {
+            "shape": matrix.shape,
+            "dtype": matrix.dtype,
+            "fp8_dtype": self.kind,
+        }
         kind = KINDS[self.kind]
         if self.is_whole:
             assert matrix.shape[1] % 16 == 0
