@@ -216,7 +216,7 @@ def _works(
         inside, outside = (NODE_SIZE - 1) / RANKS, (RANKS - NODE_SIZE) / RANKS
         intra, inter = size * inside, size * outside
         geometry = Geometry(RANKS, model.num_experts, capacity, NODE_SIZE)
-        exchange = Exchange(intra, inter, (Link.ALL,), 1, geometry)
+        exchange = Exchange(intra, inter, (Link.ALL,), geometry)
     return [
         [_work(pairs_N, mean, rates, exchange, model) for pairs_N in pairs_MN]
         for pairs_MN in pairs_LMN

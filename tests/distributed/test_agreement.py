@@ -20,7 +20,7 @@ from tests.distributed.conftest import Trainings
 from tests.faults.injected import current_step
 from tests.parity.row import FSEP
 
-OTHER_NUMPY = "0.0.other"
+OTHER_NUMPY = f"{np.__version__}+other"
 
 
 def train_with_other_rank(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.checkpoints import iteration_folder
 from tests.distributed.conftest import Trainings
-from tests.messages import messages
 
 FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --ckpt-format torch_dist"
 
@@ -24,13 +22,13 @@ IN_FORCE = {
 }
 
 
-def listen(flags: list[str]) -> tuple[list[str], int]:
+def uploads(flags: list[str]) -> int:
+    """Train; return how often the torch back end uploaded the ends of groups."""
     from megatron_laer.layer.experts.gemm import torch as grouped
 
     grouped._ends.cache_clear()
-    with messages(logging.WARNING) as lines:
-        train(flags)
-    return [line for line in lines if "--fsep-set gemm" in line], grouped._ends.cache_info().misses
+    train(flags)
+    return grouped._ends.cache_info().misses
 
 
 def settings_of(folder: Path) -> dict[str, object]:
@@ -52,19 +50,13 @@ def test_a_checkpoint_has_the_settings_in_force_in_place_of_auto(
     assert ranks(2).run(settings_of, iteration_folder(tmp_path / "again", 1)) == [IN_FORCE] * 2
 
 
-def test_a_run_that_goes_on_with_another_back_end_says_so(
-    trained: Trainings, tmp_path: Path
-) -> None:
-    run = partial(trained.each, by=listen, experts=4)
-    saved = run(f"{FSEP} --save {tmp_path} --save-interval 1", steps=1)
-    assert saved == [([], 0), ([], 0)]
+def test_a_run_goes_on_with_another_back_end(trained: Trainings, tmp_path: Path) -> None:
+    run = partial(trained.each, by=uploads, experts=4)
+    assert run(f"{FSEP} --save {tmp_path} --save-interval 1", steps=1) == [0, 0]
     # The schedule of learning rates follows the number of steps, which differs between the runs.
     go_on = f"{FSEP} --load {tmp_path} --override-opt_param-scheduler"
-    assert run(go_on, steps=2) == saved
-    (first, uploads), (second, _) = run(go_on + " --fsep-set gemm=torch", steps=2)
-    assert uploads > 0 and second == []
-    (line,) = first
-    assert "run with --fsep-set gemm=loop, and this one has --fsep-set gemm=torch" in line
+    assert run(go_on, steps=2) == [0, 0]
+    assert all(run(go_on + " --fsep-set gemm=torch", steps=2))
 
 
 def test_sizes_that_a_back_end_cannot_multiply_are_refused_on_every_rank(

@@ -36,7 +36,7 @@ def test_a_signal_waits_while_helpers_start() -> None:
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     try:
         with signals_blocked():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
             assert heard == []
         assert heard == [signal.SIGTERM]
     finally:

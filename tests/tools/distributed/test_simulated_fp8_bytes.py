@@ -23,7 +23,6 @@ from tests.parity.replay import train_row
 
 EXPERTS, CAPACITY, HIDDEN, FFN = 8, 6, 64, 64
 # Exchanges of a layer that are watched: one for each matrix.
-MATRICES = 2
 FSEP_FLAGS = (
     f" --bf16 --expert-parallel-mode fsep --fsep-allow-unproven fp8-experts --fsep-planner random"
     f" --fsep-capacity {CAPACITY} --fsep-set scheduler=off restore_algorithm=flat"
@@ -108,7 +107,7 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_priced(
     # Sums of a step travel in four bytes, gradients of a microbatch in two.
     for name, total, factor in (("restore", "restored", 1), ("reduce", "reduced", 2)):
         expected = 0.0
-        for in_fp8, slots in by_rank[0][name][::MATRICES]:
+        for in_fp8, slots in by_rank[0][name]:
             of = costs if in_fp8 else costs.in_bf16
             layout = ExpertLayout.from_slots(2, CAPACITY, EXPERTS, np.array(slots))
             priced = of.restore_bytes if name == "restore" else of.reduce_bytes
