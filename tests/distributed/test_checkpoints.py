@@ -289,10 +289,13 @@ def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
 ) -> None:
     options: dict[str, Any] = {"experts": 4, "steps": 4, "global_batch": 4}
     whole = trained(PLANNED + TORCH_DIST, layouts_in_force, **options)
-    saves = f"{PLANNED}{TORCH_DIST} --save {tmp_path} --save-interval 3 --exit-interval 3"
+    saves = f"{PLANNED}{TORCH_DIST} --save {tmp_path} --save-interval 1 --exit-interval 3"
     trained(saves, by=train_until_exit, **options)
     load = f"{TORCH_DIST} --load {tmp_path}"
-    file = Path(planner_checkpoint.state_path(str(iteration_folder(tmp_path, 3)), 0))
+    earlier, file = (
+        Path(planner_checkpoint.state_path(str(iteration_folder(tmp_path, step)), 0))
+        for step in (2, 3)
+    )
 
     def resumed(extra: str, expected: str) -> Any:
         found = trained.each(load + extra, by=train_and_listen, **options)
@@ -308,8 +311,10 @@ def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
     again = resumed(PLANNED + WEIGHTS_ONLY, "before step 3 and training begins at step 0")
     assert again == whole.probes[0]
     state = file.read_bytes()
-    file.write_bytes(state[:-5])
-    assert resumed(PLANNED, "cut off") == whole.probes[0]
+    of_earlier = earlier.read_bytes(), "before step 2 and training begins at step 3"
+    for wrong, said in ((state[:-5], "cut off"), of_earlier):
+        file.write_bytes(wrong)
+        assert resumed(PLANNED, said) == whole.probes[0]
     file.unlink()
     assert resumed(PLANNED, "there is no planner's state") == whole.probes[0]
     file.write_bytes(state)
