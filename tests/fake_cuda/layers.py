@@ -93,7 +93,7 @@ def _input() -> torch.Tensor:
 
 @torch.no_grad()
 def _update(parameter: Any) -> torch.Tensor:
-    """Take a step by a parameter's gradient, and return that."""
+    """Step by a parameter's gradient, and return that."""
     grad = getattr(parameter, "main_grad", parameter.grad)
     parameter.add_(grad, alpha=-1e-2)
     found: torch.Tensor = grad.clone()
