@@ -219,8 +219,8 @@ def test_memory_is_lent_again_only_when_the_restore_into_it_is_over(
     streams: ExchangeStreams,
 ) -> None:
     restored = restored_experts(replace(streams, parameters=LateStream()))
-    restored.weights.matrix(0)  # the second is still on its way
-    restored.after_compute(ones(needs_grad=False))
+    restored.weights.start_restore()
+    restored.after_compute(ones(needs_grad=False))  # its experts are still on their way
     assert streams.weights.in_use == 0
     assert restored.state.weights is WeightState.SHARDED
 
