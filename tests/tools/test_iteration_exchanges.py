@@ -44,6 +44,21 @@ def test_experts_that_are_held_take_memory_of_all_layers_and_one_exchange_a_step
     assert 0 < by_step.exposed_s["reduce"] < by_layer.exposed_s["reduce"]
 
 
+def test_sums_of_a_held_step_are_sent_in_four_bytes():
+    costs = CostModel(H100, TINY.hidden, TINY.expert_ffn, True, 2)
+    of_layer, of_step = (
+        make_method(
+            FSEP,
+            MethodSettings(Geometry(4, 8, 4, 2), costs, config=FSEPConfig(restore=restore)),
+            Rates(H100, 2),
+        )
+        .layer_planner()
+        .exchanges[1]
+        for restore in ("layer", "step")
+    )
+    assert of_step.intra_bytes == 2 * of_layer.intra_bytes > 0
+
+
 def test_replicas_that_are_held_take_memory_of_their_slots():
     trace = workload_trace("W1", WorkloadShape(8, 8, 2, 2**17), 4)  # enough tokens for replicas
     homes = {"names": [FSEP], "mode": "forecast", "sharding": Sharding.EXPERTS}
