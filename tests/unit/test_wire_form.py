@@ -143,6 +143,17 @@ def test_payloads_and_biases_of_an_expert_travel_and_lie_as_bytes() -> None:
         assert torch.equal(lying[slot].squeeze(1), biases[home])
 
 
+def test_trained_matrices_of_several_dtypes_are_refused() -> None:
+    def share(is_trained: bool) -> Share:
+        narrow = torch.nn.Parameter(torch.zeros(2, 6, 8, dtype=torch.bfloat16))
+        wide = torch.nn.Parameter(torch.zeros(12), requires_grad=is_trained)
+        return Slices((narrow, wide), (6, 6))
+
+    assert share(False).grads_form.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"are in torch\.bfloat16, torch\.float32, and .*adapters"):
+        _ = share(True).grads_form
+
+
 @pytest.mark.parametrize("at_home", [False, True])
 def test_sums_go_to_main_gradients_of_any_dtype_or_to_autograd(at_home: bool) -> None:
     share = new_share(at_home=at_home)

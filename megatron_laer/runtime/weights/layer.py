@@ -193,7 +193,7 @@ class Share(ABC):
         own = [Carried(rows, columns, like.dtype) for rows, columns, like in matrices]
         form = ExpertRows.of([own[at] for at in self.trained_at])
         if not form.dtype.is_floating_point:
-            dtypes = ", ".join({str(part.dtype) for part in form.parts})
+            dtypes = ", ".join(sorted({str(part.dtype) for part in form.parts}))
             raise ValueError(
                 f"trained matrices of experts are in {dtypes}, and their gradients travel in one "
                 "dtype: give adapters the experts' dtype"
