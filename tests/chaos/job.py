@@ -76,7 +76,7 @@ def saved_step(folder: Path) -> int:
 def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None) -> list[int]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([ranks.preparation])
-    environment = _environment(plan, start)
+    environment = _environment(plan)
     processes = []
     folder = str(outcome.folder)
     flags = plan.flags(data, folder)
@@ -172,18 +172,14 @@ def _descendants(processes: Sequence[ForkServerProcess]) -> set[psutil.Process]:
     return found
 
 
-def _environment(plan: Plan, start: int) -> dict[str, str]:
+def _environment(plan: Plan) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    found = {
+    return {
         "WORLD_SIZE": str(plan.variant.ranks),
         "LOCAL_WORLD_SIZE": str(plan.variant.ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "PYTHONWARNINGS": "ignore",
     }
-    if not plan.variant.saves:
-        # Without checkpoints only the launcher, the fork server, identifies the run.
-        found |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": str(start)}
-    return found
