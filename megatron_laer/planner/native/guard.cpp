@@ -75,7 +75,7 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
                                                    decision.loads_S)
                      : least_layer_seconds(shape, costs, microbatch.counts,
                                            microbatch.node_counts_QE);
-  // Beside a layer that takes as little as this one could. In one hop all slots' rows do not differ.
+  // Next to a layer that takes as little as this one could. One hop takes as long for all layouts.
   const auto exposed_s = [&](const int16_t* slots_S) {
     if (shape.home == 0 && costs.ways.front().way.links.size() == 1) return 0.0;
     const Exchanges exchanges = exchange_seconds(costs, slots_S);
