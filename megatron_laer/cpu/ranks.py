@@ -149,14 +149,14 @@ class RankPool:
             waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
             ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise RankError(self._stop_with_stacks(f"no result after {timeout_s} s"))
+                raise RankError(self._stop_with_stacks(_why_stopped(results, timeout_s)))
             for pipe in ready:
                 rank = self._pipes.index(pipe)  # type: ignore[arg-type]
                 try:
                     results[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, ConnectionError):
                     raise RankError(self._stop_with_stacks(f"rank {rank} died")) from None
-            if any(isinstance(result, Raised) for result in results.values()):
+            if _raised(results):
                 deadline = min(deadline, time.monotonic() + self.patience_s)
         return [results[rank] for rank in range(self.world_size)]
 
@@ -172,6 +172,17 @@ class RankPool:
             tails += [f"--- rank {rank}", *lines]
         self.close()
         return f"{reason}; the last lines of every rank:\n" + "\n".join(tails)
+
+
+def _raised(results: dict[int, Any]) -> dict[int, Raised]:
+    return {rank: found for rank, found in results.items() if isinstance(found, Raised)}
+
+
+def _why_stopped(results: dict[int, Any], timeout_s: float) -> str:
+    """Say which ranks have no result, and first why others raised: they may wait for those."""
+    raised = [f"rank {rank}:\n{found.traceback}" for rank, found in _raised(results).items()]
+    given = f"results of ranks {sorted(results)}, no other"
+    return "\n".join([*raised, given if raised else f"{given} after {timeout_s} s"])
 
 
 def _await_stacks(process: Any, log: Path, written: int, within_s: float = 60.0) -> None:

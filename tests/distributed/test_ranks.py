@@ -13,7 +13,8 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPool, RankPools
 from tests.distributed.conftest import Trainings
-from tests.parity.rows import DIST_OPT
+from tests.parity.row import FSEP
+from tests.parity.rows import DIST_OPT, FSDP
 from tests.processes import outlive, python_path
 
 # A rank that starts a child of its own, and a process that ends while its pool is open.
@@ -77,9 +78,12 @@ def test_a_rank_that_fails_is_heard_and_the_others_show_where_they_hang() -> Non
         pool.patience_s = 2.0
         pool.run(os.getpid)
         pids = [process.pid for process in pool._processes]
-        with pytest.raises(RankError, match="rank 1 is ill") as error:
+        with pytest.raises(RankError) as error:
             pool.run(raise_on_one_rank)
-        assert "in raise_on_one_rank" in str(error.value).split("--- rank 1")[0]
+        reason, stacks = str(error.value).split("--- rank 0")
+        assert reason.startswith("rank 1:") and "rank 1 is ill" in reason
+        assert "results of ranks [1], no other;" in reason
+        assert "in raise_on_one_rank" in stacks.split("--- rank 1")[0]
         assert outlive(pids) == []
 
 
@@ -123,10 +127,14 @@ def open_after_training(flags: list[str]) -> tuple[int, int]:
     return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("mode", ["", " --expert-parallel-mode fsep"], ids=["stock", "fsep"])
+@pytest.mark.parametrize(
+    "mode",
+    [DIST_OPT, DIST_OPT + FSEP, f" --bf16{FSDP}optim_grads_params --expert-parallel-mode fsep"],
+    ids=["stock", "fsep", "megatron-fsdp"],
+)
 def test_a_run_leaves_no_process_group_in_its_rank(trained: Trainings, mode: str) -> None:
     # Files that the first run opens for good, such as the dataset, are not opened again.
-    runs = [trained.each(DIST_OPT + mode, by=open_after_training, steps=1) for _ in range(3)]
+    runs = [trained.each(mode, by=open_after_training, steps=1) for _ in range(3)]
     for (threads, files), (threads_after, files_after) in zip(runs[1], runs[2], strict=True):
         assert threads_after <= threads
         assert files_after <= files + 1
