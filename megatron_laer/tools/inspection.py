@@ -12,9 +12,7 @@ import gc
 import io
 import math
 import pickle
-import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,6 @@ from megatron_laer.planner.state import PlannerState
 
 # Limit on a list of tensors, which needs some hundred bytes for each piece that a rank has saved.
 _MAX_LIST_BYTES = 2**28
-_MAX_SIZE = 2**63 - 1
-_MAX_AXES = 64
 # Maximum groups whose planner's state is described, of whole and of damaged ones.
 _MOST_GROUPS = 8
 
@@ -36,7 +32,9 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 _EXPERTS = ".mlp.experts.experts.linear_fc"
 # Dimensions of the tensors with all experts, by the last part of their names.
 _DIMENSIONS_OF_EXPERTS = {"weight": 3, "bias": 2}
-_OPTIMIZER = "optimizer."
+
+# Shapes and types of tensors by their global names, escaped.
+_Tensors = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 # Names in torch's list of tensors, next to those of types; calls of these have no effect elsewhere.
 _ALLOWED = {
@@ -51,19 +49,6 @@ _ALLOWED = {
     },
     "torch.serialization": {"_get_layout"},
 }
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of the checkpoint's metadata."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    item_bytes: int
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
 
 
 def describe(path: str | Path) -> tuple[str, bool]:
@@ -117,8 +102,7 @@ def _is_dtype(name: str) -> bool:
     return isinstance(getattr(torch, name, None), torch.dtype)
 
 
-def _tensors(path: Path) -> dict[str, Entry]:
-    """Read every tensor by its global name, escaped."""
+def _tensors(path: Path) -> _Tensors:
     content = read_bytes(path, _MAX_LIST_BYTES)
     collects = gc.isenabled()
     # Collections would take three quarters of the time, for objects that all stay.
@@ -129,7 +113,7 @@ def _tensors(path: Path) -> dict[str, Entry]:
         if not isinstance(records, dict):
             raise ValueError("it has no state_dict_metadata where one belongs")
         return {
-            one_line(name): _entry(name, record)
+            one_line(name): _shape_and_type(record)
             for name, record in records.items()
             if isinstance(record, TensorStorageMetadata)
         }
@@ -142,53 +126,51 @@ def _tensors(path: Path) -> dict[str, Entry]:
             gc.enable()
 
 
-def _entry(name: str, record: TensorStorageMetadata) -> Entry:
-    shape, dtype = tuple(record.size), record.properties.dtype
-    if len(shape) > _MAX_AXES or any(
-        type(length) is not int or not 0 <= length <= _MAX_SIZE for length in shape
-    ):
-        raise ValueError(
-            f"tensor {quoted(name)} has the size {reprlib.repr(shape)}, expected integers in "
-            f"0..{_MAX_SIZE}"
-        )
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"tensor {quoted(name)} has the type {quoted(dtype)}, expected torch's")
-    return Entry(shape, str(dtype).removeprefix("torch."), dtype.itemsize)
+def _shape_and_type(record: TensorStorageMetadata) -> tuple[torch.Size, torch.dtype]:
+    shape, dtype = torch.Size(record.size), record.properties.dtype
+    if min(shape, default=0) < 0 or not isinstance(dtype, torch.dtype):
+        found = f"the size {quoted(tuple(shape))} and the type {quoted(dtype)}"
+        raise ValueError(f"a tensor has {found}, expected those of torch")
+    return shape, dtype
 
 
-def _model(tensors: Mapping[str, Entry]) -> Iterator[str]:
-    weights = {name: entry for name, entry in tensors.items() if not _is_optimizers(name)}
-    total = sum(entry.elements for entry in weights.values())
-    size = sum(entry.elements * entry.item_bytes for entry in weights.values())
-    types = sorted({entry.dtype for entry in weights.values()})
+def _model(tensors: _Tensors) -> Iterator[str]:
+    weights = {name: found for name, found in tensors.items() if not _is_optimizers(name)}
+    total = sum(math.prod(shape) for shape, _ in weights.values())
+    types = sorted({str(dtype).removeprefix("torch.") for _, dtype in weights.values()})
     yield (
-        f"weights          {len(weights)} tensors, {total:,} elements, {size:,} bytes "
-        f"({', '.join(types)})"
+        f"weights          {len(weights)} tensors, {total:,} elements, "
+        f"{_bytes(weights):,} bytes ({', '.join(types)})"
     )
     embedding = weights.get("embedding.word_embeddings.weight")
-    if embedding is not None and len(embedding.shape) == 2:
-        yield f"embedding        vocabulary {embedding.shape[0]}, hidden {embedding.shape[1]}"
-    for name, entry in sorted(weights.items()):
+    if embedding is not None and len(embedding[0]) == 2:
+        vocabulary, hidden = embedding[0]
+        yield f"embedding        vocabulary {vocabulary}, hidden {hidden}"
+    for name, (shape, _) in sorted(weights.items()):
         dimensions = _DIMENSIONS_OF_EXPERTS.get(name.rpartition(".")[2])
-        if _EXPERTS in name and dimensions is not None and len(entry.shape) >= dimensions:
-            axes, (experts, *sizes) = entry.shape[:-dimensions], entry.shape[-dimensions:]
+        if _EXPERTS in name and dimensions is not None and len(shape) >= dimensions:
+            axes, (experts, *sizes) = shape[:-dimensions], shape[-dimensions:]
             layers = f"{axes[0]} layers, " if axes else ""
             of_one = " x ".join(map(str, sizes))
             yield f"experts          {name}: {layers}{experts} experts of {of_one}"
 
 
-def _optimizer(tensors: Mapping[str, Entry]) -> Iterator[str]:
-    state = {name: entry for name, entry in tensors.items() if _is_optimizers(name)}
+def _optimizer(tensors: _Tensors) -> Iterator[str]:
+    state = {name: found for name, found in tensors.items() if _is_optimizers(name)}
     if not state:
         yield "optimizer        no state"
         return
-    size = sum(entry.elements * entry.item_bytes for entry in state.values())
     kinds = {name.split(".")[2] for name in state if name.startswith("optimizer.state.")}
-    yield f"optimizer        {len(state)} tensors, {size:,} bytes ({', '.join(sorted(kinds))})"
+    named = ", ".join(sorted(kinds))
+    yield f"optimizer        {len(state)} tensors, {_bytes(state):,} bytes ({named})"
+
+
+def _bytes(tensors: _Tensors) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
 
 
 def _is_optimizers(name: str) -> bool:
-    return name.startswith((_OPTIMIZER, "chained_"))
+    return name.startswith(("optimizer.", "chained_"))
 
 
 def _planner(folder: Path) -> tuple[list[str], bool]:

@@ -98,7 +98,6 @@ MODELS = {
     "no-description": ("moe: {}", "description must say what the model is, got None"),
     "group": ("{description: d, expert: {}}", "unknown group 'expert'"),
     "flat": ("{description: d, moe: 8}", "moe must hold `flag: value` lines, got '8'"),
-    "dashes": ("{description: d, moe: {--num-experts: 8}}", "'--num-experts' is no flag"),
     "off": ("{description: d, moe: {swiglu: false}}", "swiglu is 'false'"),
     "no": ("{description: d, moe: {swiglu: no}}", "swiglu is 'no'"),
     "nothing": ("{description: d, moe: {lr: }}", "lr is ''"),
@@ -202,13 +201,10 @@ def pickles() -> dict[str, tuple[bytes, str]]:
         "instance": (b"(ios\nsystem\n.", "it asks for os.system"),
         "bytes": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", "no list of tensors"),
         "digits": (b"I" + b"9" * 5000 + b"\n.", "no list of tensors"),
-        "negative": (tensor(_Size((-5,))), "has the size (-5,), expected integers"),
-        "beyond": (tensor(_Size((2**63,))), "has the size (9223372036854775808,)"),
-        "digits-size": (tensor(_Size((10**5000,))), "no list of tensors"),
+        "negative": (tensor(_Size((-5,))), "has the size '(-5,)' and the type 'torch.float32'"),
         "text-size": (tensor(_Size(("a",))), "no list of tensors"),
-        "axes": (tensor(_Size((1,) * 99)), "has the size (1, 1, 1"),
         "type": (tensor(torch.Size([2]), eval), "it asks for builtins.eval"),
-        "other-type": (tensor(torch.Size([2]), torch.Size), "expected torch's"),
+        "other-type": (tensor(torch.Size([2]), torch.Size), "expected those of torch"),
     }
 
 

@@ -34,8 +34,7 @@ def run(tmp_path):
         BIASES: torch.zeros(2, 6, 8, dtype=torch.bfloat16),
         f"optimizer.state.exp_avg.{EXPERTS}": torch.zeros(2, 6, 8, 4),
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         torch_checkpoint.save(tensors, checkpoint_id=folder, no_dist=True)
     (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
