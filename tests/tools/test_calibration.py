@@ -87,7 +87,6 @@ def all_figures(
         found[PlannerCall(quantities.GATE, *shape)] = figure(GATE.seconds(*shape))
     return found | {
         Single(quantities.ALL_GATHER, 536): figure(2e-5),
-        Single(quantities.ALL_REDUCE, 4): figure(2e-5),
         Single(quantities.COUNTS, 64): figure(5e-5),
         Single(quantities.LAUNCH): figure(4e-6),
         Single(quantities.COPY, 2**30): figure(2 * 2**30 / 1.5e12),

@@ -112,10 +112,10 @@ def measured_cluster(
         spreads=(
             ("gemm", _gemm_spread(figures)),
             ("backward_gemm_factor", _backward_spread(default)),
-            ("memory_bytes_per_s", _of(memory, f"{_PERCENTILES} copies")),
+            ("memory_bytes_per_s", Spread(memory.low, memory.high, f"{_PERCENTILES} copies")),
             ("solve", solve_spread),
             *link_spreads.items(),
-            ("host.launch_s", _of(launch, f"{_PERCENTILES} samples")),
+            ("host.launch_s", Spread(launch.low, launch.high, f"{_PERCENTILES} samples")),
             ("host.gate", gate_spread),
             *contention_spreads,
         ),
@@ -252,13 +252,9 @@ def _contention(figures: Figures) -> tuple[Contention, list[tuple[str, Spread]]]
         )
     source = f"{_PERCENTILES} samples beside the other, over the median alone"
     return Contention(factors[GEMM].median, factors[EXCHANGE].median), [
-        ("contention.gemm", _of(factors[GEMM], source)),
-        ("contention.exchange", _of(factors[EXCHANGE], source)),
+        ("contention.gemm", Spread(factors[GEMM].low, factors[GEMM].high, source)),
+        ("contention.exchange", Spread(factors[EXCHANGE].low, factors[EXCHANGE].high, source)),
     ]
-
-
-def _of(figure: Figure, source: str) -> Spread:
-    return Spread(figure.low, figure.high, source)
 
 
 def _spread(value: float, others: Iterable[float], source: str) -> Spread:

@@ -6,6 +6,7 @@ Legend: C slots, T tokens of all slots, R rows and K columns of a matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -49,32 +50,25 @@ def product_of(
     """Return a function that computes one product for both matrices of every slot."""
     tokens_C = [tokens] * settings.slots
     total = sum(tokens_C)
-    options = {"device": device, "dtype": compute_dtype(device)}
-    calls: list[Callable[[], None]] = []
-    for rows, columns in settings.expert.matrices:
-        # Not zeros: a GPU's clock depends on the values.
-        weight_CRK = torch.randn(settings.slots, rows, columns, **options)  # type: ignore[call-overload]
-        input_TK = torch.randn(total, columns, **options)  # type: ignore[call-overload]
-        grad_TR = torch.randn(total, rows, **options)  # type: ignore[call-overload]
-        grads_CRK = torch.empty_like(weight_CRK)
+    options: dict[str, Any] = {"device": device, "dtype": compute_dtype(device)}
+    # Not zeros: a GPU's clock depends on the values.
+    operands = [
+        (
+            torch.randn(settings.slots, rows, columns, **options),
+            torch.randn(total, columns, **options),
+            torch.randn(total, rows, **options),
+        )
+        for rows, columns in settings.expert.matrices
+    ]
+    out = [torch.empty_like(weight_CRK) for weight_CRK, _, _ in operands]
 
-        def call(
-            input_TK: torch.Tensor = input_TK,
-            grad_TR: torch.Tensor = grad_TR,
-            weight_CRK: torch.Tensor = weight_CRK,
-            grads_CRK: torch.Tensor = grads_CRK,
-        ) -> None:
+    def run() -> None:
+        for (weight_CRK, input_TK, grad_TR), grads_CRK in zip(operands, out, strict=True):
             if product == FORWARD:
                 gemm.forward(input_TK, weight_CRK, tokens_C)
             elif product == INPUT_GRAD:
                 gemm.input_grad(grad_TR, weight_CRK, tokens_C)
             else:
                 gemm.weight_grad(grad_TR, input_TK, tokens_C, grads_CRK)
-
-        calls.append(call)
-
-    def run() -> None:
-        for call in calls:
-            call()
 
     return run

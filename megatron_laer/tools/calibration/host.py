@@ -25,6 +25,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import collectives
 from megatron_laer.runtime.comm.process_groups import create_groups
 from megatron_laer.tools.calibration.quantities import (
+    ALL_GATHER,
     COPY,
     COUNTS,
     GATE,
@@ -37,6 +38,8 @@ from megatron_laer.tools.calibration.sampling import Job, Sample, timed
 from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 _LAUNCHES = 100
+# Numbers that `CountsExchange` gathers with the counts, and the bytes of each.
+_BESIDE_COUNTS, _COUNT_BYTES = 3, 8
 _NODE_SIZE = 8
 _TOKENS = 8192
 # Number of counts that are used in turn, so that consecutive calls differ.
@@ -46,6 +49,7 @@ _CASES = 5
 def host_jobs(
     everybody: dist.ProcessGroup, settings: CalibrationSettings, device: torch.device
 ) -> Iterator[Job]:
+    numbers = settings.counts_experts + _BESIDE_COUNTS
 
     def launches() -> Sample:
         one = torch.zeros(1, device=device)
@@ -61,6 +65,11 @@ def host_jobs(
         target = torch.empty_like(source)
         return timed(lambda: target.copy_(source), device)
 
+    def gather() -> Sample:
+        mine = torch.zeros(numbers, dtype=torch.int64, device=device)
+        gathered = mine.new_empty(numbers * dist.get_world_size())
+        return timed(lambda: dist.all_gather_into_tensor(gathered, mine, group=everybody), device)
+
     def counts() -> Sample:
         groups = create_groups(everybody, settings.node_size, lambda *_, **__: everybody)
         exchange = collectives.CountsExchange(groups, device)
@@ -70,6 +79,7 @@ def host_jobs(
 
     yield Job(Single(LAUNCH), launches, units=_LAUNCHES)
     yield Job(Single(COPY, settings.copy_bytes), copies)
+    yield Job(Single(ALL_GATHER, numbers * _COUNT_BYTES), gather, is_shared=True)
     yield Job(Single(COUNTS, settings.counts_experts), counts, is_shared=True)
     for shape in settings.shapes:
         for name in (GATE, SOLVE):

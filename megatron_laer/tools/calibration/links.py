@@ -1,4 +1,4 @@
-"""Measurements of collectives, by class of links, number of peers and size.
+"""Measurements of exchanges, by class of links, number of peers and size.
 
 As in training, all groups of one kind exchange at the same time. Groups between nodes have ranks
 with the same local rank.
@@ -12,19 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_laer.tools.calibration.quantities import (
-    ALL_GATHER,
-    ALL_REDUCE,
-    INTER,
-    INTRA,
-    AllToAll,
-    Single,
-)
+from megatron_laer.tools.calibration.quantities import INTER, INTRA, AllToAll
 from megatron_laer.tools.calibration.sampling import Job, Sample, timed
 from megatron_laer.tools.calibration.settings import CalibrationSettings
-
-# Numbers that `CountsExchange` gathers with the counts, and the bytes of each.
-BESIDE_COUNTS, COUNT_BYTES = 3, 8
 
 
 @dataclass(frozen=True)
@@ -87,22 +77,3 @@ def exchange_jobs(
 
             quantity = AllToAll(of.link, of.peers, of.peers * peer_bytes)
             yield Job(quantity, prepare, is_shared=True)
-
-
-def collective_jobs(
-    everybody: dist.ProcessGroup, settings: CalibrationSettings, device: torch.device
-) -> Iterator[Job]:
-    """Yield jobs for the latency of other collectives over all ranks."""
-    numbers = settings.counts_experts + BESIDE_COUNTS
-
-    def gather() -> Sample:
-        mine = torch.zeros(numbers, dtype=torch.int64, device=device)
-        gathered = mine.new_empty(numbers * dist.get_world_size())
-        return timed(lambda: dist.all_gather_into_tensor(gathered, mine, group=everybody), device)
-
-    def reduce() -> Sample:
-        mine = torch.zeros(1, dtype=torch.float32, device=device)
-        return timed(lambda: dist.all_reduce(mine, group=everybody), device)
-
-    yield Job(Single(ALL_GATHER, numbers * COUNT_BYTES), gather, is_shared=True)
-    yield Job(Single(ALL_REDUCE, 4), reduce, is_shared=True)

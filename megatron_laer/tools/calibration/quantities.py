@@ -64,9 +64,8 @@ INTRA, INTER = "intra", "inter"
 GATE, SOLVE = "gate", "solve"
 # One small kernel, and a copy in a rank's memory.
 LAUNCH, COPY = "launch", "copy of {size} bytes"
-# Collectives over all ranks; the last one is a layer's, up to the counts on the host.
-ALL_GATHER, ALL_REDUCE = "All-gather, {size} bytes", "All-reduce, {size} bytes"
-COUNTS = "exchange of counts, E {size}"
+# Collectives over all ranks; the second one is a layer's, up to the counts on the host.
+ALL_GATHER, COUNTS = "All-gather, {size} bytes", "exchange of counts, E {size}"
 # Each alone, and while the other one runs.
 GEMM, EXCHANGE = "GEMM", "exchange"
 ALONE, BESIDE = "{} alone", "{} beside the other"

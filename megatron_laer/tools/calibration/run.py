@@ -8,7 +8,6 @@ import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -27,7 +26,7 @@ from megatron_laer.tools.calibration.constants import measured_cluster, with_car
 from megatron_laer.tools.calibration.contention import contention_jobs
 from megatron_laer.tools.calibration.gemms import compute_dtype, gemm_jobs, usable_back_ends
 from megatron_laer.tools.calibration.host import host_jobs
-from megatron_laer.tools.calibration.links import collective_jobs, exchange_jobs, make_partners
+from megatron_laer.tools.calibration.links import exchange_jobs, make_partners
 from megatron_laer.tools.calibration.sampling import Job, measure
 from megatron_laer.tools.calibration.settings import START, CalibrationSettings, make_settings
 from megatron_laer.tools.model_flags import DEFAULT_SIZES, ExpertSizes
@@ -82,11 +81,13 @@ def agree_on_settings(
     None means an expert that suits the device, and the launcher's node size.
     """
     settings, device = together(control, lambda: _settings(expert, node_size, quick))
-    everybody: list[CalibrationSettings | None] = [None] * dist.get_world_size()
+    everybody = [settings] * dist.get_world_size()
     dist.all_gather_object(everybody, settings, group=control)
     for rank, other in enumerate(everybody):
-        if other != everybody[0]:
-            differing = _differing(everybody[0], other)
+        theirs = vars(other)
+        found = [(name, of) for name, of in vars(everybody[0]).items() if of != theirs[name]]
+        if found:
+            differing = "; ".join(f"{name} is {of} and {theirs[name]}" for name, of in found)
             raise ValueError(
                 f"ranks 0 and {rank} would measure differently ({differing}); "
                 "start all with the same arguments and MEGATRON_LAER_DEVICE, on the same kind of "
@@ -114,7 +115,6 @@ def calibrate(
     jobs = [
         *gemm_jobs(back_ends, settings, device),
         *exchange_jobs(partners, settings, device),
-        *collective_jobs(everybody, settings, device),
         *host_jobs(everybody, settings, device),
         *contention_jobs(stream, exchanging, control, settings, device),
     ]
@@ -168,13 +168,6 @@ def _settings(
     free = torch.cuda.mem_get_info()[0] if on_cuda else memory.available_bytes() // node_size
     made.check_memory(free)
     return made, device
-
-
-def _differing(one: CalibrationSettings | None, other: CalibrationSettings | None) -> str:
-    assert one is not None and other is not None
-    theirs = asdict(other)
-    found = [(name, value) for name, value in asdict(one).items() if value != theirs[name]]
-    return "; ".join(f"{name} is {value} and {theirs[name]}" for name, value in found)
 
 
 def _hardware_name(device: torch.device) -> str:
