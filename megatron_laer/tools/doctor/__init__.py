@@ -30,12 +30,10 @@ def examine(environment: Mapping[str, str]) -> Iterator[Check]:
             yield packages.native_core(answers["native core"].result())
             yield packages.python(python)
             yield packages.system()
-            for required in needed:
-                yield packages.needed(required, answers[required.name].result())
             torch, megatron = answers["torch"].result(), answers["megatron-core"].result()
             on_cuda = torch.get("device") == "cuda"
-            for required in optional:
-                yield packages.extra(required, answers[required.name].result(), on_cuda)
+            for required in (*needed, *optional):
+                yield packages.package(required, answers[required.name].result(), on_cuda)
             if "error" not in torch:
                 yield machine.cuda(torch, environment)
                 yield machine.cards(torch)

@@ -125,42 +125,33 @@ def system() -> Check:
     return Check("system", found, Status.UNSUPPORTED, "use Linux")
 
 
-def needed(required: Requirement, answer: Answer) -> Check:
-    name = required.name
+def package(required: Requirement, answer: Answer, on_cuda: bool) -> Check:
+    """Check a package, which training needs, or which is optional for it or for a command."""
+    name, use = required.name, _OPTIONAL.get(required.name)
+    lacking, again = Status.MISSING, f"install it again: {required.install}"
+    if use is not None:
+        lacking, again = Status.OPTIONAL, f"install it again or remove it; {use}"
+    if name in _FOR_GPUS and not on_cuda:
+        return Check(name, answer.get("version", "none"), note="not used without a GPU")
     if answer.get("absent"):
-        return Check(name, "none", Status.MISSING, required.install)
+        return Check(name, "none", lacking, use or required.install)
     if "lacks" in answer:
         note = f"install {answer['lacks']}, which it imports"
-        return Check(name, "does not start", Status.MISSING, note)
+        return Check(name, "does not start", lacking, note)
     if "error" in answer:
-        note = f"install it again: {required.install}"
-        return Check(name, answer["error"], Status.MISSING, note)
+        return Check(name, answer["error"], lacking, again)
     version, folder = answer["version"], answer.get("folder")
     found = f"{version}, {folder}" if folder else version
     if "unsupported" in answer:
         return Check(name, found, Status.UNSUPPORTED, answer["unsupported"])
     if not required.allows(version):
-        return Check(name, found, Status.UNSUPPORTED, required.install)
-        # The build's tag follows the plus.
+        status = Status.OPTIONAL if use else Status.UNSUPPORTED
+        return Check(name, found, status, required.install)
+    # The build's tag follows the plus.
     release = version.partition("+")[0]
     tested = answer.get("tested", [release])
     note = "" if release in tested else f"supported; tested were {', '.join(tested)}"
     return Check(name, found, note=note)
-
-
-def extra(required: Requirement, answer: Answer, on_cuda: bool) -> Check:
-    """Check a package that is optional for training or for a command."""
-    name, use = required.name, _OPTIONAL[required.name]
-    if name in _FOR_GPUS and not on_cuda:
-        return Check(name, answer.get("version", "none"), note="not used without a GPU")
-    if answer.get("absent"):
-        return Check(name, "none", Status.OPTIONAL, use)
-    if "error" in answer:
-        note = f"install it again or remove it; {use}"
-        return Check(name, answer["error"], Status.OPTIONAL, note)
-    if not required.allows(answer["version"]):
-        return Check(name, answer["version"], Status.OPTIONAL, f"too old: {required.install}")
-    return Check(name, answer["version"])
 
 
 def plugin(answer: Answer) -> Check:
