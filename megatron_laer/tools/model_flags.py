@@ -1,7 +1,7 @@
 """Megatron's flags of a model configuration in YAML, and its experts' sizes.
 
-A file is grouped for the reader; a group's keys are Megatron's flags without the dashes, so that
-they need no translation:
+A file is grouped for the reader; a group's keys are Megatron's flags, without the dashes at their
+begin:
 
     description: a model for tests
     architecture:
@@ -33,7 +33,7 @@ from megatron_laer.rules import WITH_FP8_EXPERTS, problems_by
 
 GROUPS = ("architecture", "moe", "initialization", "precision", "data")
 
-_KEY = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
+_KEY = re.compile(r"(?:--)?([a-z0-9]+(?:[-_][a-z0-9]+)*)")
 # YAML 1.1's words for true and false, which users may know from elsewhere.
 _ON = ("true", "yes", "on")
 _OFF = ("false", "no", "off")
@@ -66,10 +66,10 @@ def _flags(path_or_name: str | Path) -> dict[str, list[str]]:
     try:
         flags: dict[str, list[str]] = {}
         for key, value in _settings(content):
-            # argparse fills one variable from both spellings, so they are the same flag.
-            if (flag := f"--{key.replace('_', '-')}") in flags:
+            words = flag_words(key, value)
+            if words[0] in flags:
                 raise ValueError(f"{key} is given twice; remove one of them")
-            flags[flag] = [f"--{key}", *flag_words(key, value)]
+            flags[words[0]] = words
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return flags
@@ -108,23 +108,21 @@ def _settings(content: object) -> Iterator[tuple[str, object]]:
             raise ValueError(f"unknown group {reprlib.repr(group)}; groups are {', '.join(GROUPS)}")
         if not isinstance(settings, Mapping):
             raise ValueError(f"{group} must hold `flag: value` lines, got {reprlib.repr(settings)}")
-        for key, value in settings.items():
-            if not _KEY.fullmatch(key):
-                raise ValueError(
-                    f"{group}: {reprlib.repr(key)} is no flag; write Megatron's without its "
-                    "dashes, such as num-layers"
-                )
-            yield key, value
+        yield from settings.items()
 
 
 def flag_words(key: str, value: object) -> list[str]:
-    """Return the command-line words after a flag, for its value in YAML."""
+    """Return a flag of a command line and the words after it, for a key and its value in YAML."""
+    name = _KEY.fullmatch(key)
+    if not name:
+        raise ValueError(f"{quoted(key)} is no flag; write Megatron's, such as num-layers")
+    flag = f"--{name[1].replace('_', '-')}"
     if isinstance(value, str) and value.lower() in _ON:
-        return []
+        return [flag]
     values = value if isinstance(value, list) else [value]
     if not values:
         raise ValueError(f"{key} is an empty list; give it values or leave it out")
-    if len(values) > 1 and key.replace("_", "-") in _SIZES:
+    if len(values) > 1 and flag.removeprefix("--") in _SIZES:
         raise ValueError(f"{key} is {reprlib.repr(value)}; give one value")
     for item in values:
         if not isinstance(item, str) or item.lower() in (*_ON, *_OFF, *_NOTHING):
@@ -139,7 +137,7 @@ def flag_words(key: str, value: object) -> list[str]:
             )
         if not _is_finite(item):
             raise ValueError(f"{key} is {reprlib.repr(value)}; give a finite number")
-    return [str(item) for item in values]
+    return [flag, *map(str, values)]
 
 
 def _is_finite(text: str) -> bool:

@@ -25,7 +25,7 @@ architecture:
 """)
     flags = " ".join(model_flags(path))
     assert flags == (
-        "--num-experts 8 --swiglu --norm-epsilon 1.0e-5 --rotary_percent 0.5 "
+        "--num-experts 8 --swiglu --norm-epsilon 1.0e-5 --rotary-percent 0.5 "
         "--position-embedding-type rope --cp-comm-type p2p a2a"
     )
     values = model_values(path)

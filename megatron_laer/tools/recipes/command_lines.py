@@ -16,17 +16,13 @@ from megatron_laer.tools.model_flags import flag_words
 _PATTERN = re.compile(r"[,\d\[\]()+*]*\*[,\d\[\]()+*]*", re.ASCII)
 _DIGITS = re.compile(r"[0-9]+")
 _MOST_LAYERS = 10**7
-_LONGEST_TEXT = 2**18
-_KEY = re.compile(r"(?:--)?([a-z0-9]+(?:[-_][a-z0-9]+)*)")
+# The time of shlex grows with the square of a word.
+_MAX_BYTES = 2**18
 
 
 def flags_in_text(path: Path) -> list[str]:
     """Read a command line, such as a script's; a backslash continues a line."""
-    text = read_text(path).replace("\\\n", " ")
-    if len(text) > _LONGEST_TEXT:  # the time of shlex grows with the square of a word
-        raise ValueError(
-            f"{path}: {len(text):,} characters; a command line has at most {_LONGEST_TEXT:,}"
-        )
+    text = read_text(path, _MAX_BYTES).replace("\\\n", " ")
     try:
         words = shlex.split(text, comments=True)
     except ValueError as error:
@@ -42,7 +38,7 @@ def flags_in_file(path: Path) -> list[str]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: give `flag: value` lines")
     try:
-        return [word for key, value in _settings(content) for word in _flag(key, value)]
+        return [word for key, value in _settings(content) for word in flag_words(key, value)]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -86,10 +82,3 @@ def _settings(content: Mapping[str, Content]) -> Iterator[tuple[str, Content]]:
             yield from _settings(value)
         elif key != "description":  # of a model configuration as we ship them
             yield key, value
-
-
-def _flag(key: str, value: Content) -> list[str]:
-    name = _KEY.fullmatch(key)
-    if not name:
-        raise ValueError(f"{quoted(key)} is no flag; write Megatron's, such as num-layers")
-    return [f"--{name[1].replace('_', '-')}", *flag_words(key, value)]
