@@ -39,8 +39,7 @@ def saved_tensors(folder: Path) -> Tensors:
         for name, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the missing process group
+    with warnings.catch_warnings(action="ignore"):  # about the missing process group
         torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
     for name, tensor in tensors.items():
         assert not tensor.isnan().any(), f"shards of {name} leave gaps"

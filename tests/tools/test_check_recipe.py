@@ -125,10 +125,6 @@ ERRORS = {
     "a file instead": (f"{BASE} --yaml-cfg x.yaml", "--yaml-cfg 'x.yaml': Megatron's settings"),
     "a power": (f"{BASE} --moe-layer-freq 9**9**9", "'9**9**9': no pattern of layers"),
     "a bomb": (f"{BASE} --moe-layer-freq=([0]*9999)*9999", "'([0]*9999)*9999': no pattern"),
-    "a size of nobody's": (
-        f"--num-experts 8 --expert-model-parallel-size {10**18}",
-        f"--expert-model-parallel-size '{10**18}': more than there can be; give at most 1000000",
-    ),
 }
 # Words of `advise` with the flags of a run; the shape that they give, or the error.
 TINY = "--model tiny-moe --cluster h100-8 --gpus 8"

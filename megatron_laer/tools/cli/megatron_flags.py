@@ -25,9 +25,8 @@ def parsed(words: list[str], ranks: int | None = None) -> Namespace:
     fsep_flags.check_known(words)
     if "megatron.training.arguments" not in sys.modules:
         say_wait("Megatron")
-    with warnings.catch_warnings():
-        # Megatron warns at import about parts that a run would need, and nothing is run.
-        warnings.simplefilter("ignore")
+    # Megatron warns at import about parts that a run would need, and nothing is run.
+    with warnings.catch_warnings(action="ignore"):
         replace_cuda_where_needed()
         from megatron.training.arguments import add_megatron_arguments
 

@@ -9,16 +9,12 @@ from megatron_laer.files.checks import check_regular, quoted
 
 
 def check_files(inputs: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """Return the paths of the inputs; raise ValueError for one that is no file with content."""
+    """Return the paths of the inputs; raise an error for one that is no file with content."""
     if not inputs:
         raise ValueError("inputs is empty: name at least one text file")
     files = []
     for given in inputs:
-        if not os.fspath(given):
-            raise ValueError("an input is '', the empty path; name a text file")
         path = Path(given)
-        if not path.exists():
-            raise ValueError(f"{quoted(path)} does not exist; name a text file")
         check_regular(path)
         if path.stat().st_size == 0:
             raise ValueError(f"{quoted(path)} is empty; leave it out, or give a file with text")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 from megatron_laer.config import FSEPConfig
@@ -56,7 +55,21 @@ def load_recipe(name: str) -> tuple[str, Any]:
     `name` is a function of `megatron.bridge.recipes`, or `module:function`.
     """
     module, _, function = name.rpartition(":")
-    recipe = _function(module or _RECIPES, function)
+    module = module or _RECIPES
+    full_name = f"{module}:{function}"
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:  # also errors of an imported file, or a name with a dot in front
+        raise ValueError(
+            f"recipe {quoted(full_name)}: {module} cannot be imported ({error}); install "
+            "Megatron-Bridge with what it needs, or give Megatron's flags"
+        ) from error
+    recipe = getattr(found, function, None)
+    if not callable(recipe):
+        raise ValueError(
+            f"recipe {quoted(full_name)}: {module} has none of this name"
+            + did_you_mean(function, dir(found))
+        )
     try:
         full_name, container = f"{recipe.__module__}:{recipe.__name__}", recipe()
     except Exception as error:  # code that is not ours may raise anything
@@ -69,20 +82,3 @@ def load_recipe(name: str) -> tuple[str, Any]:
             f"{', '.join(missing)}; name a function that returns Megatron-Bridge's ConfigContainer"
         )
     return full_name, container
-
-
-def _function(module: str, name: str) -> Callable[[], Any]:
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # also errors of an imported file, or a name with a dot in front
-        raise ValueError(
-            f"recipe {quoted(f'{module}:{name}')}: {module} cannot be imported ({error}); install "
-            "Megatron-Bridge with what it needs, or give Megatron's flags"
-        ) from error
-    recipe: Callable[[], Any] | None = getattr(found, name, None)
-    if not callable(recipe):
-        raise ValueError(
-            f"recipe {quoted(f'{module}:{name}')}: {module} has none of this name"
-            + did_you_mean(name, dir(found))
-        )
-    return recipe

@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_laer.choices import Choice, Unproven
-from megatron_laer.files.checks import quoted
 from megatron_laer.rules import (
     REFUSALS,
     WITH_FP8_EXPERTS,
@@ -56,13 +55,6 @@ class Judgement:
 # Features that rows prove on a replacement: only a card is missing.
 _PROVED_BY_ROWS = frozenset({Unproven.TE_GRAPHS, Unproven.FP8_EXPERTS})
 
-# Larger sizes are typing errors, which no row of the table detects.
-_MOST = 10**6
-_SIZES = (
-    "num_experts expert_model_parallel_size expert_tensor_parallel_size "
-    "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size"
-).split()
-
 
 def judge(
     settings: Namespace,
@@ -76,7 +68,6 @@ def judge(
     `allowed` are the words of `--fsep-allow-unproven`. `also_refused` are further reasons for a
     refusal, which no argument shows. `doubts` are reasons why nothing proves an accepted run.
     """
-    _check_sizes(settings)
     found_elsewhere = (
         *also_refused,
         *problems_by((*WITH_FP8_EXPERTS, *WITH_FSDP), _allowing(settings, allowed)),
@@ -127,11 +118,3 @@ def _refused(settings: Namespace, allowed: Collection[Unproven]) -> list[tuple[R
 
 def _allowing(settings: Namespace, words: Collection[Unproven]) -> Namespace:
     return Namespace(**vars(settings) | {"fsep_allow_unproven": tuple(words)})
-
-
-def _check_sizes(settings: Namespace) -> None:
-    for name in _SIZES:
-        size = getattr(settings, name, None)
-        if size is not None and size > _MOST:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {quoted(size)}: more than there can be; give at most {_MOST}")

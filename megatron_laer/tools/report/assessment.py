@@ -61,7 +61,7 @@ class Assessment:
         worst = np.argsort(-self.lost_ms_L, kind="stable")[:_NAMED]
         share = float(self.lost_ms_L[worst].sum()) / total_ms
         names = ", ".join(layers[layer] for layer in worst.tolist())
-        return f"{names} cause {100 * share:.0f} % of the time lost to imbalance"
+        return f"The layers {names} cause {100 * share:.0f} % of the time lost to imbalance."
 
 
 def assess(run: RunData) -> Assessment:

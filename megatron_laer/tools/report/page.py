@@ -69,7 +69,7 @@ def page(run: RunData, rows: Sequence[WhatIf], predicted_for: str = "") -> str:
         about=_about(run),
         version=__version__,
         assessment=f"{assessment.sentence()}.",
-        causes=_capital(assessment.causes(run.shape.layers)),
+        causes=assessment.causes(run.shape.layers),
         notes=run.notes,
         six=list(_six_numbers(run)),
         all_numbers=list(_all_numbers(run)),
@@ -200,7 +200,3 @@ def _advice(rows: Sequence[WhatIf], own: WhatIf | None) -> str:
         f"Try C = {best.row.capacity} and {best.mode}: {percent(less)} less time in MoE layers is "
         "predicted."
     )
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
