@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from tests.bad_inputs.forks import Ended, Job, run_all
+from tests.bad_inputs.forks import Ended
 
 _LONGEST = 2500
 
@@ -28,10 +27,6 @@ class Case:
     @property
     def key(self) -> tuple[object, ...]:
         return self.words, tuple(sorted(self.environment.items()))
-
-
-def tried(folder: Path, cases: Sequence[Case]) -> list[Ended]:
-    return list(run_all(Job(case.words, str(folder), case.environment) for case in cases))
 
 
 def problems(case: Case, ended: Ended) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer.files.records import header_line
-from megatron_laer.telemetry.trace_file import TraceWriter
+from tests.traces import some_counts, write_recording
 
 HUGE = 2**36
 
@@ -25,13 +25,8 @@ def make(folder: Path) -> None:
 
 
 def _traces(folder: Path) -> None:
-    luck = np.random.default_rng(0)
     path = folder / "good.trace"
-    writer = TraceWriter(path, 4, 8, ["decoder.0", "decoder.1"])
-    for step in range(4):
-        for layer in range(2):
-            writer.append(step, layer, 0, luck.integers(1, 99, (4, 8)))
-    writer.close()
+    write_recording(path, some_counts(0, 4, microbatches=1, ranks=4, experts=8))
     good = path.read_bytes()
     first = good.index(b"\n") + 1
     folder_of_one = folder / "traces"
@@ -52,13 +47,8 @@ def _traces(folder: Path) -> None:
     line = header_line("megatron_laer-trace", header | {"version": 9})
     (folder / "version.trace").write_bytes(line + good[first:])
     (folder / "nested.trace").write_bytes(b'{"format":"megatron_laer-trace"' + b"[" * 10**5)
-    one = TraceWriter(folder / "one-step.trace", 2, 2, ["a"])
-    one.append(0, 0, 0, np.ones((2, 2), int))
-    one.close()
-    zero = TraceWriter(folder / "zeros.trace", 2, 2, ["a"])
-    for step in range(3):
-        zero.append(step, 0, 0, np.zeros((2, 2), int))
-    zero.close()
+    write_recording(folder / "one-step.trace", np.ones((1, 1, 1, 2, 2), int))
+    write_recording(folder / "zeros.trace", np.zeros((3, 1, 1, 2, 2), int))
 
 
 _LEVELS = "".join(
@@ -75,18 +65,13 @@ YAML = {
     "control": ("a: \x01", "not valid YAML: special characters"),
     "nul": ("a: \0", "character 3: not valid YAML: special characters"),
     "bomb": ("a0: &a0 [x]\n" + _LEVELS, "line 1: anchors and aliases"),
-    "itself": ("a: &a [*a]", "line 1: anchors and aliases"),
     "lost": ("a: *b", "line 1: anchors and aliases"),
-    "timestamp": ("a: !!timestamp x", "line 1: tags such as"),
-    "bool": ("a: !!bool foo", "line 1: tags such as"),
     "int": ("a: !!int x", "line 1: tags such as"),
     "python": ("!!python/object/apply:os.mkdir [ran]", "line 1: tags such as"),
     "own-tag": ("!thing a", "line 1: tags such as"),
     "no-tag": ("! x", "line 1: tags such as '!'"),
     "brackets": ("[" * 900, "line 1: nested too deeply"),
-    "braces": ("{a: " * 900, "line 1: nested too deeply"),
     "dashes": ("- " * 20000, "line 1: nested too deeply"),
-    "questions": ("? " * 20000, "line 1: nested too deeply"),
     "key-twice": ("a: 1\na: 2", "line 2: the key 'a' is given twice"),
     "list-key": ("? [a]\n: b", "line 1: a list or a mapping is no key"),
     "documents": ("a: 1\n---\nb: 2", "line 2: a second document"),
@@ -99,13 +84,10 @@ MODELS = {
     "group": ("{description: d, expert: {}}", "unknown group 'expert'"),
     "flat": ("{description: d, moe: 8}", "moe must hold `flag: value` lines, got '8'"),
     "off": ("{description: d, moe: {swiglu: false}}", "swiglu is 'false'"),
-    "no": ("{description: d, moe: {swiglu: no}}", "swiglu is 'no'"),
     "nothing": ("{description: d, moe: {lr: }}", "lr is ''"),
-    "null": ("{description: d, moe: {lr: ~}}", "lr is '~'"),
     "list": ("{description: d, moe: {lr: []}}", "lr is an empty list"),
     "mapping": ("{description: d, moe: {lr: {a: 1}}}", "lr is {'a': '1'}"),
     "nan": ("{description: d, moe: {lr: .nan}}", "lr is '.nan'; give a finite number"),
-    "infinite": ("{description: d, moe: {lr: -.INF}}", "lr is '-.INF'; give a finite number"),
     "digits": (f"{{description: d, moe: {{lr: {'9' * 5000}}}}}", "lr is '999"),
     "flag": ("{description: d, moe: {lr: --load}}", "lr is '--load'"),
     "lines": ('{description: d, moe: {lr: "1\\n2"}}', "lr is '1\\n2'"),
@@ -179,13 +161,9 @@ def pickles() -> dict[str, tuple[bytes, str]]:
     good = tensor(torch.Size([2]))
     return {
         "nothing": (b"", "no list of tensors"),
-        "text": (b"hello", "no list of tensors"),
         "cut": (good[:-20], "no list of tensors"),
         "number": (pickle.dumps(7), "has no state_dict_metadata"),
-        "mapping": (pickle.dumps({"state_dict_metadata": 1}), "has no state_dict_metadata"),
         "system": (b"\x80\x04cos\nsystem\n(Vtouch ran\ntR.", "it asks for os.system"),
-        "eval": (pickle.dumps(eval), "it asks for builtins.eval"),
-        "getattr": (b"\x80\x04cbuiltins\ngetattr\n.", "it asks for builtins.getattr"),
         "dotted": (b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93.", "it asks for torch.os.system"),
         "writer": (
             b"\x80\x04ctorch.distributed.checkpoint.filesystem\nFileSystemWriter\n.",
@@ -195,15 +173,10 @@ def pickles() -> dict[str, tuple[bytes, str]]:
             b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n}X\1\0\0\0aK\1sb.",
             "is no list of tensors: 'mappingproxy'",
         ),
-        "memo-get": (b"\x80\x04j\0\0\0\x10.", "index 268435456"),
-        "extension": (b"\x80\x02\x82\x01.", "extension code"),
-        "persistent": (b"\x80\x02KxQ.", "persistent"),
         "instance": (b"(ios\nsystem\n.", "it asks for os.system"),
         "bytes": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", "no list of tensors"),
-        "digits": (b"I" + b"9" * 5000 + b"\n.", "no list of tensors"),
         "negative": (tensor(_Size((-5,))), "has the size '(-5,)' and the type 'torch.float32'"),
         "text-size": (tensor(_Size(("a",))), "no list of tensors"),
-        "type": (tensor(torch.Size([2]), eval), "it asks for builtins.eval"),
         "other-type": (tensor(torch.Size([2]), torch.Size), "expected those of torch"),
     }
 
@@ -233,7 +206,7 @@ def _checkpoints(folder: Path) -> None:
     place = checkpoint("pipe", b"")
     (place / ".metadata").unlink()
     os.mkfifo(place / ".metadata")
-    runs = {"seven": "seven", "digits": "9" * 5000, "escape": "\x1b[31m", "missing": "8"}
+    runs = {"seven": "seven", "escape": "\x1b[31m", "missing": "8"}
     for name, text in runs.items():
         place = folder / f"run-{name}"
         place.mkdir()

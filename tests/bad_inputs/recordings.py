@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_laer.files.records import header_line
-from megatron_laer.planner.state import STATE
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.telemetry.trace_file import TraceWriter
-from tests.bad_inputs.case import Case
 from tests.bad_inputs.inputs import HUGE
 from tests.recorded_runs import RUN_NUMBER, record_run
 from tests.records import put_together, records_of, taken_apart
@@ -39,13 +36,6 @@ _RUNS = {
 }
 
 
-def cases() -> Iterator[Case]:
-    words = "plan pairs-layer.trace --node-size 1 --homes out/x.json".split()
-    yield Case(tuple(words), "layer 2 has no pairs of experts; record it with the others")
-    says = "are no header; give a planner's state"
-    yield Case(("inspect", "checkpoint-state"), says, status=1)
-
-
 def make(folder: Path) -> None:
     writer = TraceWriter(folder / "pairs-layer.trace", 2, 8, ["layer 1", "layer 2"])
     for step, layer in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -53,18 +43,6 @@ def make(folder: Path) -> None:
         if layer == 0:
             writer.append_pairs(step, layer, _PAIRS_EE)
     writer.close()
-    _runs(folder)
-
-    from torch.distributed.checkpoint import metadata
-
-    state = folder / "checkpoint-state"
-    (state / "fsep_planner").mkdir(parents=True)
-    (state / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
-    (state / ".metadata").write_bytes(pickle.dumps(metadata.Metadata({})))
-    (state / "fsep_planner" / "group-0.bin").write_bytes(STATE.magic + bytes([255] * 64))
-
-
-def _runs(folder: Path) -> None:
     good = folder / "measured"
     record_run(good, steps=2)
     metrics = METRICS.path(good, 0).read_bytes()

@@ -15,7 +15,7 @@ from megatron_laer.files.checks import one_line
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from tests.bad_inputs import inputs, values
-from tests.bad_inputs.case import Case, failures, problems, tried
+from tests.bad_inputs.case import Case, failures, problems
 from tests.bad_inputs.cases import content, every_case, make
 from tests.bad_inputs.forks import WALL_S, Ended, Job, run_all
 
@@ -30,7 +30,7 @@ Tried = tuple[list[Ended], set[str]]
 def try_all(folder: Path, cases: list[Case]) -> Tried:
     make(folder)
     before = set(content(folder))
-    ended = tried(folder, cases)
+    ended = [*run_all(Job(case.words, str(folder), case.environment) for case in cases)]
     return ended, {name for name, _ in before ^ set(content(folder))}
 
 
