@@ -2,7 +2,7 @@
 
     scripts/compare_commits.sh BEFORE AFTER
 
-Each commit is checked out into a temporary worktree, which builds its native core. Its own
+Each commit's files are copied into a temporary folder, and its native core is built. Its own
 `pretrain_gpt.py` trains configs/models/tiny-moe.yaml on two gloo ranks from a fixed seed. Equal
 means equal bits. Only command lines of the commits are used, so their modules may lie anywhere.
 """
@@ -13,11 +13,9 @@ import argparse
 import hashlib
 import os
 import runpy
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +24,8 @@ import torch.distributed.checkpoint as torch_checkpoint
 
 from tests import processes
 from tests.checkpoints import iteration_folder, saved_tensors
+from tests.documents import ROOT
 from tests.records import taken_apart
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # Suffixes of metrics that differ from run to run: times, and free memory.
 _MEASURED = ("_ms", "_gib")
@@ -62,26 +59,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compare two commits; return 0 if they are equal, 1 if not, 2 for bad input."""
     parser = argparse.ArgumentParser(
         prog="scripts/compare_commits.sh",
-        description="Trains a small model with two commits, each in a worktree of its own, and "
-        "compares losses, gradient norms, metrics, recordings and checkpoints, bit for bit.",
-        epilog="Exit status: 0 if nothing differs, 1 if something does, 2 if a commit cannot be "
-        "built or trained.",
+        description="Compares losses, gradient norms, metrics, recordings and checkpoints of a "
+        "small model that two commits train, bit for bit. Exit status: 0 if nothing differs, 1 if "
+        "something does, 2 if a commit cannot be built or trained.",
     )
     parser.add_argument("before", metavar="BEFORE", help="a commit, such as main")
     parser.add_argument("after", metavar="AFTER", help="a commit, such as HEAD")
     parser.add_argument("--steps", type=int, default=30, help="default %(default)s")
     args = parser.parse_args(argv)
     try:
-        commits = [_commit(name) for name in (args.before, args.after)]
         with tempfile.TemporaryDirectory(prefix="compare-commits-") as folder:
-            before, after = (
-                _results_of(commit, Path(folder, label), args.steps)
-                for label, commit in zip(("before", "after"), commits, strict=True)
-            )
+            before = _results_of(args.before, Path(folder, "before"), args.steps)
+            after = _results_of(args.after, Path(folder, "after"), args.steps)
     except ValueError as error:
         print(f"compare_commits: {error}", file=sys.stderr)
         return 2
-    print("\nbefore {}\nafter  {}\n".format(*commits))
     for name in CONFIGURATIONS:
         print(f"{name}: {comparison(before.get(name, {}), after.get(name, {}))}")
     return int(before != after)
@@ -144,51 +136,34 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _commit(name: str) -> str:
-    words = ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"]
-    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    if found.returncode:
-        raise ValueError(f"{name!r} is no commit of {ROOT}; give a hash, a branch or a tag")
-    return found.stdout.strip()
-
-
 def _results_of(commit: str, folder: Path, steps: int) -> dict[str, Results]:
-    folder.mkdir()
-    data = folder.parent / "text"
+    tree, data = folder / "tree", folder.parent / "text"
+    tree.mkdir(parents=True)
+    _run(["git", "-C", str(ROOT), "archive", f"--output={folder / 'tar'}", commit], tree, tree)
+    _run(["tar", "-xf", str(folder / "tar")], tree, tree)
+    print(f"{folder.name} {commit}: building", flush=True)
+    _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree, tree)
+    package = [sys.executable, "-m", "megatron_laer"]
+    if not data.with_suffix(".idx").exists():
+        _run([*package, "prepare-data", "--python-sources", "--output", str(data)], tree, tree)
+    model = _run([*package, "flags", "configs/models/tiny-moe.yaml", "--cpu"], tree, tree)
     results: dict[str, Results] = {}
-    with _worktree(commit, folder / "tree") as tree:
-        print(f"{folder.name} {commit[:12]}: building", flush=True)
-        _run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree, tree)
-        package = [sys.executable, "-m", "megatron_laer"]
-        if not data.with_suffix(".idx").exists():
-            _run([*package, "prepare-data", "--python-sources", "--output", str(data)], tree, tree)
-        model = _run([*package, "flags", "configs/models/tiny-moe.yaml", "--cpu"], tree, tree)
-        # A commit's own flags, since later ones may have other names.
-        module = runpy.run_path(str(tree / "tests" / "compare_commits.py"))
-        for number, (name, flags) in enumerate(module["CONFIGURATIONS"].items()):
-            print(f"{folder.name} {commit[:12]}: training, {name}", flush=True)
-            run = folder / str(number)
-            run.mkdir()
-            command = [
-                *(sys.executable, "-m", "torch.distributed.run"),
-                *("--standalone", "--nproc-per-node", "2", str(tree / "pretrain_gpt.py")),
-                *(*model.split(), *_TRAINING_FLAGS.split(), *flags.split()),
-                *("--train-iters", str(steps), "--data-path", str(data)),
-                *"--data-cache-path cache --tensorboard-dir tensorboard --save checkpoint".split(),
-            ]
-            _run(command, tree, run)
-            results[name] = read_results(run, steps)
+    # A commit's own flags, since later ones may have other names.
+    module = runpy.run_path(str(tree / "tests" / "compare_commits.py"))
+    for number, (name, flags) in enumerate(module["CONFIGURATIONS"].items()):
+        print(f"{folder.name} {commit}: training, {name}", flush=True)
+        run = folder / str(number)
+        run.mkdir()
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run"),
+            *("--standalone", "--nproc-per-node", "2", str(tree / "pretrain_gpt.py")),
+            *(*model.split(), *_TRAINING_FLAGS.split(), *flags.split()),
+            *("--train-iters", str(steps), "--data-path", str(data)),
+            *"--data-cache-path cache --tensorboard-dir tensorboard --save checkpoint".split(),
+        ]
+        _run(command, tree, run)
+        results[name] = read_results(run, steps)
     return results
-
-
-@contextmanager
-def _worktree(commit: str, path: Path) -> Iterator[Path]:
-    git = ["git", "-C", str(ROOT), "worktree"]
-    subprocess.run([*git, "add", "--quiet", "--detach", str(path), commit], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run([*git, "remove", "--force", str(path)], check=True)
 
 
 def _run(command: Sequence[str], tree: Path, folder: Path) -> str:
