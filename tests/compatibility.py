@@ -1,4 +1,4 @@
-"""Record of the stacks that tests passed with, and its tables on a page.
+"""Record of the stacks that tests passed with, and its table on a page.
 
 After each whole set `scripts/test.sh` calls `python -m tests.site_pages --passed TESTS`, which adds
 the installed stack to tests/tested.csv.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import platform
-import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,13 +16,9 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from megatron_laer.layer.experts.gemm.te import KNOWN as KNOWN_TRANSFORMER_ENGINES
-from megatron_laer.releases import NEXT, SUPPORTED
-from megatron_laer.support.torch_version import OLDEST_ON_CUDA
 from tests.documents import ROOT
 
 RECORD = ROOT / "tests" / "tested.csv"
-_NOTHING = "nothing yet"
 _NONE = "–"
 
 
@@ -91,36 +85,6 @@ def combinations() -> Iterator[str]:
     for stack in recorded():
         tests, *cells = dataclasses.astuple(stack)
         yield "| " + " | ".join((f"`{tests}`", *(cell or _NONE for cell in cells))) + " |"
-
-
-def versions() -> Iterator[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    needs = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["te"]
-    ranges = dict(re.fullmatch(r"([\w-]+)(?:\[.*\])?(.*)", text).groups() for text in needs)
-    built = project["tool"]["cibuildwheel"]["build"]
-    pythons = ", ".join(f"{tag[2]}.{tag[3:5]}" for tag in built)
-    stacks = recorded()
-    on_cpu = [stack for stack in stacks if not stack.cards]
-    on_cards = [stack for stack in stacks if stack.cards]
-    cards = sorted({p.stem.split("-")[0] for p in (ROOT / "configs" / "clusters").glob("?[0-9]*")})
-    older = f"older than {OLDEST_ON_CUDA}"
-    gemms = f"`--fsep-set gemm=te` with others than {KNOWN_TRANSFORMER_ENGINES}"
-    te = ranges["transformer-engine"]
-    yield "| | tested | expected | refused |"
-    yield "|---|---|---|---|"
-    for name, part, of, expected, refused in (
-        ("Megatron", "megatron", stacks, SUPPORTED, f"all others; {NEXT.number} unless asked for"),
-        ("Python", "python", stacks, pythons, "older, as by Megatron"),
-        ("torch, CPU ranks", "torch", on_cpu, ranges["torch"], ""),
-        ("torch, CUDA", "torch", on_cards, f">={OLDEST_ON_CUDA}", older),
-        ("Transformer Engine", "transformer_engine", stacks, te, gemms),
-        ("CUDA", "cuda", stacks, "what that torch is built with", ""),
-        ("cards", "cards", stacks, ", ".join(cards).upper(), ""),
-        ("communication", "communication", stacks, "nccl", ""),
-        ("system", "system", stacks, "Linux on Arm too", ""),
-    ):
-        found = dict.fromkeys(filter(None, (getattr(stack, part) for stack in of)))
-        yield "| " + " | ".join((name, ", ".join(found) or _NOTHING, expected, refused)) + " |"
 
 
 def _version(package: str) -> str:

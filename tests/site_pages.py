@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 from megatron_laer.fsep_flags import add_arguments
 from megatron_laer.life import LIFE, Kind
@@ -17,10 +16,10 @@ from megatron_laer.plugin.command_line import ARGUMENT_PATCHES
 from megatron_laer.plugin.switch import FSEP_PATCHES
 from megatron_laer.releases import NEXT, RELEASES
 from tests import compatibility
+from tests.documents import ROOT
 from tests.parity import report
 from tests.releases import PLACES
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 SLURM = ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 
@@ -91,7 +90,6 @@ TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
     ("slurm.md", "settings"): slurm_settings,
     ("support.md", "releases"): releases,
     ("support.md", "combinations"): compatibility.combinations,
-    ("support.md", "versions"): compatibility.versions,
     **{("support.md", name): lines for name, lines in report.TABLES.items()},
 }
 
