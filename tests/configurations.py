@@ -10,7 +10,6 @@ shapes and no memory, and its process groups send nothing. A test looks for each
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import sys
@@ -141,18 +140,12 @@ def _built(name: str) -> Iterator[tuple[Any, Any]]:
         sys.argv = before
 
 
-def judged(name: str) -> tuple[str, str]:
+def judgement(name: str) -> tuple[str, str]:
     """Return `check-recipe`'s verdict on a model with expert parallelism, and its proof."""
-    from megatron_laer.tools import cli
-    from megatron_laer.tools.cli.check_recipe import STATUS
-    from tests.published_commands import proof_in
+    from tests.published_commands import judged, proof_of
 
-    words = [*model_flags(name), "--expert-model-parallel-size", str(RANKS)]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        status = cli.main(["check-recipe", "--", *words])
-    verdict = next(verdict for verdict in STATUS if STATUS[verdict] == status)
-    return str(verdict), proof_in(said.getvalue().splitlines()[0])
+    found = judged(*model_flags(name), "--expert-model-parallel-size", str(RANKS))
+    return str(found.verdict), proof_of(found)
 
 
 def left_out(name: str, kind: str) -> list[str]:
@@ -202,7 +195,7 @@ def main() -> None:
     # Megatron prints its arguments, and loggers their messages.
     with contextlib.redirect_stdout(sys.stderr):
         # First, since building models makes the plugin add its flags to Megatron's parser.
-        verdicts = {name: judged(name) for name in MODELS}
+        verdicts = {name: judgement(name) for name in MODELS}
         sizes = {name: counted(name) for name in MODELS}
         lines = {name: row(name, sizes[name], *verdicts[name]) for name in MODELS}
     if sys.argv[1:] == ["--json"]:

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
-import shlex
-import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from megatron_laer.tools import cli
-from megatron_laer.tools.cli.check_recipe import STATUS, say
+from megatron_laer.tools.cli import check_recipe
+from megatron_laer.tools.recipes.verdict import Judgement
 from tests.bridge_table import COLUMNS, judge_recipe
 from tests.parity.settings import published_entries
 
@@ -27,14 +24,6 @@ _SOURCES = {
     "modelzoo": ("model zoo", "https://github.com/yanring/Megatron-MoE-ModelZoo/blob/main"),
     "bridge": ("Bridge", "https://github.com/NVIDIA-NeMo/Megatron-Bridge/blob/main"),
 }
-# Proofs by a text of the first line; the last text is in all of them.
-_PROOFS = {
-    "one row": "; proved by row ",
-    "each feature": "; each feature proved ",
-    "nothing yet": "; nothing proves it yet",
-    "–": "",
-}
-_NO_ROW = re.compile(r"; no row has ([^;]*);")
 # Defaults of a Megatron-Bridge recipe.
 _DEFAULTS = dict.fromkeys(COLUMNS, "") | {
     "pool": "pretrain",
@@ -43,57 +32,51 @@ _DEFAULTS = dict.fromkeys(COLUMNS, "") | {
 }
 
 
-def table(folder: Path) -> list[str]:
+def table() -> list[str]:
     lines = ["| model | published by | verdict | proved by | in the way |"]
     lines.append("|---|---|---|---|---|")
-    for number, entry in enumerate(published_entries()):
+    for entry in published_entries():
         repository, path = entry["from"].split()
         name, address = _SOURCES[repository]
-        status, said, *because = _checked(entry, folder / str(number))
-        verdict = next(verdict for verdict in STATUS if str(STATUS[verdict]) == status)
-        kinds = [*dict.fromkeys(f"`{reason.split(':')[0].strip()}`" for reason in because)]
+        if "recipe" in entry:
+            row = {name: str(value) for name, value in entry["recipe"].items()}
+            found = judge_recipe(_DEFAULTS | row)
+        else:
+            found = judged(*entry["flags"].split())
+        kinds = [*dict.fromkeys(f"`{reason.split(':')[0].strip()}`" for reason in found.because)]
         if "lacking" in entry:
-            assert _said(["--", entry["lacking"]])[0] == 2, "Megatron has it now"
+            assert judged(entry["lacking"]) is None, "Megatron has it now"
             kinds.append(f"`{entry['lacking']}`, which Megatron 0.19 lacks")
         cells = (
             entry["model"],
             f"[{name}]({address}/{path})",
-            f"*{verdict}*",
-            proof_in(said),
+            f"*{found.verdict}*",
+            proof_of(found),
             ", ".join(kinds) or "–",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def proof_in(said: str) -> str:
-    if lacking := _NO_ROW.search(said):
-        return f"all but {lacking[1]}"
-    return next(kind for kind, text in _PROOFS.items() if text in said)
+def proof_of(found: Judgement) -> str:
+    if found.proof is None:
+        return "nothing yet" if found.runs else "–"
+    if found.proof.no_row:
+        return f"all but {', '.join(found.proof.no_row)}"
+    return "one row" if found.proof.row else "each feature"
 
 
-def _checked(entry: Mapping[str, Any], file: Path) -> list[str]:
-    """Return the exit status of `check-recipe`, and its output up to a working command line."""
-    if "recipe" in entry:
-        row = _DEFAULTS | {name: str(value) for name, value in entry["recipe"].items()}
-        status, (first, *rest) = _said_by(lambda: say(judge_recipe(row)))
-    else:
-        file.write_text(shlex.join(entry["flags"].split()), encoding="utf-8")
-        status, (first, *rest) = _said([str(file)])
-    return [str(status), first, *(line for line in rest if line.startswith("  "))]
-
-
-def _said(words: list[str]) -> tuple[int, list[str]]:
-    return _said_by(lambda: cli.main(["check-recipe", *words]))
-
-
-def _said_by(run: Callable[[], int]) -> tuple[int, list[str]]:
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = run()
-    return status, said.getvalue().splitlines()
+def judged(*words: str) -> Any:
+    """Return `check-recipe`'s judgement, in place of printing it; None for a refused input."""
+    say, printed = mock.Mock(return_value=0), io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        mock.patch.object(check_recipe, "say", say),
+    ):
+        cli.main(["check-recipe", "--", *words])
+    return say.call_args.args[0] if say.called else None
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as temporary:
-        print("\n".join(table(Path(temporary))))
+    print("\n".join(table()))

@@ -12,8 +12,9 @@ from pathlib import Path
 from megatron_laer.tools.recipes.verdict import Judgement, Verdict
 from tests import shared_data
 from tests.bridge_table import judge_recipe, read_recipes
+from tests.documents import ROOT
+from tests.published_commands import proof_of
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
 LIST = shared_data.FOLDER / "bridge_recipes_train.csv"
 
@@ -46,17 +47,8 @@ def _verdicts(training: Judged, lora: Judged) -> Iterator[str]:
 
 
 def _proof(found: Judgement) -> str:
-    if not found.runs:
-        return "–"
-    if found.proof is None:
-        return "nothing yet"
-    return (
-        "one row"
-        if found.proof.row
-        else "not all features"
-        if found.proof.no_row
-        else "each feature"
-    )
+    said = proof_of(found)
+    return "not all features" if said.startswith("all but") else said
 
 
 def _reasons(training: Judged, lora: Judged) -> Iterator[str]:
