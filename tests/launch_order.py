@@ -143,52 +143,38 @@ def problems(launches: Sequence[Sequence[Launch]]) -> list[str]:
 
 
 def _unequal(launches: Sequence[Sequence[Launch]]) -> tuple[list[str], list[list[Place]]]:
-    """Return operations without matching partners, and the places of those that match."""
-    collectives: dict[str, dict[int, list[Place]]] = defaultdict(lambda: defaultdict(list))
-    messages: dict[tuple[str, int, int], dict[str, list[Place]]] = defaultdict(
-        lambda: {"send": [], "recv": []}
-    )
+    """Return operations without matching partners, and the places of those that match.
+
+    Those of one communicator match in order on its members, messages from one rank to another at
+    their two ends.
+    """
+    used: dict[tuple[str, str, tuple[object, ...]], dict[object, list[Place]]] = {}
     for rank, of_rank in enumerate(launches):
         for number, launch in enumerate(of_rank):
-            if launch.peer is None:
-                collectives[launch.group][rank].append((rank, number))
-            else:
-                ends = (rank, launch.peer) if launch.operation == "send" else (launch.peer, rank)
-                messages[(launch.group, *ends)][launch.operation].append((rank, number))
-
-    def at(place: Place) -> Launch:
-        return launches[place[0]][place[1]]
+            name, end, ends = f"collective {launch.description}", rank, launch.members
+            if launch.peer is not None:
+                way = (rank, launch.peer)[:: 1 if launch.operation == "send" else -1]
+                name = "messages from {} to {}".format(*way)
+                end, ends = launch.operation, _POINT_TO_POINT
+            by_end = used.setdefault((name, launch.group, ends), defaultdict(list))
+            by_end[end].append((rank, number))
 
     found, same = [], []
-    for by_rank in collectives.values():
-        members = at(next(iter(by_rank.values()))[0]).members
-        lengths = {rank: len(by_rank[rank]) for rank in members}
-        for k in range(max(lengths.values())):
-            places = [by_rank[rank][k] for rank in members if k < lengths[rank]]
-            wrong = _misfit([at(place) for place in places])
-            if wrong or len(places) < len(members):
-                missing = [rank for rank in members if k >= lengths[rank]]
-                text = f"{k}: {wrong or f'not launched by ranks {missing}'}"
-                found.append(f"collective {at(places[0]).description} {text}")
+    for (name, _, ends), by_end in used.items():
+        for k in range(max(map(len, by_end.values()))):
+            missing = [end for end in ends if k >= len(by_end[end])]
+            places = [by_end[end][k] for end in ends if end not in missing]
+            wrong = _misfit([launches[rank][number] for rank, number in places])
+            if wrong or missing:
+                found.append(f"{name}, {k}: {wrong or f'not launched by {missing}'}")
                 break
             same.append(places)
-    for (group, source, target), ends in messages.items():
-        pairs = list(zip(ends["send"], ends["recv"], strict=False))
-        name = f"messages on {group} from {source} to {target}"
-        if len(ends["send"]) != len(ends["recv"]):
-            found.append(f"{name}: {len(ends['send'])} sent, {len(ends['recv'])} received")
-        for k, pair in enumerate(pairs):
-            sent, received = (at(place).sizes for place in pair)
-            if sent != received:
-                found.append(f"{name}, {k}: {sent} sent, {received} received")
-                break
-        same += [list(pair) for pair in pairs]
     return found, same
 
 
 def _misfit(launches: Sequence[Launch]) -> str | None:
     operations = [launch.operation for launch in launches]
-    if len(set(operations)) > 1:
+    if launches[0].peer is None and len(set(operations)) > 1:
         return f"operations {operations}"
     sizes = [launch.sizes for launch in launches]
     if operations[0] in WITH_SPLITS:

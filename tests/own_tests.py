@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.processes import python_path
+from tests import processes
 
 Mode = Literal["without", "standard", "fsep"]
 
@@ -44,45 +41,23 @@ def run(mode: Mode, checkout: Path, files: Sequence[str], timeout_s: float) -> d
     The mode is `without` the plugin, with it but FSEP off (`standard`), or with all MoE layers that
     tests build sharded (`fsep`).
     """
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        processes, logs = [], []
-        results = [Path(folder) / f"{rank}.json" for rank in range(RANKS)]
-        for rank, result in enumerate(results):
-            log = stack.enter_context(result.with_suffix(".log").open("w+", encoding="utf-8"))
-            command = [sys.executable, "-W", "ignore", str(_SCRIPT), mode, str(checkout)]
-            command += [str(store.port), str(result)]
-            process = subprocess.Popen(
-                [*command, *(f"tests/unit_tests/{name}" for name in files)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(rank),
-            )
-            stack.callback(process.kill)
-            processes.append(process)
-            logs.append(log)
-        deadline_s = time.monotonic() + timeout_s
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # its log shows how far it came
-                process.wait(max(0.0, deadline_s - time.monotonic()))
-        for result, log in zip(results, logs, strict=True):
-            log.seek(0)
-            assert result.exists(), log.read()[-5000:]
-        return _worst([json.loads(result.read_text(encoding="utf-8")) for result in results])
-
-
-def _environment(rank: int) -> dict[str, str]:
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-    return {
-        **os.environ,
-        **{name: str(number) for name, number in numbers.items()},
+    environment = {
         "MEGATRON_LAER_DEVICE": "cpu",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": python_path(),
+        "PYTHONPATH": processes.python_path(),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONWARNINGS": "ignore",
     }
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc-per-node={RANKS}", str(_SCRIPT), mode, str(checkout), folder),
+            *(f"tests/unit_tests/{name}" for name in files),
+        ]
+        ended = processes.run(command, timeout_s, env=os.environ | environment)
+        results = [Path(folder, f"{rank}.json") for rank in range(RANKS)]
+        assert all(result.exists() for result in results), (ended.stdout + ended.stderr)[-5000:]
+        return _worst([json.loads(result.read_text(encoding="utf-8")) for result in results])
 
 
 def _worst(by_rank: list[dict[str, list[str]]]) -> dict[str, Verdict]:

@@ -1,10 +1,11 @@
 """One rank of Megatron's own unit tests, without the plugin, with it, or with FSEP.
 
-    RANK=… python tests/own_tests_rank.py MODE CHECKOUT PORT RESULTS.json FILE...
+    torchrun ... tests/own_tests_rank.py MODE CHECKOUT RESULTS FILE...
 
-`tests/own_tests.py` starts the ranks. This file is never imported, since Megatron's tests are a
-package of the same name as ours. Ranks meet after every test; after a failed one on any of them,
-all start the next one with new process groups.
+`tests/own_tests.py` starts torchrun, which would end all ranks if one had another status than 0.
+This file is never imported, since Megatron's tests are a package of the same name as ours. Ranks
+meet after every test; after a failed one on any of them, all start the next one with new process
+groups.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 
-MODE, CHECKOUT, PORT, RESULTS, *FILES = sys.argv[1:]
+MODE, CHECKOUT, RESULTS, *FILES = sys.argv[1:]
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 if MODE == "without":
@@ -58,7 +59,9 @@ class Ranks:
     """pytest plugin that keeps this rank's tests in step with those of the others."""
 
     def __init__(self) -> None:
-        self.store = dist.TCPStore("127.0.0.1", int(PORT), is_master=False)
+        # The launcher's.
+        port = int(os.environ["MASTER_PORT"])
+        self.store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
         self.store.set_timeout(_MEETING_TIMEOUT)
         self.verdicts: dict[str, list[str]] = {}
         self._tests, self._groups = 0, 0
@@ -103,7 +106,7 @@ class Ranks:
             self._all_say(f"{self._tests} left", "left")
 
     def pytest_sessionfinish(self) -> None:
-        Path(RESULTS).write_text(json.dumps(self.verdicts, indent=1), encoding="utf-8")
+        Path(RESULTS, f"{RANK}.json").write_text(json.dumps(self.verdicts), encoding="utf-8")
 
     def _all_say(self, about: str, word: str) -> list[str]:
         self.store.set(f"{about}/{RANK}", word)
@@ -165,4 +168,4 @@ if __name__ == "__main__":
         megatron_laer.enable()
     # Use Megatron's folder, configuration and conftest files.
     flags = ["-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", CHECKOUT, "-q", "--tb=short"]
-    sys.exit(pytest.main([*flags, *FILES], plugins=[Ranks()]))
+    pytest.main([*flags, *FILES], plugins=[Ranks()])

@@ -36,10 +36,6 @@ def watching(*watched: tuple[Any, str, Callable[..., object]]) -> Iterator[None]
         yield
 
 
-def layout_version(_model: object) -> int:
-    return running().layouts.version
-
-
 def layouts_in_force(_model: object) -> tuple[int, list[Any]]:
     """Return the version of the layouts, and the expert of each slot by layer."""
     layouts = running().layouts

@@ -16,7 +16,7 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +35,9 @@ _WAIT_S = 900.0
 _FINAL = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL TIMEOUT".split())
 
 
-def missing_programs() -> list[str]:
-    return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
-
-
 def require_programs() -> None:
     """Skip a test where programs of Slurm are missing; fail it where Slurm is needed."""
-    if missing := missing_programs():
+    if missing := [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]:
         message = f"Slurm is not installed: {INSTALL} (missing: {', '.join(missing)})"
         if os.environ.get(NEEDED_VARIABLE) == "1":
             pytest.fail(message)
@@ -85,26 +81,15 @@ class Cluster:
         return result.stdout
 
     def submit(
-        self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
-    ) -> Job:
-        return Job(self, self._sbatch("%j", words, cwd, environment))
-
-    def submit_array(
-        self, tasks: str, *words: str, environment: Mapping[str, str] | None = None
-    ) -> list[Job]:
-        """Return the jobs of two tasks; `tasks` is the value of `sbatch --array`, such as `1-2`."""
-        number = self._sbatch("%A_%a", (f"--array={tasks}", *words), None, environment)
-        return [Job(self, number, task) for task in (1, 2)]
-
-    def _sbatch(
         self,
-        log: str,
-        words: Sequence[str],
-        cwd: Path | None,
-        environment: Mapping[str, str] | None,
-    ) -> int:
+        *words: str,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        log: str = "%j",
+    ) -> Job:
+        """Submit a job; the `log` of an array's tasks is `%A_%a`, as their names."""
         sbatch = ("sbatch", "--parsable", f"--output={self.folder}/jobs/{log}.log", *words)
-        return int(self.run(*sbatch, cwd=cwd, environment=environment))
+        return Job(self, self.run(*sbatch, cwd=cwd, environment=environment).strip())
 
     def cancel_jobs(self) -> None:
         self.run("scancel", f"--user={getpass.getuser()}")
@@ -116,15 +101,10 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """Submitted job with its number, or its array's number and its `task`."""
+    """Submitted job; its name is its number, or that of its array and of its task."""
 
     cluster: Cluster
-    number: int
-    task: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.number}" if self.task is None else f"{self.number}_{self.task}"
+    name: str
 
     @property
     def log(self) -> str:
@@ -166,16 +146,15 @@ class Job:
 
 
 @contextlib.contextmanager
-def slurm_cluster(folder: Path, nodes: int = 2, gpus: int = 2, cpus: int = 4) -> Iterator[Cluster]:
-    """Yield a running cluster of nodes with `gpus` and `cpus` each; end it with all its jobs.
+def slurm_cluster(folder: Path) -> Iterator[Cluster]:
+    """Yield a running cluster of two nodes with two GPUs each; end it with all its jobs.
 
     The folder must be empty and have a short path: a socket's has 107 characters at most.
     """
     # All of 127/8 is this machine. Not 127.0.0.1, where others listen.
     network = f"127.{random.randrange(1, 255)}.{random.randrange(255)}"
-    names = tuple(f"{network}.{number + 1}" for number in range(nodes))
-    cluster = Cluster(folder, names)
-    _write_files(cluster, gpus, cpus)
+    cluster = Cluster(folder, (f"{network}.1", f"{network}.2"))
+    _write_files(cluster)
     try:
         _start(cluster)
         yield cluster
@@ -183,7 +162,7 @@ def slurm_cluster(folder: Path, nodes: int = 2, gpus: int = 2, cpus: int = 4) ->
         _end(cluster)
 
 
-def _write_files(cluster: Cluster, gpus: int, cpus: int) -> None:
+def _write_files(cluster: Cluster) -> None:
     folder, nodes = cluster.folder, cluster.nodes
     for name in ("munge", "state", "log", "dev", "jobs", *(f"spool/{node}" for node in nodes)):
         (folder / name).mkdir(parents=True)
@@ -192,14 +171,14 @@ def _write_files(cluster: Cluster, gpus: int, cpus: int) -> None:
     key.write_bytes(os.urandom(128))
     key.chmod(stat.S_IRUSR)
     (folder / "munge").chmod(stat.S_IRWXU)
-    for number in range(gpus):
+    for number in range(2):
         # Without a file Slurm does not count a GPU, and a regular file sets no variable.
         (folder / "dev" / f"gpu{number}").symlink_to("/dev/null")
     controller_port, *ports = _free_ports(nodes[0], 1 + len(nodes))
     host, user = socket.gethostname(), getpass.getuser()
     described = "\n".join(
-        f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={port} CPUs={cpus} "
-        f"RealMemory=4096 Gres=gpu:{gpus}"
+        f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={port} CPUs=4 "
+        "RealMemory=4096 Gres=gpu:2"
         for node, port in zip(nodes, ports, strict=True)
     )
     (folder / "slurm.conf").write_text(f"""\
@@ -208,9 +187,7 @@ SlurmctldHost={host}({nodes[0]})
 SlurmctldPort={controller_port}
 SlurmUser={user}
 SlurmdUser={user}
-AuthType=auth/munge
 AuthInfo=socket={folder}/munge/socket
-CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -219,18 +196,14 @@ SlurmctldLogFile={folder}/log/slurmctld.log
 SlurmdLogFile={folder}/log/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
-MpiDefault=none
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 # A node whose daemon gets no processor for that long is taken for lost.
 SlurmdTimeout=60
 SlurmctldTimeout=60
-InactiveLimit=0
-KillWait=30
 MinJobAge=86400
 # Ports follow from it, and may be used by another cluster.
 FirstJobId={random.randrange(1, 50_000_000)}
@@ -242,9 +215,7 @@ GresTypes=gpu
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=300
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """)
-    (folder / "gres.conf").write_text(
-        f"AutoDetect=off\nName=gpu File={folder}/dev/gpu[0-{gpus - 1}]\n"
-    )
+    (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/dev/gpu[0-1]\n")
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
 
 

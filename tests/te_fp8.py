@@ -8,7 +8,7 @@ recipes, which its arguments tell apart.
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -47,7 +47,7 @@ class Tensor:
         is_2D_scaled: bool | None = None,
         with_gemm_swizzled_scales: bool | None = None,
     ) -> Tensor:
-        made = super().__new__(cls)
+        made: Any = super().__new__(cls)
         made._data, made._scale_inv = data, fp8_scale_inv
         made._rowwise_data, made._rowwise_scale_inv = rowwise_data, rowwise_scale_inv
         made._columnwise_data, made._columnwise_scale_inv = columnwise_data, columnwise_scale_inv
@@ -67,19 +67,13 @@ class Tensor:
             for values, scales, block in (rows, columns)
         )
         (made.device,) = {part.device for part in (rows[0], columns[0]) if part is not None}
-        return made
+        return cast("Tensor", made)
 
     multiple: int
     turns: bool
     device: torch.device
     by_rows: Any
     by_columns: Any
-    _data: Any
-    _scale_inv: Any
-    _rowwise_data: Any
-    _rowwise_scale_inv: Any
-    _columnwise_data: Any
-    _columnwise_scale_inv: Any
 
     def update_usage(self, columnwise_usage: bool) -> None:
         assert self.turns, "only one scale, and those of square blocks, are those of the transpose"

@@ -16,10 +16,8 @@ def some_counts(seed, steps=3, layers=2, microbatches=2, ranks=2, experts=4, mos
     return np.random.default_rng(seed).integers(0, most, shape)
 
 
-def write_recording(
-    path: Path, counts: Int64, first_step: int = 0, layers: list[str] | None = None
-) -> None:
-    names = layers or [f"decoder.{layer}" for layer in range(counts.shape[1])]
+def write_recording(path: Path, counts: Int64, first_step: int = 0) -> None:
+    names = [f"decoder.{layer}" for layer in range(counts.shape[1])]
     sizes = counts.shape[3], counts.shape[4]
     writer = TraceWriter(path, *sizes, names, first_step, "0123456789abcdef")
     for step, layer, microbatch in np.ndindex(counts.shape[:3]):
@@ -27,9 +25,8 @@ def write_recording(
     writer.close()
 
 
-def assert_holds(trace, counts, steps=None):
-    steps = range(len(counts)) if steps is None else steps
-    expected = [(steps[i], layer, mb) for i, layer, mb in np.ndindex(counts.shape[:3])]
+def assert_holds(trace, counts):
+    expected = [*np.ndindex(counts.shape[:3])]
     assert list(zip(trace.step_R, trace.layer_R, trace.microbatch_R, strict=True)) == expected
     np.testing.assert_array_equal(trace.counts_RNE, counts.reshape(-1, *counts.shape[3:]))
 

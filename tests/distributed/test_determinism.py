@@ -11,7 +11,7 @@ from megatron_laer.cpu.training import Record, train
 from tests.distributed.conftest import Trainings
 from tests.parity.compare import identical
 from tests.parity.row import FSEP, HOMES
-from tests.probes import layout_version
+from tests.probes import layouts_in_force
 
 STEPS = 6
 
@@ -30,12 +30,14 @@ def test_a_run_that_waits_for_plans_is_bitwise_the_same_with_evaluations(
     plain, evaluated = (
         trained(
             f"{FSEP} --fsep-late-plan wait --fsep-planner {planner}{more}",
-            layout_version,
+            layouts_in_force,
             steps=STEPS,
         )
         for more in ("", " --eval-interval 3 --eval-iters 2")
     )
-    assert plain.probes[-1] == STEPS - 1, "every step but the first has a plan from the one before"
+    assert plain.probes[-1][0] == STEPS - 1, (
+        "every step but the first has a plan from the one before"
+    )
     assert len(evaluated.eval_losses) >= 3
     assert identical(evaluated, plain)
 

@@ -183,6 +183,6 @@ def test_operations_sizes_and_messages_that_do_not_fit_are_found() -> None:
     assert "sent" in problems([exchange[0], exchange[0]])[0]
     assert "sizes" in problems([[launch("a", pair, 0)], [launch("a", pair, 0, sizes=(2,))]])[0]
     assert "operations" in problems([[launch("a", pair, 0)], exchange[0]])[0]
-    assert "not launched by ranks [1]" in problems([[launch("a", pair, 0)], []])[0]
+    assert "not launched by [1]" in problems([[launch("a", pair, 0)], []])[0]
     message = launch("p", pair, 0, operation="send", peer=1)
-    assert problems([[message], []]) == ["messages on p from 0 to 1: 1 sent, 0 received"]
+    assert problems([[message], []]) == ["messages from 0 to 1, 0: not launched by ['recv']"]

@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def test_every_node_starts_its_ranks_in_the_order_of_slurm_and_meets_on_the_firs
         assert value_of("--nnodes", words) == "2"
         assert value_of("--nproc-per-node", words) == "1"
         assert value_of("--master-addr", words) == slurm_cluster.nodes[0]
-        assert value_of("--master-port", words) == str(20000 + job.number * 8 % 12000)
+        assert value_of("--master-port", words) == str(20000 + int(job.name) * 8 % 12000)
         assert value_of("--log-dir", words) == str(tmp_path / "logs" / node)
         assert words[-3:] == [str(SCRIPT), "--lr", "3e-4"]
 
@@ -125,7 +126,7 @@ def test_without_a_checkpoint_a_job_is_not_requeued(slurm_cluster: Cluster, tmp_
     assert "without CHECKPOINT a requeued job would begin at step 0" in job.log
     assert job.field("Requeue") == "0"
     with pytest.raises(RuntimeError, match="disabled"):
-        slurm_cluster.run("scontrol", "requeue", str(job.number))
+        slurm_cluster.run("scontrol", "requeue", job.name)
 
 
 def test_a_job_that_is_told_to_end_is_not_started_again(
@@ -133,7 +134,7 @@ def test_a_job_that_is_told_to_end_is_not_started_again(
 ) -> None:
     job = submit(TWO_NODES, "sleep 600", MAX_RESTARTS="9")
     job.wait_for_text("started:", 2)
-    slurm_cluster.run("scancel", str(job.number))
+    slurm_cluster.run("scancel", job.name)
     assert job.end() == "CANCELLED", job.log
     assert job.log.count("started:") == 2
     assert "it is started again" not in job.log
@@ -225,7 +226,7 @@ def test_a_checkpoint_in_use_is_refused_and_another_jobs_is_named(
     first.wait_for_text("started:")
     second = submit(options, until_saved)
     assert second.end() == "FAILED"
-    whose = f"job {first.number} (first)"
+    whose = f"job {first.name} (first)"
     assert f"{folder} is in use by {whose}; give this job another CHECKPOINT" in second.log
     (folder / "latest_checkpointed_iteration.txt").write_text("10")
     assert first.end() == "COMPLETED", first.log
@@ -245,10 +246,12 @@ def test_a_task_of_an_array_requeues_itself_alone(slurm_cluster: Cluster, tmp_pa
         ((step == 10)) || until [[ -f $CHECKPOINT/../ended ]]; do sleep 0.1; done"""
     own = shlex.quote(f"{tmp_path}/")
     wrapped = f"CHECKPOINT={own}$SLURM_ARRAY_TASK_ID bash {SBATCH} {SCRIPT} --train-iters 10"
-    others, requeued = slurm_cluster.submit_array(
-        *("1-2", "--requeue", *ONE_NODE, "--exclusive", f"--wrap={wrapped}"),
+    array = slurm_cluster.submit(
+        *("--array=1-2", "--requeue", *ONE_NODE, "--exclusive", f"--wrap={wrapped}"),
         environment=settings(tmp_path, body),
+        log="%A_%a",
     )
+    others, requeued = (replace(array, name=f"{array.name}_{task}") for task in (1, 2))
     assert others.end() == "COMPLETED", others.log
     (tmp_path / "ended").touch()
     requeued.wait_for_text("requeued (1 of 100)")

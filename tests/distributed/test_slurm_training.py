@@ -144,7 +144,7 @@ def test_term_saves_where_megatron_is_told_so_and_the_next_job_goes_on(
     assert saved_iteration(training.checkpoint) == HELD_IN
     following = training.submit(*TWO_NODES, CHECKPOINT=str(training.checkpoint))
     assert following.end() == "COMPLETED", following.log[-6000:]
-    assert f"holds step {HELD_IN} of job {job.number} " in following.log
+    assert f"holds step {HELD_IN} of job {job.name} " in following.log
     assert_same(following, undisturbed, HELD_IN, first=HELD_IN + 1)
 
 
