@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 Sizes = tuple[Any, ...]
 
@@ -114,7 +115,8 @@ def _sizes(name: str, num_members: int, args: tuple[Any, ...]) -> Sizes:
     root = getattr(args[-1], "rootRank", None) if args else None
     if name in _WITH_ROOT:
         return (root,)
-    return (root, *((tensor.numel(), str(tensor.dtype)) for tensor in _tensors(args)))
+    tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    return (root, *((tensor.numel(), str(tensor.dtype)) for tensor in tensors))
 
 
 def _elements(tensor: torch.Tensor, splits: Sequence[int], num_members: int) -> list[int]:
@@ -123,14 +125,6 @@ def _elements(tensor: torch.Tensor, splits: Sequence[int], num_members: int) -> 
         return [tensor.numel() // num_members] * num_members
     row = tensor.numel() // max(1, tensor.shape[0])
     return [size * row for size in splits]
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 Place = tuple[int, int]  # rank, and number of the launch on it

@@ -6,7 +6,7 @@ Legend: N ranks, C slots per rank, G ranks per node, T tokens, E experts, H hidd
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -74,22 +74,11 @@ class Outcome:
     timed: list[tuple[str, str]]
 
 
-class SharedExperts:
-    use_shared_expert_gate = False
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: self.calls.append(name)
-
-    def pre_forward_comm(self, hidden: Any, wait_current_stream: bool = True) -> None:
-        self.calls.append("pre_forward_comm")
-        self.hidden = hidden
-
-    def get_output(self) -> Any:
-        self.calls.append("get_output")
-        return self.hidden * 2
+def shared_experts() -> Any:
+    """Return experts that double what they are given, and remember their calls."""
+    shared = mock.Mock(use_shared_expert_gate=False)
+    shared.get_output.side_effect = lambda: shared.pre_forward_comm.call_args.args[0] * 2
+    return shared
 
 
 @contextlib.contextmanager
@@ -215,7 +204,7 @@ def run(
         begin_exchange=lambda name: timed.append(("begin", str(name))),
         end_exchange=lambda then: timed.append(("end", str(then))),
     )
-    shared = SharedExperts() if with_shared else None
+    shared = shared_experts() if with_shared else None
     dispatcher = make_dispatcher(plan, case.top_k, path, groups, shared=shared, times=times)
     dispatcher.start_shared_experts(hidden)
     sent: dict[str, list[Sent]] = {}
@@ -225,7 +214,7 @@ def run(
     with recorded(sent, "backward"):
         combined.backward(grad)
     assert hidden.grad is not None and probs.grad is not None
-    calls = shared.calls if shared else []
+    calls = [name for name, *_ in shared.method_calls] if shared else []
     grads = [hidden.grad, probs.grad]
     return Outcome(experts, combined.detach(), grads, sent, kept.total_bytes, calls, timed)
 
