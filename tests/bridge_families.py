@@ -148,18 +148,10 @@ _KNOWN = re.compile(
     r"^megatron\.bridge\.(perf_)?recipes\.(deepseek|exaone|gemma4_vl|glm|glm_moe_dsa|glm_vl|gpt_oss|"
     r"kimi|kimi_vl|minimax|moonlight|nemotronh|nemotron_omni|olmoe|qwen|qwen_omni|qwen_vl|stepfun)\."
 )
-UNKNOWN_FAMILY = (
-    "its fields alone were judged: what a model has beside them is known of the families in "
-    "megatron.bridge.recipes and perf_recipes at 067f987d, and this is none of these; to have all "
-    "of it judged give --bridge-recipe NAME, or Megatron's flags"
-)
-
-
-def is_known(recipe: str) -> bool:
-    return _KNOWN.search(recipe) is not None
 
 
 def implied_by(recipe: str) -> list[Implied]:
+    assert _KNOWN.search(recipe), f"{recipe}: its model's settings are in no row above"
     return [row for row in IMPLIED if re.search(row.recipes, recipe)]
 
 

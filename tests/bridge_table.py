@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_laer.rules import REFUSALS, WITH_ADAPTERS, problems_by
 from megatron_laer.tools.recipes.containers import no_megatron_builds
 from megatron_laer.tools.recipes.verdict import Judgement, judge
-from tests.bridge_families import UNKNOWN_FAMILY, adapts_experts, implied_by, is_known
+from tests.bridge_families import adapts_experts, implied_by
 
 
 def _words(text: str, empty: object = None) -> dict[str, object]:
@@ -102,8 +102,7 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
     settings.adapts_experts = settings.is_lora and adapts_experts(name)
     refused = no_megatron_builds(name)
     refused += problems_by(WITH_ADAPTERS, settings)
-    doubts = [] if is_known(name) else [UNKNOWN_FAMILY]
-    return judge(settings, also_refused=refused, doubts=doubts)
+    return judge(settings, also_refused=refused)
 
 
 def _settings(row: Mapping[str, str]) -> Namespace:

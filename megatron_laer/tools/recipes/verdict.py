@@ -61,12 +61,11 @@ def judge(
     allowed: Collection[Unproven] = (),
     *,
     also_refused: Sequence[str] = (),
-    doubts: Sequence[str] = (),
 ) -> Judgement:
     """Judge parsed arguments, or an object with the same attributes.
 
     `allowed` are the words of `--fsep-allow-unproven`. `also_refused` are further reasons for a
-    refusal, which no argument shows. `doubts` are reasons why nothing proves an accepted run.
+    refusal, which no argument shows.
     """
     found_elsewhere = (
         *also_refused,
@@ -98,7 +97,7 @@ def judge(
     verdict = Verdict.RUNS
     if lost:
         verdict = Verdict.PRECISION if LeftOut.PRECISION in lost else Verdict.SPEED_ONLY
-    doubts = [*doubts] + [
+    doubts = [
         f"{row.flag} {getattr(settings, row.argument)}: allowed by name, and nobody has run it"
         for row in REFUSALS
         if set(row.words) & (set(allowed) - allow) and row.asks_for_unproven(settings)
