@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -133,9 +133,10 @@ def train(
         mock.patch.object(MoEMetricsTracker, "report", observed_report),
         mock.patch.object(ArgumentGroupFactory, "_get_field_docstrings", remembered_docstrings),
         mock.patch.object(sys, "argv", ["pretrain_gpt.py", *flags]),
-        _queues_for(flags),
         fresh_megatron(model),
     ):
+        if MEGATRON_FSDP in flags:
+            del os.environ[CONNECTIONS]  # as `install` does, which ranks of a pool have run before
         if script is None:
             pretrain_gpt.main()
         else:
@@ -146,15 +147,6 @@ def train(
     if rank_of_environment() != 0:
         record.weights, record.first_grads = {}, {}
     return record
-
-
-@contextlib.contextmanager
-def _queues_for(flags: Sequence[str]) -> Iterator[None]:
-    """Set the number of queues as `install` does, which ranks of a pool have run before."""
-    with mock.patch.dict(os.environ):
-        if MEGATRON_FSDP in flags:
-            del os.environ[CONNECTIONS]
-        yield
 
 
 @dataclass
@@ -196,7 +188,8 @@ def gather(value: Any) -> list[Any]:
 def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
     """Remove the state of a run afterwards, so that one process can train many models."""
     try:
-        yield
+        with mock.patch.dict(os.environ):  # Megatron stores a run's kind of attention there
+            yield
     finally:
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
         from megatron.core.transformer.moe import fused_a2a, moe_logging, moe_utils, router_replay

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import psutil
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_laer.cpu import ranks
 from tests.chaos import rank
@@ -76,7 +76,16 @@ def saved_step(folder: Path) -> int:
 def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None) -> list[int]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([ranks.preparation])
-    environment = _environment(plan)
+    # Served here, as by torchrun: a port found free may be taken when the ranks start.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "WORLD_SIZE": str(plan.variant.ranks),
+        "LOCAL_WORLD_SIZE": str(plan.variant.ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "PYTHONWARNINGS": "ignore",
+    }
     processes = []
     folder = str(outcome.folder)
     flags = plan.flags(data, folder)
@@ -170,16 +179,3 @@ def _descendants(processes: Sequence[ForkServerProcess]) -> set[psutil.Process]:
             own = psutil.Process(process.pid)
             found |= {own, *own.children(recursive=True)}
     return found
-
-
-def _environment(plan: Plan) -> dict[str, str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {
-        "WORLD_SIZE": str(plan.variant.ranks),
-        "LOCAL_WORLD_SIZE": str(plan.variant.ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONWARNINGS": "ignore",
-    }

@@ -24,7 +24,6 @@ class Variant:
     name: str
     flags: str
     ranks: int = 2
-    saves: bool = True
 
 
 VARIANTS = (
@@ -34,7 +33,6 @@ VARIANTS = (
     Variant("greedy, forecast, sync", "--fsep-planner greedy --fsep-plan-mode forecast"),
     Variant("restored per step, async", f"--fsep-planner greedy --fsep-restore step {_ASYNC}"),
     Variant("two groups, sync", "--fsep-planner greedy", ranks=4),
-    Variant("no checkpoints", "--fsep-planner greedy", saves=False),
     Variant("experts at home, async", f"--fsep-planner greedy{HOMES} {_ASYNC}"),
     Variant("experts at home, restored per step", f"--fsep-restore step{HOMES}"),
     Variant("experts at home, two groups", f"--fsep-planner greedy{HOMES}", ranks=4),
@@ -81,12 +79,11 @@ class Plan:
 
     def flags(self, data: str, folder: str) -> list[str]:
         saved = f"{folder}/saved"
-        saves = f"--save {saved} --load {saved} --save-interval {SAVE_EVERY}"
         handles = "--exit-signal-handler" if self.handles_term else ""
         return command_line(
             data,
             f"{_WAIT} {self.variant.flags} --fsep-record {folder}/recorded trace metrics layouts"
-            + (f" {saves} {handles}" if self.variant.saves else ""),
+            f" --save {saved} --load {saved} --save-interval {SAVE_EVERY} {handles}",
             global_batch=4 * self.variant.ranks,
             steps=self.steps,
         )
@@ -102,7 +99,7 @@ def plans(number: int, seed: int) -> Iterator[Plan]:
             first = draws.randrange(SAVE_EVERY, STEPS - 1)
         steps = [first, *(draws.randrange(STEPS - 1) for _ in range(draws.randrange(3)))]
         faults = tuple(_fault(draws, variant, step) for step in steps)
-        yield Plan(variant, variant.saves and draws.random() < 0.57, faults)
+        yield Plan(variant, draws.random() < 0.5, faults)
 
 
 def _fault(draws: random.Random, variant: Variant, step: int) -> Fault:

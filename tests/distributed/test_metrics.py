@@ -57,7 +57,7 @@ def test_balance_and_planning_are_in_tensorboard(
     assert all(0 < value < 1e5 for value in series("fsep_layer_ms"))
     assert all(0 < value < 1e4 for value in series("fsep_memory_headroom_gib"))
     assert all(0 <= value <= 1 for value in series("fsep_fresh_layouts"))
-    assert all(0 < value < 1e3 for value in series("fsep_quota_ms"))
+    assert all(value > 0 for value in series("fsep_quota_ms"))
     assert all(value > 0 for value in series("fsep_token_rows_intra_node"))
     assert series("fsep_token_rows_inter_node") == [0, 0, 0]  # a node has both ranks
     for rows, mb in zip(

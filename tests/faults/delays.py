@@ -13,7 +13,7 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -24,7 +24,8 @@ from megatron_laer.cpu.training import Record, rank_of_environment, train
 from tests.probes import running, watching
 
 STEPS_PER_SEED = 2
-WATCHDOG_S = 30.0
+# An order of magnitude above need, on a busy machine too.
+WATCHDOG_S = 300.0
 
 # A seed makes each site of each rank quick or slow, so that streams overtake each other both ways.
 _LONGEST_MS = (0.0, 0.0, 0.5, 2.0, 10.0)
@@ -57,10 +58,7 @@ class Delays:
         """
         if self._seed is None:
             return
-        if "plan" not in self._sites:
-            draws = random.Random(f"{self._seed} {self._rank} plan")
-            self._sites["plan"] = draws, draws.choice(_HELD_PLANS)
-        draws, share = self._sites["plan"]
+        draws, share = self._drawn("plan", _HELD_PLANS)
         if draws.random() < share:
             self.slept += 1
             with self._stepped:
@@ -75,14 +73,17 @@ class Delays:
         """Sleep for the seed's time; each site belongs to one thread."""
         if self._seed is None:
             return
-        if site not in self._sites:
-            draws = random.Random(f"{self._seed} {self._rank} {site}")
-            self._sites[site] = draws, draws.choice(_LONGEST_MS)
-        draws, longest_ms = self._sites[site]
+        draws, longest_ms = self._drawn(site, _LONGEST_MS)
         delay_ms = draws.uniform(0.0, longest_ms)
         if delay_ms > 0.0:
             self.slept += 1
             time.sleep(delay_ms / 1e3)
+
+    def _drawn(self, site: str, choices: Sequence[float]) -> tuple[random.Random, float]:
+        if site not in self._sites:
+            draws = random.Random(f"{self._seed} {self._rank} {site}")
+            self._sites[site] = draws, draws.choice(choices)
+        return self._sites[site]
 
 
 @dataclass
