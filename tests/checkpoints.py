@@ -1,4 +1,4 @@
-"""Content of checkpoints on disk, read without ranks; runs that end with a checkpoint."""
+"""Content of checkpoints on disk, read without ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_laer.cpu.training import train
 from megatron_laer.cpu.weights import Tensors
 from tests.releases import installed_release
 
@@ -50,8 +49,3 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
-
-
-def train_until_exit(flags: list[str]) -> None:
-    with pytest.raises(SystemExit):
-        train(flags)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from megatron_laer.cpu.ranks import Raised
+from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import train
 from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
@@ -19,7 +20,6 @@ from tests.checkpoints import (
     iteration_folder,
     saved_iteration,
     saved_tensors,
-    train_until_exit,
 )
 from tests.distributed.conftest import Trainings
 from tests.distributed.test_home_order import homes
@@ -83,7 +83,6 @@ JOURNEYS = (
             Stop(4, 4, FSEP),
             Stop(2, 2, FSEP + " --fsep-capacity 7" + ASYNC),
             Stop(4, 2, FSEP),
-            Stop(4, 4),
         ),
     ),
     Journey(
@@ -94,7 +93,6 @@ JOURNEYS = (
             Stop(4, 4, FSEP + TENSOR),
             Stop(4, 2, FSEP + PIPELINE),
             Stop(4, 2, TENSOR),
-            Stop(4, 4, FSEP),
         ),
     ),
     Journey("Muon, distributed optimizer, bf16", " --optimizer dist_muon --bf16", AT_HOME_AND_BACK),
@@ -173,31 +171,86 @@ def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
         assert_equal(other, first)
 
 
-@pytest.mark.parametrize(
-    ("writer", "reader", "said"),
-    [
-        ("", FSEP, "load with --no-load-optim"),
-        (FSEP, "", ".fsep-2"),
-        (FSEP, FSEP, None),
-        # Without replicas, experts at home have stock's memory layout.
-        ("", HOMES + " --fsep-planner static", None),
-    ],
-    ids=["stock to rows", "rows to stock", "rows to rows", "stock to experts at home"],
-)
+STATIC = " --expert-parallel-mode fsep --fsep-planner static --fsep-sharding experts"
+HERE, THERE = STATIC + "{0}", STATIC + "{1}"  # two permutations
+# By writer: readers of its buffers, and parts of their refusals.
+READERS: dict[str, dict[str, str | None]] = {
+    # Without replicas, experts at home have stock's memory layout.
+    "": {FSEP: "load with --no-load-optim", STATIC: None},
+    FSEP: {"": ".fsep-2", FSEP: None},
+    HERE: {
+        THERE: "or other --fsep-homes",
+        STATIC: "or other --fsep-homes",
+        "": ".fsep-homes-",
+    },
+}
+
+
+@pytest.mark.parametrize("writer", READERS, ids=["stock", "rows", "homes by a permutation"])
 def test_optimizer_buffers_are_read_by_their_own_kind_of_run_alone(
-    trained: Trainings, tmp_path: Path, writer: str, reader: str, said: str | None
+    trained: Trainings, tmp_path: Path, writer: str
 ) -> None:
     # Megatron's default form of the distributed optimizer's state, dp_reshardable.
     default = TORCH_DIST + " --use-distributed-optimizer --override-opt_param-scheduler"
-    trained(f"{writer}{default} --save {tmp_path} --save-interval 2", steps=2)
-    reads = f"{reader}{default} --load {tmp_path}"
-    whole = trained(writer + default, steps=4)
-    for result in trained.ends(reads, steps=4):
-        if said is None:
-            assert result.losses == whole.losses[2:]
-        else:
-            assert isinstance(result, Raised) and said in result.traceback
-    assert len(trained(reads + WEIGHTS_ONLY, steps=2).losses) == 2
+    moved = [homes(tmp_path, seed) for seed in (8, 9)]
+    saves = f"{writer}{default} --save {tmp_path} --save-interval 2".format(*moved)
+    whole = trained(saves, steps=4)
+    for reader, said in READERS[writer].items():
+        reads = f"{reader}{default} --load {tmp_path} --ckpt-step 2".format(*moved)
+        for result in trained.ends(reads, steps=4):
+            if said is None:
+                assert result.losses == whole.losses[2:]
+            else:
+                assert isinstance(result, Raised) and said in result.traceback
+        assert said is None or len(trained(reads + WEIGHTS_ONLY, steps=2).losses) == 2
+
+
+def settings_of(folder: Path) -> dict[str, object]:
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    args = load_common_state_dict(str(folder))["args"]
+    return {name: getattr(args, f"fsep_{name}") for name in IN_FORCE}
+
+
+IN_FORCE = {
+    "sharding": "rows",
+    "capacity": 3,
+    "restore_algorithm": "flat",
+    "token_exchange": "rank",
+    "gemm": "loop",
+    "node_size": 2,
+}
+
+
+def test_a_checkpoint_has_the_settings_in_force_and_auto_takes_its_sharding(
+    trained: Trainings, ranks: RankPools, tmp_path: Path
+) -> None:
+    """In `dp_reshardable` no other sharding could read the optimizer's state."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    auto = " --expert-parallel-mode fsep --fsep-token-exchange auto --use-distributed-optimizer"
+    auto += TORCH_DIST + " --save-interval"
+    trained(f"{auto} 1 --fsep-planner laer --save {first}", experts=4, steps=1)
+    # Anew, this planner would have experts at home. It has no step before it saves.
+    trained(f"{auto} 2 --load {first} --save {again}", experts=4, steps=1)
+    for folder in (first, again):
+        assert ranks(2).run(settings_of, iteration_folder(folder, 1)) == [IN_FORCE] * 2
+
+
+def uploads(flags: list[str]) -> int:
+    """Train; return how often the torch back end uploaded the ends of groups."""
+    from megatron_laer.layer.experts.gemm import torch as grouped
+
+    grouped._ends.cache_clear()
+    train(flags)
+    return grouped._ends.cache_info().misses
+
+
+def test_a_run_goes_on_with_another_back_end(trained: Trainings, tmp_path: Path) -> None:
+    run, fsep = partial(trained.each, by=uploads, experts=4), FSEP + TORCH_DIST
+    assert run(f"{fsep} --save {tmp_path} --save-interval 1", steps=1) == [0, 0]
+    # The schedule of learning rates follows the number of steps, which differs between the runs.
+    go_on = f"{fsep} --load {tmp_path} --override-opt_param-scheduler"
+    assert all(run(go_on + " --fsep-set gemm=torch", steps=2))
 
 
 PLANNED = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait"
@@ -231,11 +284,11 @@ def test_a_resumed_run_of_two_groups_is_bitwise_the_uninterrupted_one(
     trained: Trainings, tmp_path: Path, flags: str
 ) -> None:
     extra = flags.format(homes=homes(tmp_path, 1, experts=6)) + TORCH_DIST
-    save = f"{extra} --save {tmp_path} --save-interval 4"
     options: dict[str, Any] = {"size": 4, "experts": 6, "steps": 7}
-    whole = trained.each(extra, layouts_in_force, **options)
-    trained(save + " --exit-interval 4", by=train_until_exit, **options)
-    rest = trained.each(f"{save} --load {tmp_path}", layouts_in_force, **options)
+    saves, loads = f"--save {tmp_path} --save-interval 4", f"--load {tmp_path} --ckpt-step 4"
+    whole, rest = (
+        trained.each(f"{extra} {more}", layouts_in_force, **options) for more in (saves, loads)
+    )
     for found, expected in zip(rest, whole, strict=True):
         assert found.probes == expected.probes[4:]
         assert found.losses == expected.losses[4:]
@@ -288,10 +341,9 @@ def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
     trained: Trainings, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"experts": 4, "steps": 4, "global_batch": 4}
-    whole = trained(PLANNED + TORCH_DIST, layouts_in_force, **options)
-    saves = f"{PLANNED}{TORCH_DIST} --save {tmp_path} --save-interval 1 --exit-interval 3"
-    trained(saves, by=train_until_exit, **options)
-    load = f"{TORCH_DIST} --load {tmp_path}"
+    saves = f"{PLANNED}{TORCH_DIST} --save {tmp_path} --save-interval 1"
+    whole = trained(saves, layouts_in_force, **options)
+    load = f"{TORCH_DIST} --load {tmp_path} --ckpt-step 3"
     earlier, file = (
         Path(planner_checkpoint.state_path(str(iteration_folder(tmp_path, step)), 0))
         for step in (2, 3)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import Raised, RankPools
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import initial_weights
 from megatron_laer.cpu.weights import Tensors
 from megatron_laer.planner.homes_file import read_homes, write_homes
@@ -81,31 +81,15 @@ def test_training_goes_on_where_homes_moved(trained: Trainings, tmp_path: Path) 
     flags = RESHARDABLE + " --override-opt_param-scheduler"
     saved = tmp_path / "saved"
     here, there = STATIC + homes(tmp_path, 6), STATIC + homes(tmp_path, 7)
-    trained(f"{flags}{here} --save {saved} --save-interval 3")
-    stayed, moved, stock = (
-        trained(f"{flags}{mode} --load {saved}", steps=6) for mode in (here, there, "")
+    stayed = trained(f"{flags}{here} --save {saved} --save-interval 3", steps=6)
+    moved, stock = (
+        trained(f"{flags}{mode} --load {saved} --ckpt-step 3", steps=6) for mode in (there, "")
     )
     assert len(stock.losses) == 3
     for other in (stayed, moved):
-        assert other.losses == pytest.approx(stock.losses, rel=1e-6)
+        assert other.losses[-3:] == pytest.approx(stock.losses, rel=1e-6)
         for key, weight in stock.weights.items():
             assert torch.allclose(other.weights[key], weight, rtol=1e-4, atol=1e-6), key
-
-
-def test_optimizer_buffers_are_read_with_the_same_homes_alone(
-    trained: Trainings, tmp_path: Path
-) -> None:
-    saved = tmp_path / "saved"
-    flags = DIST_OPT + " --ckpt-format torch_dist --override-opt_param-scheduler"
-    first = STATIC + flags + homes(tmp_path, 8)
-    trained(f"{first} --save {saved} --save-interval 2", steps=2)
-    for mode, said in (
-        (STATIC + homes(tmp_path, 9), "or other --fsep-homes"),
-        (STATIC, "or other --fsep-homes"),
-        ("", ".fsep-homes-"),
-    ):
-        for result in trained.ends(f"{mode}{flags} --load {saved}", steps=4):
-            assert isinstance(result, Raised) and said in result.traceback
 
 
 def test_layers_without_homes_beyond_the_decoder_are_refused_on_every_rank(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
@@ -69,25 +67,13 @@ def test_replicas_are_held_and_their_gradients_summed_over_a_step(trained: Train
     flags = RANDOM + " --fsep-restore step --fsep-set restore_algorithm=flat --bf16"
     flags += " --micro-batch-size 1"  # four in a step
     for record in trained.each(flags, exchanged_and_expected, steps=6):
-        before = [0] * 4
-        for counted, expected, in_memory in record.probes:
-            assert [now - then for now, then in zip(counted, before, strict=True)] == expected
-            assert in_memory == expected[0], "one buffer of each layer with replicas"
-            before = counted
-        assert before[0] >= 4 and min(before) > 0
+        check_exchanged(record.probes)
 
 
-def sharding_in_force(_: object) -> str | None:
-    from megatron_laer.session import current_coordinator
-
-    coordinator = current_coordinator()
-    return None if coordinator is None else coordinator.geometry.sharding.value
-
-
-def test_auto_takes_the_checkpoints_sharding(trained: Trainings, tmp_path: Path) -> None:
-    """In `dp_reshardable` no other sharding could read the optimizer's state."""
-    auto = " --expert-parallel-mode fsep --use-distributed-optimizer --ckpt-format torch_dist"
-    trained(f"{auto} --fsep-planner laer --save {tmp_path} --save-interval 2", steps=2)
-    # Anew, this planner would have experts at home.
-    auto += f" --load {tmp_path} --override-opt_param-scheduler"
-    assert trained(auto, sharding_in_force, steps=4).probes == ["rows"] * 2
+def check_exchanged(steps: list[tuple[list[int], list[int], int]]) -> None:
+    before = [0] * 4
+    for counted, expected, in_memory in steps:
+        assert [now - then for now, then in zip(counted, before, strict=True)] == expected
+        assert in_memory == expected[0], "one buffer of each layer with replicas"
+        before = counted
+    assert before[0] >= 4 and min(before) > 0
