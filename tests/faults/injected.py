@@ -6,7 +6,6 @@ Each is a context manager, or a function that a rank runs. The tests check the c
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -26,31 +25,6 @@ def current_step() -> int:
 
     step: int = get_args().curr_iteration
     return step
-
-
-def train_with_signal(flags: list[str], step: int, rank: int, number: int) -> Record:
-    """Train; signal a rank in the middle of a step. Remove Megatron's signal handlers afterwards.
-
-    It comes at a token exchange of backward: of two layers, each with tokens, probabilities and
-    outputs, the eighth exchange is in backward.
-    """
-    from megatron.core.tensor_parallel.mappings import _AllToAll
-
-    forward, calls, before = _AllToAll.forward, 0, signal.getsignal(number)
-
-    def exchange(ctx: Any, *args: Any) -> Any:
-        nonlocal calls
-        if current_step() == step and rank_of_environment() == rank:
-            calls += 1
-            if calls == 8:
-                os.kill(os.getpid(), number)
-        return forward(ctx, *args)
-
-    try:
-        with mock.patch.object(_AllToAll, "forward", staticmethod(exchange)):
-            return train(flags)
-    finally:
-        signal.signal(number, before)
 
 
 def train_with_other_layout(flags: list[str], rank: int, after_step: int, ahead: bool) -> None:
@@ -125,13 +99,8 @@ def _one_expert(map_TE: torch.Tensor) -> torch.Tensor:
     return routed_TE
 
 
-def _silent_rank(map_TE: torch.Tensor) -> torch.Tensor:
-    return map_TE if rank_of_environment() == 0 else torch.zeros_like(map_TE)
-
-
 ROUTINGS: dict[str, Routing] = {
     "every token to one expert": _one_expert,
-    "a rank sends none": _silent_rank,
     "no token at all": torch.zeros_like,
 }
 
