@@ -15,7 +15,7 @@ import torch
 
 from megatron_laer.cpu.training import Adapt, rank_of_environment
 from megatron_laer.rules import STRATEGIES
-from tests.distributed.conftest import Trainings, refusal, train_grouped
+from tests.distributed.conftest import Trainings, train_grouped
 from tests.distributed.test_home_order import homes
 from tests.parity.adapted import LowRank
 from tests.parity.bridge_lora import LoRALinear, adapt_experts
@@ -119,6 +119,9 @@ CASES = {
     "delayed weights": Case(
         adapt_experts, f"experts {DELAYED}", (f"with {DELAYED}: no test proves adapters",)
     ),
+    "other homes": Case(
+        adapt_experts, "experts{homes}", ("--fsep-homes gives experts other homes",)
+    ),
     "unlike on a rank": Case(scaled_on_rank_1, "experts", ("adapters of experts is ",)),
     "Megatron-FSDP": Case(
         adapt_experts,
@@ -134,18 +137,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_adapters_that_replicas_cannot_follow_are_refused_on_every_rank(
-    trained: Trainings, case: Case
+    trained: Trainings, tmp_path: Path, case: Case
 ) -> None:
+    flags = FSEP + case.flags.format(homes=homes(tmp_path, 1))
     by = train_grouped if case.grouped else train_row
-    message = trained.refused(FSEP + case.flags, None, case.adapt, by=by, kind=case.kind, steps=1)
+    message = trained.refused(flags, None, case.adapt, by=by, kind=case.kind, steps=1)
     assert [part for part in case.said if part not in message] == [], message
-
-
-def test_adapters_of_experts_with_other_homes_are_refused(
-    trained: Trainings, tmp_path: Path
-) -> None:
-    flags = f"{FSEP}experts{homes(tmp_path, 1)}"
-    results = trained.ends(flags, None, adapt_experts, by=train_row, steps=1)
-    assert "--fsep-homes gives experts other homes" in refusal(results)
-    for result in results:
-        assert "data_parallel.py" in result.traceback, "before data and checkpoints are read"

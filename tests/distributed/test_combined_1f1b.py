@@ -35,14 +35,16 @@ EVALUATION = " --eval-interval 2 --eval-iters 1"
 
 # Flags of both runs, the second of which has the combined schedule and its own flags.
 CASES = {
-    "rows": (RANDOM + SHARED + EVALUATION, ""),
+    "rows, tokens once per rank": (
+        RANDOM + SHARED + EVALUATION + " --fsep-token-exchange node",
+        "",
+    ),
     "experts at home, delayed weight gradients, both overlaps": (
         RANDOM + AT_HOME + DIST_OPT,
         DELAYED,
     ),
     "experts at home, fresh layouts, delayed weight gradients": (EXACT + HOMES, DELAYED + EARLY),
     "no overlap, delayed weight gradients": (RANDOM + SCHEDULER_OFF, DELAYED),
-    "tokens once per rank": (RANDOM + " --fsep-token-exchange node", ""),
     "held over a step": (RANDOM + STEP, DELAYED),
     "virtual pipeline, multi-token prediction": (RANDOM + VIRTUAL + MTP, DELAYED),
 }
@@ -98,20 +100,19 @@ def held(command: list[str]) -> Held:
     return Held(most[WeightState], most[GradState], late)
 
 
-@pytest.mark.parametrize("more", ["", DELAYED], ids=["at once", "delayed"])
 @pytest.mark.parametrize(
     ("size", "flags"),
     [
-        (2, RANDOM + " --num-layers 3"),
-        (2, RANDOM + " --num-layers 1"),  # two microbatches are in one layer
-        (2, RANDOM + " --num-layers 3 --fsep-capacity 8" + AT_HOME),
-        (4, RANDOM + VIRTUAL),
+        (2, " --num-layers 3"),
+        (2, " --num-layers 1" + DELAYED),  # two microbatches are in one layer
+        (2, " --num-layers 3 --fsep-capacity 8" + AT_HOME + DELAYED),
+        (4, VIRTUAL),
     ],
-    ids=["three layers", "one layer", "experts at home", "virtual pipeline"],
+    ids=["three layers", "one layer, delayed", "experts at home, delayed", "virtual pipeline"],
 )
 def test_two_layers_are_restored_at_most_and_one_waits_for_its_gradients(
-    trained: Trainings, size: int, flags: str, more: str
+    trained: Trainings, size: int, flags: str
 ) -> None:
-    given = FSEP + flags + COMBINED + more
+    given = FSEP + RANDOM + flags + COMBINED
     for found in trained.each(given, by=held, size=size, global_batch=4 * size):
         assert found == Held(weights=2, gradients=1, late=0)

@@ -32,7 +32,6 @@ CASES = {
     "no shared experts": ("", PLAIN, []),
     "shared experts": (SHARED, COVERED, []),
     "shared experts that overlap": (OVERLAP, COVERED, []),
-    "with a gate": (SHARED + " --moe-shared-expert-gate", COVERED, []),
     "recomputed with the layer": (SHARED + SELECTIVE + " moe", COVERED, RERUN),
     "recomputed alone": (SHARED + SELECTIVE + " shared_experts", COVERED, [SHARE]),
     "overlap, full recompute": (OVERLAP + FULL_RECOMPUTE, COVERED, RERUN),

@@ -31,11 +31,7 @@ LAYERS = ("layer 1", "layer 2")
 # from forward to backward.
 RESTORES = {"layer 1": MICROBATCHES + 1, "layer 2": MICROBATCHES}
 FORECAST = " --fsep-plan-mode forecast --fsep-late-plan wait"
-MODES = {
-    "on": FORECAST,
-    "off": FORECAST + " --fsep-set scheduler=off",
-    "without replicas": AT_HOME + " --fsep-planner static",
-}
+MODES = {"rows": FORECAST, "without replicas": AT_HOME + " --fsep-planner static"}
 
 
 def train_profiled(command: list[str], all_threads: bool) -> Record:
@@ -77,13 +73,13 @@ def end(event: dict[str, Any]) -> float:
 
 @pytest.fixture(scope="module")
 def runs(trained: Trainings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Train with the scheduler on and off, and with experts at home alone."""
+    """Train with slices of experts, and with experts at home alone."""
     found = {}
     for mode, of_mode in MODES.items():
         folder = tmp_path_factory.mktemp("run")
         board = folder / "board"
         flags = f"{FSEP}{of_mode}{PROFILE} --log-interval 2 --tensorboard-dir {board}"
-        found[mode] = Run(trained(flags, mode == "on", by=train_profiled, steps=STEPS), folder)
+        found[mode] = Run(trained(flags, mode == "rows", by=train_profiled, steps=STEPS), folder)
     return found
 
 
@@ -94,8 +90,7 @@ def test_every_exchange_of_the_profiled_steps_is_named(runs: dict[str, Run], mod
         for layer in LAYERS:
             passes = PROFILED * MICROBATCHES
             moves = mode != "without replicas"
-            restores = RESTORES[layer] if mode == "on" else 2 * MICROBATCHES
-            assert count[f"restore {layer}"] == moves * restores * PROFILED
+            assert count[f"restore {layer}"] == moves * RESTORES[layer] * PROFILED
             assert count[f"reduce {layer}"] == moves * passes
             for exchange in (f"dispatch {layer}", f"combine {layer}"):
                 assert count[exchange] == count[f"{exchange}, backward"] == passes
@@ -103,7 +98,7 @@ def test_every_exchange_of_the_profiled_steps_is_named(runs: dict[str, Run], mod
 
 
 def test_a_backward_exchange_is_named_around_its_node(runs: dict[str, Run]) -> None:
-    events = runs["off"].events(0)
+    events = runs["rows"].events(0)
     sent = named(events, "_AllToAllBackward")
     for exchange in ("dispatch", "combine"):
         for of in named(events, f"{exchange} layer 1, backward"):
@@ -112,4 +107,4 @@ def test_a_backward_exchange_is_named_around_its_node(runs: dict[str, Run]) -> N
 
 
 def test_a_profile_changes_no_bit(trained: Trainings, runs: dict[str, Run]) -> None:
-    assert identical(runs["on"].record, trained(FSEP + FORECAST, steps=STEPS))
+    assert identical(runs["rows"].record, trained(FSEP + FORECAST, steps=STEPS))

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.cpu.training import Record
-from megatron_laer.files.recording import run_of
 from megatron_laer.files.writing import open_exclusively
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.traces.reading import read_recording
@@ -47,18 +46,6 @@ def record_run(trained: Trainings, folder: Path, extra: str = "") -> tuple[Path,
 @pytest.fixture(scope="module")
 def first_run(trained: Trainings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
     return record_run(trained, tmp_path_factory.mktemp("run"))
-
-
-def test_a_new_run_in_a_used_folder_moves_the_others_recording_aside(
-    trained: Trainings, first_run: tuple[Path, Record], tmp_path: Path
-) -> None:
-    used = shutil.copytree(first_run[0], tmp_path / "run")
-    path = file_of(used, "metrics")
-    before = path.read_bytes()
-    trained(recording(used, ["metrics"]), steps=1)
-    assert path.with_stem("group-0.cut-from-0").read_bytes() == before
-    assert read_metrics(path).steps_T.tolist() == [0]
-    assert run_of(path) not in (None, run_of(file_of(used, "trace")))
 
 
 def test_a_second_run_beside_the_first_is_refused_on_every_rank(

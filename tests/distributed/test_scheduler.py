@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -36,7 +37,6 @@ CASES = {
         2,
         " --num-layers 1" + REPEATED + FULL_RECOMPUTE + ADAPTIVE,
     ),
-    "exact": (2, " --num-layers 3" + EXACT),
     "experts and tokens through nodes of 2, selective recompute": (
         4,
         " --num-layers 3" + MOE_RECOMPUTE + NODES + TOKENS,
@@ -138,6 +138,11 @@ FORWARD = (
     "restore 1, embedding, attends 1, tokens 1, restore 2, experts 1, "
     "attends 2, tokens 2, restore 3, experts 2, attends 3, tokens 3, experts 3, "
 )
+BACKWARD = (
+    "restore 3, head, restore 2, back 3, leave 3, attention 3, "
+    "restore 1, arrive 3, back 2, leave 2, attention 2, "
+    "arrive 2, back 1, leave 1, attention 1, arrive 1"
+)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +153,12 @@ FORWARD = (
             # The last layer's experts come before the output layer's backward. A layer's gradients
             # leave after its tokens' and arrive at the end of the experts' backward of the previous
             # layer.
-            FORWARD + "restore 3, head, restore 2, back 3, leave 3, attention 3, "
-            "restore 1, arrive 3, back 2, leave 2, attention 2, "
-            "arrive 2, back 1, leave 1, attention 1, arrive 1",
+            FORWARD + BACKWARD,
+        ),
+        (
+            TOKENS,
+            # Restores start when tokens crossed nodes, and before they are passed on.
+            re.sub(r"experts (\d),", r"experts \1, inside \1,", FORWARD) + BACKWARD,
         ),
         (
             FULL_RECOMPUTE,
@@ -173,28 +181,16 @@ FORWARD = (
             # The restored experts are known after the gate, where their restore starts.
             "embedding, attends 1, restore 1, tokens 1, experts 1, "
             "attends 2, restore 2, tokens 2, experts 2, "
-            "attends 3, restore 3, tokens 3, experts 3, "
-            "restore 3, head, restore 2, back 3, leave 3, attention 3, "
-            "restore 1, arrive 3, back 2, leave 2, attention 2, "
-            "arrive 2, back 1, leave 1, attention 1, arrive 1",
+            "attends 3, restore 3, tokens 3, experts 3, " + BACKWARD,
         ),
     ],
-    ids=["plain", "full recompute", "selective recompute", "exact"],
+    ids=["plain", "tokens through nodes", "full recompute", "selective recompute", "exact"],
 )
 def test_exchanges_start_early_and_arrive_late(
     trained: Trainings, extra: str, expected: str
 ) -> None:
     flags = flags_of(f" --num-layers 3{extra}")
-    for events in trained.each(flags, by=order_of_events, global_batch=4, steps=1):
+    size = 4 if TOKENS in extra else 2
+    options = {"size": size, "global_batch": 2 * size, "steps": 1}
+    for events in trained.each(flags, by=order_of_events, **options):
         assert ", ".join(events) == expected
-
-
-def test_restores_start_when_tokens_crossed_nodes_and_before_they_are_passed_on(
-    trained: Trainings,
-) -> None:
-    flags = flags_of(f" --num-layers 3{TOKENS}")
-    passed_on = FORWARD
-    for layer in "123":
-        passed_on = passed_on.replace(f"experts {layer},", f"experts {layer}, inside {layer},")
-    for events in trained.each(flags, by=order_of_events, size=4, steps=1):
-        assert ", ".join(events).startswith(passed_on)

@@ -47,12 +47,18 @@ CASES = {
 
 
 def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome]:
-    """Dispatch by Megatron's rows, and twice through nodes."""
-    dtype = getattr(torch, dtype_name)
+    """Dispatch by Megatron's rows, through nodes, and so again as under a checkpoint."""
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype_name), "with_shared": True}
     with gloo_groups(case.node_size) as groups:
-        by_rank = run(case, groups, "own", dtype=dtype)
-        nodes, again = (run(case, groups, "nodes", dtype=dtype) for _ in range(2))
-    return by_rank, nodes, again
+        by_rank = run(case, groups, "own", **options)
+        nodes = run(case, groups, "nodes", **options)
+        return by_rank, nodes, run(case, groups, "nodes", rerun=True, **options)
+
+
+# Both stages, forward and backward.
+TIMED = ["dispatch layer 1", "dispatch layer 1, inside node"]
+TIMED += ["combine layer 1, inside node", "combine layer 1"]
+TIMED += [f"{name}, backward" for name in TIMED[::-1]]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,6 +80,10 @@ def test_experts_get_the_same_bits_and_sums_differ_by_rounding(
             (nodes.combined, *nodes.grads), (again.combined, *again.grads), strict=True
         ):
             assert torch.equal(mine, repeated)
+        assert nodes.calls == by_rank.calls and len(by_rank.calls) == 7, "of shared experts"
+        assert [event for event, _ in nodes.timed] == ["begin", "end"] * (len(nodes.timed) // 2)
+        if CASES[case] is EVEN:
+            assert [name for event, name in nodes.timed if event == "begin"] == TIMED
 
 
 def exchanges_of_sizes(case: Case) -> list[int]:
@@ -95,23 +105,6 @@ def exchanges_of_sizes(case: Case) -> list[int]:
 
 def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: RankPools) -> None:
     assert ranks(4).run(exchanges_of_sizes, EVEN) == [[1, 1]] * 4
-
-
-def with_shared_experts(case: Case) -> list[Outcome]:
-    with gloo_groups(case.node_size) as groups:
-        return [run(case, groups, path, with_shared=True) for path in ("own", "nodes")]
-
-
-def test_both_stages_are_timed_and_shared_experts_called_as_by_megatrons_exchange(
-    ranks: RankPools,
-) -> None:
-    names = ["dispatch layer 1", "dispatch layer 1, inside node"]
-    names += ["combine layer 1, inside node", "combine layer 1"]
-    names += [f"{name}, backward" for name in names[::-1]]
-    for by_rank, by_node in ranks(4).run(with_shared_experts, EVEN):
-        assert [event for event, _ in by_node.timed] == ["begin", "end"] * 8
-        assert [name for event, name in by_node.timed if event == "begin"] == names
-        assert by_node.calls == by_rank.calls and len(by_rank.calls) == 7
 
 
 # Top-4 of 12 experts, so that tokens share nodes and ranks; one rank has no token.
@@ -165,12 +158,10 @@ def test_rows_and_bytes_of_real_collectives_equal_the_formulas(
             assert grads == [of_grads.intra_N[rank], of_grads.inter_N[rank]]
     by_rank, through_nodes = (dispatch_rows(routing, exchange) for exchange in TokenExchange)
     assert through_nodes.inter_N.sum() < by_rank.inter_N.sum() or node_size == 8
+    check_that_backward_keeps_rows(case, found)
 
 
-@pytest.mark.parametrize("node_size", [2, 8])
-def test_backward_keeps_rows_instead_of_pairs(ranks: RankPools, node_size: int) -> None:
-    case = replace(BYTES, node_size=node_size)
-    found = ranks(8).run(sent_by, case)
+def check_that_backward_keeps_rows(case: Case, found: list[dict[bool, Outcome]]) -> None:
     # By receiving rank and collective, from each rank: the last one brings rows where experts are.
     came = [
         [one.received_N for one in outcomes[True].sent["dispatch"] if one.is_hidden]
