@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.cpu.ranks import Raised, RankPools
+from megatron_laer.cpu.ranks import Raised, RankPool, RankPools
 from megatron_laer.cpu.training import train
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
@@ -33,28 +33,23 @@ class Trainings:
         by: Callable[..., Any] = train,
         size: int = 2,
         timeout_s: float = 1200.0,
+        run: Callable[..., list[Any]] = RankPool.run,
         **model: Any,
     ) -> list[Any]:
         """Return every rank's result."""
-        return self.ranks(size).run(by, self.flags(extra, **model), *more, timeout_s=timeout_s)
+        flags = self.flags(extra, **model)
+        return run(self.ranks(size), by, flags, *more, timeout_s=timeout_s)
 
     def __call__(self, extra: str = "", *more: Any, **options: Any) -> Any:
         """Return rank 0's result; options are those of `each`."""
         return self.each(extra, *more, **options)[0]
 
-    def ends(
-        self,
-        extra: str,
-        *more: Any,
-        by: Callable[..., Any] = train,
-        size: int = 2,
-        **model: Any,
-    ) -> list[Any]:
-        """Return every rank's result, or its `Raised`."""
-        return self.ranks(size).run_raw(by, self.flags(extra, **model), *more)
+    def ends(self, extra: str, *more: Any, **options: Any) -> list[Any]:
+        """Return every rank's result, or its `Raised`; options are those of `each`."""
+        return self.each(extra, *more, run=RankPool.run_raw, **options)
 
     def refused(self, extra: str, *more: Any, kind: str = "RefusedError", **options: Any) -> str:
-        """Return the one message with which every rank refuses; options are those of `ends`."""
+        """Return the one message with which every rank refuses; options are those of `each`."""
         return refusal(self.ends(extra, *more, **options), kind)
 
 

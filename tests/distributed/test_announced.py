@@ -203,27 +203,17 @@ def test_routing_that_differs_from_the_announced_is_computed_rightly_and_counted
     assert all(reason.startswith("not as announced: max/mean 1.") for reason in first.reasons)
 
 
+@dataclass(eq=False)
 class RoutingReplay:
     """Replacement of slime's class of this name, of which each router has one."""
 
     all_routing_replays: ClassVar[list[RoutingReplay]] = []
-
-    def __init__(self) -> None:
-        self.forward_index = 0
-        self.top_indices_list: list[Any] = []
-        RoutingReplay.all_routing_replays.append(self)
-
-    def record(self, top_indices: Any) -> None:
-        self.top_indices_list.append(top_indices)
+    forward_index: int = 0
+    top_indices_list: list[Any] = field(default_factory=list)
 
     def pop_forward(self) -> Any:
         self.forward_index += 1
         return self.top_indices_list[self.forward_index - 1]
-
-    @staticmethod
-    def clear_all() -> None:
-        for replay in RoutingReplay.all_routing_replays:
-            replay.forward_index, replay.top_indices_list = 0, []
 
 
 def train_by_slimes_hooks(hooks: Path, replays_routing: bool) -> tuple[list[int], int | None, int]:
@@ -251,18 +241,19 @@ def train_by_slimes_hooks(hooks: Path, replays_routing: bool) -> tuple[list[int]
         mock.patch.dict(sys.modules, {"slime": slime, "slime.utils.routing_replay": slime}),
     ):
         a_rollout = {"rollout_batch_size": 2, "n_samples_per_prompt": 1}
-        replays = [RoutingReplay() for _ in range(LAYERS)]
         forward = module.forward_step
         for rollout in range(2):
+            replays = [RoutingReplay() for _ in range(LAYERS)]
+            RoutingReplay.all_routing_replays[:] = replays
             batches = [batch for step in range(2) for batch in module.batches(2 * rollout + step)]
             recorded = functions.record(
                 model[0], lambda batch, chunk: forward(iter([batch]), chunk), batches
             )
             for layers in recorded:
                 for replay, experts in zip(replays, layers, strict=True):
-                    replay.record(experts)
+                    replay.top_indices_list.append(experts)
 
-            def replayed_forward(data: Any, chunk: Any) -> Any:
+            def replayed_forward(data: Any, chunk: Any, replays: Any = replays) -> Any:
                 functions.replay([replay.pop_forward().long() for replay in replays])
                 return forward(data, chunk)
 
@@ -271,7 +262,6 @@ def train_by_slimes_hooks(hooks: Path, replays_routing: bool) -> tuple[list[int]
                 hook.before_train_step(args, rollout, step, model, optimizer, None)
                 with mock.patch.object(module, "forward_step", replayed_forward):
                     module.train_step(2 * rollout + step, model, optimizer)
-            RoutingReplay.clear_all()
         coordinator = running()
         return announced, coordinator.pass_layouts.misses, coordinator.layouts.version
 

@@ -20,7 +20,7 @@ from tests.bridge_stubs import importable, peft_importable
 from tests.checkouts import checkout
 from tests.checkpoints import assert_equal
 from tests.distributed.conftest import Trainings, train_grouped
-from tests.distributed.test_bridge_weights import HOMES, QWEN3
+from tests.distributed.test_bridge_weights import HOMES, QWEN3, exported
 from tests.parity.compare import distance
 from tests.parity.replay import train_row
 from tests.parity.row import FP32_BOUND
@@ -111,24 +111,13 @@ def test_bridges_lora_on_experts_trains_as_in_stock(
     assert apart.within(FP32_BOUND)
 
 
-def exported(flags: list[str], merges: bool) -> dict[str, torch.Tensor]:
-    """Return the weights after some steps in Hugging Face's format, adapters merged or left out."""
-
-    def export(model: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
-        from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
-        from transformers import Qwen3MoeConfig
-
-        config = Qwen3MoeConfig(num_experts=4, hidden_size=48, num_attention_heads=4)
-        stream = Qwen3MoEBridge().stream_weights_megatron_to_hf(
-            model, config, show_progress=False, merge_adapter_weights=merges
-        )
-        return {name: weight.clone() for name, weight in stream}
-
+def exported_after(flags: list[str], merges: bool) -> dict[str, torch.Tensor]:
+    """Return the weights after some steps, adapters merged or left out."""
+    export = partial(exported, merge_adapter_weights=merges)
     with importable(CHECKOUT):
-        found: dict[str, torch.Tensor] = train(
-            flags, export, adapt=partial(apply_lora, targets=ALL)
-        ).probes[-1]
-        return found
+        record = train(flags, export, adapt=partial(apply_lora, targets=ALL))
+    found: dict[str, torch.Tensor] = record.probes[-1]
+    return found
 
 
 @pytest.mark.skipif(
@@ -137,7 +126,8 @@ def exported(flags: list[str], merges: bool) -> dict[str, torch.Tensor]:
 def test_experts_with_adapters_are_exported_as_stocks(trained: Trainings) -> None:
     for merges in (True, False):
         stock, homes = (
-            trained(QWEN3 + mode, merges, by=exported, experts=4, steps=2) for mode in ("", HOMES)
+            trained(QWEN3 + mode, merges, by=exported_after, experts=4, steps=2)
+            for mode in ("", HOMES)
         )
         assert any(".experts." in name for name in homes)
         assert_equal(homes, stock)

@@ -47,6 +47,21 @@ class _State(dict[str, torch.Tensor]):
         return list(self)
 
 
+def qwen3() -> tuple[Any, Any]:
+    from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(num_experts=4, hidden_size=48, num_attention_heads=4)
+    return Qwen3MoEBridge(), config
+
+
+def exported(model: list[torch.nn.Module], **options: Any) -> dict[str, torch.Tensor]:
+    """Return the weights in Hugging Face's format."""
+    bridge, config = qwen3()
+    stream = bridge.stream_weights_megatron_to_hf(model, config, show_progress=False, **options)
+    return {name: weight.clone() for name, weight in stream}
+
+
 def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
     """Return the weights in Hugging Face's format, and after a load of the doubled ones.
 
@@ -54,22 +69,12 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
     """
 
     def convert(model: list[torch.nn.Module]) -> list[dict[str, torch.Tensor]]:
-        from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
-        from transformers import Qwen3MoeConfig
-
-        config = Qwen3MoeConfig(num_experts=4, hidden_size=48, num_attention_heads=4)
-
-        def exported(tasks: Any = None) -> dict[str, torch.Tensor]:
-            stream = Qwen3MoEBridge().stream_weights_megatron_to_hf(
-                model, config, show_progress=False, conversion_tasks=tasks
-            )
-            return {name: weight.clone() for name, weight in stream}
-
-        before = exported()
-        kept = Qwen3MoEBridge().build_conversion_tasks(config, model)
+        bridge, config = qwen3()
+        before = exported(model)
+        kept = bridge.build_conversion_tasks(config, model)
         doubled = {name: 2 * weight for name, weight in before.items()}
-        Qwen3MoEBridge().load_weights_hf_to_megatron(Pretrained(config, doubled), model)
-        return [before, exported(), exported(kept)]
+        bridge.load_weights_hf_to_megatron(Pretrained(config, doubled), model)
+        return [before, exported(model), exported(model, conversion_tasks=kept)]
 
     with importable(CHECKOUT):
         found: list[dict[str, torch.Tensor]] = train(flags, convert).probes[0]

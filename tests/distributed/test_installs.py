@@ -109,34 +109,25 @@ def dependencies(folder: Path) -> Path:
     return links
 
 
-class Maker:
-    def __init__(self, folder: Path, dependencies: Path) -> None:
-        self._folder, self._dependencies = folder, dependencies
+def new_environment(target: Path, dependencies: Path) -> Environment:
+    made = Environment(target)
+    succeed([sys.executable, "-m", "venv", "--without-pip", target])
+    (made.packages / "dependencies.pth").write_text(f"{dependencies}\nimport telling\n")
+    (made.packages / "telling.py").write_text(TELLING)
+    return made
 
-    def environment(self, name: str) -> Environment:
-        made = Environment(self._folder / f"environment-{name}")
-        succeed([sys.executable, "-m", "venv", "--without-pip", made.folder])
-        (made.packages / "dependencies.pth").write_text(f"{self._dependencies}\nimport telling\n")
-        (made.packages / "telling.py").write_text(TELLING)
-        return made
 
-    def checkout(self, name: str) -> Path:
-        ignored = (_ROOT / ".gitignore").read_text().split()
-        target = self._folder / f"checkout-{name}"
-        patterns = shutil.ignore_patterns(".git", *(line.rstrip("/") for line in ignored))
-        shutil.copytree(_ROOT, target, ignore=patterns)
-        assert not list(target.rglob("*.so"))
-        return target
+def new_checkout(target: Path) -> Path:
+    ignored = (_ROOT / ".gitignore").read_text().split()
+    patterns = shutil.ignore_patterns(".git", *(line.rstrip("/") for line in ignored))
+    shutil.copytree(_ROOT, target, ignore=patterns)
+    assert not list(target.rglob("*.so"))
+    return target
 
 
 @pytest.fixture(scope="module")
-def make(folder: Path, dependencies: Path) -> Maker:
-    return Maker(folder, dependencies)
-
-
-@pytest.fixture(scope="module")
-def sdist(make: Maker, folder: Path) -> Path:
-    checkout = make.checkout("sdist")
+def sdist(folder: Path) -> Path:
+    checkout = new_checkout(folder / "checkout-sdist")
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     succeed([sys.executable, "-c", build, folder], cwd=checkout)
     (built,) = folder.glob("megatron_laer-*.tar.gz")
@@ -155,15 +146,15 @@ def wheel(sdist: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(make: Maker, wheel: Path) -> Environment:
-    environment = make.environment("wheel")
+def installed(folder: Path, dependencies: Path, wheel: Path) -> Environment:
+    environment = new_environment(folder / "environment", dependencies)
     environment.install(wheel)
     return environment
 
 
 @pytest.fixture(scope="module")
-def checkout(make: Maker) -> Path:
-    return make.checkout("beside-wheel")
+def checkout(folder: Path) -> Path:
+    return new_checkout(folder / "checkout-beside-wheel")
 
 
 @pytest.fixture
@@ -257,9 +248,10 @@ def test_doctor_knows_what_an_installed_package_needs(
 
 
 def test_a_checkout_without_a_core_of_its_sources_says_what_to_install(
-    make: Maker, wheel: Path, tmp_path: Path, trace: Path
+    dependencies: Path, wheel: Path, tmp_path: Path, trace: Path
 ) -> None:
-    environment, checkout = make.environment("bare"), make.checkout("bare")
+    environment = new_environment(tmp_path / "environment", dependencies)
+    checkout = new_checkout(tmp_path.resolve() / "checkout")
     planner = checkout / "megatron_laer" / "planner"
     plan = ["-m", "megatron_laer", "plan", trace, "--ranks", "2", "--capacity", "2"]
 
@@ -310,8 +302,8 @@ def test_the_wheel_has_what_type_checkers_and_users_need_and_no_sources(wheel: P
     assert metadata.count(b"\nProject-URL: ") >= 2
 
 
-def test_the_sdist_has_the_whole_checkout_and_nothing_built(sdist: Path, make: Maker) -> None:
-    checkout = make.checkout("compared")
+def test_the_sdist_has_the_whole_checkout_and_nothing_built(sdist: Path, tmp_path: Path) -> None:
+    checkout = new_checkout(tmp_path / "checkout")
     files = [file for file in checkout.rglob("*") if file.is_file()]
     with tarfile.open(sdist) as archive:
         members = {
