@@ -11,9 +11,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_laer.arrays import Int64
 from megatron_laer.runtime.comm.steps import Steps
 
 
@@ -27,6 +29,16 @@ class _Call(NamedTuple):
     sent: torch.Tensor
     received_P: list[int]
     sent_P: list[int]
+
+    @property
+    def elements_P(self) -> Int64:
+        """Return the elements that this rank sends to each."""
+        return np.array(self.sent_P) * self.sent.shape[1:].numel()
+
+
+# By the ranks of a communicator, its All-to-Alls in order: elements from each rank to each, [P, P],
+# and their dtype.
+Moved = dict[tuple[int, ...], list[tuple[Int64, torch.dtype]]]
 
 
 def groups_of(num_ranks: int, node_size: int) -> list[Any]:
@@ -46,8 +58,8 @@ def groups_of(num_ranks: int, node_size: int) -> list[Any]:
 
 
 @torch.no_grad()
-def run(exchanges: Sequence[Steps]) -> list[torch.Tensor]:
-    """Run the exchange of each rank to its end; return the results."""
+def run(exchanges: Sequence[Steps], moved: Moved | None = None) -> list[torch.Tensor]:
+    """Run the exchange of each rank to its end; return the results, and add to what was moved."""
     results: dict[int, torch.Tensor] = {}
     waiting: dict[int, tuple[Communicator, _Call]] = {}
     called: list[tuple[Communicator, _Call]] = []
@@ -78,7 +90,11 @@ def run(exchanges: Sequence[Steps]) -> list[torch.Tensor]:
             }
             assert complete or len(results) == len(exchanges), "ranks wait for each other"
             for group in complete:
-                _all_to_all([waiting.pop(rank)[1] for rank in group.ranks])
+                calls = [waiting.pop(rank)[1] for rank in group.ranks]
+                _all_to_all(calls)
+                if moved is not None:
+                    elements_PP = np.stack([one.elements_P for one in calls])
+                    moved.setdefault(group.ranks, []).append((elements_PP, calls[0].sent.dtype))
     return [results[rank] for rank in range(len(exchanges))]
 
 

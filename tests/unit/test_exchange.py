@@ -7,39 +7,45 @@ from collections import Counter
 import numpy as np
 import torch
 
+from megatron_laer.arrays import Int64
 from megatron_laer.choices import ExchangeAlgorithm, Sharding
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import Link, way_of
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import restore_traffic
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.comm.steps import Steps
 from tests.exchange_cases import COLUMNS, CPU, Case
-from tests.loopback import groups_of, run
-from tests.oracles.hops import hops, rank_hops
+from tests.loopback import Moved, groups_of, run
 
 FLAT = ExchangeAlgorithm.FLAT
 CASES = 100
 
 
 class Group:
-    """All ranks of a case, with an exchange each."""
+    """All ranks of a case, with an exchange each; `moved` has what each call moved."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.ranks = case, range(case.geometry.num_ranks)
+        self.moved: list[Moved] = []
         groups = groups_of(case.geometry.num_ranks, case.geometry.node_size)
         self.exchanges = [
             Exchange(group, [case.way], grad_wire_dtype=case.wire) for group in groups
         ]
+
+    def _run(self, exchanges: list[Steps]) -> list[torch.Tensor]:
+        self.moved.append({})
+        return run(exchanges, self.moved[-1])
 
     def restore(
         self, step: int, before: int | None = None, out: list[torch.Tensor] | None = None
     ) -> list[torch.Tensor]:
         case, index = self.case, self.case.index(step)
         had = None if before is None else case.index(before)
-        return run(
+        return self._run(
             [
                 exchange.restore_steps(
                     case.owned_by(rank, case.whole_ERK),
@@ -56,7 +62,7 @@ class Group:
         """Add the sums to each rank's share of these; return the shares."""
         case, index = self.case, self.case.index(step)
         sums = [case.owned_by(rank, before_ERK) for rank in self.ranks]
-        run(
+        self._run(
             [
                 exchange.reduce_steps(
                     case.grads_NCRK[rank], index, case.matrices, add_to=sums[rank]
@@ -66,57 +72,91 @@ class Group:
         )
         return sums
 
-    def received(self) -> list[list[int]]:
-        """Return each rank's received bytes: of restores and of reduces, in its node and beyond."""
+    def counted(self) -> Int64:
+        """Return each rank's own counts of received bytes: of restores, and then of reduces."""
         ways = [(exchange.restored, exchange.reduced) for exchange in self.exchanges]
-        return [[part for one in of for part in (one.intra_bytes, one.inter_bytes)] for of in ways]
+        return np.array(
+            [[n for one in of for n in (one.intra_bytes, one.inter_bytes)] for of in ways]
+        )
 
 
-def moved_rows(case: Case, step: int, before: int | None, rank: int) -> list[np.ndarray]:
-    """Return the rows that a rank receives, and sends, in each hop: inside its node and beyond."""
-    geometry, way = case.geometry, case.way
-    kept = None if before is None else case.placed(before)
-    rows_B = case.block_rows(1 if way.is_direct else geometry.num_ranks)
-    node, local_rank = divmod(rank, geometry.node_size)
-    found = []
-    for hop in rank_hops(hops(case.placed(step), way, kept), way, rank):
-        own, near = rank, range(node * geometry.node_size, (node + 1) * geometry.node_size)
-        if hop.link is Link.BETWEEN:
-            own, near = node, range(node, node + 1)
-        elif hop.link is Link.INSIDE:
-            own, near = local_rank, range(geometry.node_size)
-        of_hop = np.zeros((2, 2), dtype=np.int64)
-        for at, end in enumerate((hop.received, hop.sent)):
-            for peer, block in zip(end.peer_Z.tolist(), end.block_Z.tolist(), strict=True):
-                if peer != own:
-                    of_hop[at, int(peer not in near)] += rows_B[block]
-        found.append(of_hop)
+def bytes_of(case: Case, moved: Moved) -> Int64:
+    """Return bytes [4, N]: received in the rank's node and from others, and sent to them."""
+    num_ranks = case.geometry.num_ranks
+    bytes_NN = np.zeros((num_ranks, num_ranks), dtype=np.int64)
+    for ranks, calls in moved.items():
+        for elements_PP, dtype in calls:
+            bytes_NN[np.ix_(ranks, ranks)] += elements_PP * dtype.itemsize
+    np.fill_diagonal(bytes_NN, 0)
+    node_N = np.arange(num_ranks) // case.geometry.node_size
+    near_NN = bytes_NN * (node_N[:, None] == node_N)
+    parts = near_NN, bytes_NN - near_NN
+    return np.stack([part_NN.sum(axis) for axis in (0, 1) for part_NN in parts])
+
+
+def rows_into_nodes(case: Case, step: int, before: int | None) -> list[int]:
+    """Return the rows that each node receives from others.
+
+    By `node` it gets each expert once that changed slots want and no slot of its own had, rows or
+    home experts alike. Homes spread those over all ranks first, unless they send them directly.
+    """
+    geometry, way, ranks = case.geometry, case.way, range(case.geometry.num_ranks)
+    had = [[EMPTY] * geometry.replica_slots for _ in ranks]
+    if before is not None:
+        had = [case.experts_of(rank, before) for rank in ranks]
+    inside = np.array(case.block_rows(len(ranks))).reshape(-1, geometry.node_size).sum(axis=1)
+    found, spread = [0] * geometry.num_nodes, set[int]()
+    for node in range(geometry.num_nodes):
+        members = ranks[node * geometry.node_size : (node + 1) * geometry.node_size]
+        wanted = [
+            expert
+            for rank in members
+            for expert, kept in zip(case.experts_of(rank, step), had[rank], strict=True)
+            if expert not in (kept, EMPTY)
+        ]
+        if Link.BETWEEN in way.links:
+            wanted = [*{*wanted} - {expert for rank in members for expert in had[rank]}]
+        spread |= {*wanted}
+        for expert in wanted:
+            if not way.is_direct:
+                found[node] += case.rows - inside[node]
+            elif expert // geometry.home_slots not in members:
+                found[node] += case.rows
+    for expert in spread if way.at_home and not way.is_direct else ():
+        home = expert // geometry.home_slots // geometry.node_size
+        for node in {*range(geometry.num_nodes)} - {home}:
+            found[node] += inside[node]
     return found
 
 
 def check_bytes(case: Case, group: Group) -> None:
-    """Compare the bytes of a restore, an update and a reduce with the sums over their hops."""
-    count = group.received()
-    size = case.dtype.itemsize
-    matrices, first, then = case.sizes, case.placed(0), case.placed(1)
-    restored = restore_traffic(first, matrices, case.algorithm)
-    updated = restore_traffic(then, matrices, case.algorithm, before=first)
-    for rank in group.ranks:
-        full, update = moved_rows(case, 0, None, rank), moved_rows(case, 1, 0, rank)
-        received, sent = sum(full) * COLUMNS
-        assert received.tolist() == [restored.intra_N[rank], restored.inter_N[rank]], case
-        assert sent.tolist() == [restored.sent_intra_N[rank], restored.sent_inter_N[rank]], case
-        received, sent = sum(update) * COLUMNS
-        assert received.tolist() == [updated.intra_N[rank], updated.inter_N[rank]], case
-        assert sent.tolist() == [updated.sent_intra_N[rank], updated.sent_inter_N[rank]], case
-        restores = (sum(full) + sum(update))[0] * COLUMNS * size
-        assert count[rank][:2] == restores.tolist(), case
-        # Gradients go back: what was sent arrives. The last hop comes first.
-        *others, of_slots = moved_rows(case, 1, None, rank)
-        back = of_slots[1] * case.grad.itemsize
-        for of_hop in others:
-            back = back + of_hop[1] * (case.wire or case.grad).itemsize
-        assert count[rank][2:] == (back * COLUMNS).tolist(), case
+    """Compare the moved bytes with the planner's, the exchange's own counts, and nodes' needs."""
+    restored, updated, reduced = (bytes_of(case, moved) for moved in group.moved)
+    first, then, matrices = case.placed(0), case.placed(1), case.sizes
+    for found, traffic, layouts in (
+        (restored, restore_traffic(first, matrices, case.algorithm), (0, None)),
+        (updated, restore_traffic(then, matrices, case.algorithm, before=first), (1, 0)),
+    ):
+        of_N = traffic.intra_N, traffic.inter_N, traffic.sent_intra_N, traffic.sent_inter_N
+        np.testing.assert_array_equal(found, np.stack(of_N) * case.dtype.itemsize, str(case))
+        into_nodes = found[1].reshape(case.geometry.num_nodes, -1).sum(axis=1)
+        needed = np.array(rows_into_nodes(case, *layouts)) * COLUMNS * case.dtype.itemsize
+        np.testing.assert_array_equal(into_nodes, needed, str(case))
+    counted = np.concatenate([(restored + updated)[:2], reduced[:2]]).T
+    np.testing.assert_array_equal(group.counted(), counted, str(case))
+
+
+def check_way_back(case: Case, restored: Moved, reduced: Moved) -> None:
+    """Expect a reduce to be the restore walked back, whose sums alone have the wire's dtype."""
+    assert reduced.keys() == restored.keys(), case
+    for ranks, calls in reduced.items():
+        for (back_PP, _), (there_PP, _) in zip(calls, reversed(restored[ranks]), strict=True):
+            np.testing.assert_array_equal(back_PP, there_PP.T, str(case))
+        is_node = ranks[-1] - ranks[0] < case.geometry.node_size
+        begins_at_slots = is_node or case.way.links[-1] is Link.ALL
+        dtypes = [case.wire or case.grad] * len(calls)
+        dtypes[:1] = [case.grad] if begins_at_slots else dtypes[:1]
+        assert [dtype for _, dtype in calls] == dtypes, case
 
 
 def test_restores_updates_and_reduces_are_exact_and_move_the_bytes_of_their_hops() -> None:
@@ -136,6 +176,8 @@ def test_restores_updates_and_reduces_are_exact_and_move_the_bytes_of_their_hops
         before_ERK = torch.full_like(sums_ERK, 0.1).to(case.main)
         results = group.reduce(1, before_ERK)
         check_bytes(case, group)
+        group.restore(1)
+        check_way_back(case, group.moved[-1], group.moved[-2])
         assert torch.equal(case.grads_NCRK, given), "the gradients were changed"
         for rank in group.ranks:
             totals = case.owned_by(rank, (before_ERK.float() + sums_ERK).to(case.main))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_laer.arrays import Bool
 from megatron_laer.choices import ExchangeAlgorithm
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
@@ -99,6 +100,19 @@ def test_no_rank_receives_or_sends_more_across_nodes_where_rows_are_even(case: C
         flat, node = (formula(case.of, case.matrices, algorithm) for algorithm in ExchangeAlgorithm)
         assert (node.inter_N <= flat.inter_N).all()
         assert (node.sent_inter_N <= flat.sent_inter_N).all()
+
+
+def test_ranks_of_a_node_hand_out_what_it_kept_in_turn() -> None:
+    """One rank of five lacks the experts that each of the others has."""
+    geometry, experts = Geometry(10, 4, 4, 5), [0, 1, 2, 3]
+    before, after = (
+        Placed(
+            ExpertLayout.from_slots(*geometry.shape, experts * 4 + fifth + experts * 5), geometry
+        )
+        for fifth in ([EMPTY] * 4, experts)
+    )
+    sent_N = restore_traffic(after, [(10, 1)], ExchangeAlgorithm.NODE, before=before).sent_intra_N
+    assert len({*sent_N[:4].tolist()}) == 1 and sent_N[0] > 0 == sent_N[5:].sum()
 
 
 def test_wrong_arguments_are_refused_with_what_works() -> None:
