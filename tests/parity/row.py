@@ -74,8 +74,7 @@ class Row:
         adapt: changes the model on both sides.
         gradients: False if Megatron cannot return the first step's; norms are compared anyway.
         exact: True to keep FSEP's sums of tokens across ranks in fp32, as in `exact_sums`.
-        not_at_home: the reason why the row does not run with experts at home, where its settings
-            would allow it.
+        by_rows_alone: True for a row that does not run with experts at home.
         releases: True to run the row with the oldest supported Megatron as well.
     """
 
@@ -98,7 +97,7 @@ class Row:
     adapt: Adapt | None = None
     gradients: bool = True
     exact: bool = False
-    not_at_home: str | None = None
+    by_rows_alone: bool = False
     releases: bool = False
 
     @property
@@ -121,15 +120,12 @@ class Row:
         return frozenset(found | {getattr(self.adapt, "__name__", "all is trained")})
 
     @property
-    def needs_rows(self) -> str | None:
-        """Return the reason why this row cannot run with experts at home; None if it can."""
-        if self.experts % (self.expert_parallel or self.ranks):
-            return "E is no multiple of N"
-        if " laer" in self.fsep:
-            return "`laer` lays out freely"
-        if (self.capacity or self.experts) <= self.experts // (self.expert_parallel or self.ranks):
-            return "no replica slot"
-        return "at home in itself" if AT_HOME in self.fsep else self.not_at_home
+    def runs_at_home(self) -> bool:
+        """Return whether the row also runs with experts at home: they need replica slots."""
+        ranks, by_itself = self.expert_parallel or self.ranks, AT_HOME in self.fsep
+        if by_itself or " laer" in self.fsep or self.by_rows_alone or self.experts % ranks:
+            return False
+        return (self.capacity or self.experts) > self.experts // ranks
 
     @property
     def at_home(self) -> Row:
