@@ -10,8 +10,9 @@ rounding larger or smaller. No bound is ever widened.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from megatron_laer.cpu.ranks import Raised, RankError, RankPools
@@ -48,26 +49,17 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Case with its verdict, and FSEP's distance from stock.
-
-    The floor is at least a rounding of fp32. `explained` is the distance of another run that is
-    within the bound, if one was needed; `near_ties` are those of the run with stock's choices.
-    """
+    """Case with its verdict, and the distances from stock by which it was found, by name."""
 
     case: Case
     verdict: Verdict
-    distance: Distance | None = None
-    floor: Distance | None = None
-    explained: Distance | None = None
-    near_ties: str = ""
+    distances: dict[str, Distance] = field(default_factory=dict)
     message: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.case.seed}: {self.verdict}", ", ".join(self.case.features)]
-        for name in ("distance", "floor", "explained"):
-            if (found := getattr(self, name)) is not None:
-                parts.append(f"{name} {found}")
-        parts += [text for text in (self.near_ties, self.message) if text]
+        parts += [f"{name} {found}" for name, found in self.distances.items()]
+        parts += [self.message] if self.message else []
         if self.verdict.is_fault:
             parts.append(f"again: python -m tests.parity.random --only {self.case.seed}")
         return " | ".join(parts)
@@ -120,44 +112,45 @@ def judge(case: Case, ranks: RankPools, data: str) -> Judgement:
 
 
 def _compare(runs: _Runs, reference: list[Outcome], data: str) -> Judgement:
-    case, command = runs.case, runs.case.row.fsep_run(data)
-    stock = reference[0].record
+    case, command, stock = runs.case, runs.case.row.fsep_run(data), reference[0].record
     found = distance(runs.train(command)[0].record, stock)
+    distances, chosen = {"FSEP": found}, None
+    judged = partial(Judgement, case, distances=distances)
     smallest = Distance(*(SMALLEST_FLOOR,) * len(found.parts()))
     if found.within(smallest.times(FLOOR_FACTOR)):
-        return Judgement(case, Verdict.EQUAL, found)
+        return judged(Verdict.EQUAL)
     floor = _floor(runs, stock, data)
 
     def is_within(apart: Distance) -> bool:
         within_floors = floor is None or apart.within(floor.times(FLOOR_FACTOR))
         return apart.within(case.row.bound) and within_floors
 
+    if floor is not None:
+        distances["floor"] = floor
     if is_within(found):
-        verdict = Verdict.WITHIN_BOUND if floor is None else Verdict.WITHIN_FLOORS
-        return Judgement(case, verdict, found, floor)
-    explained, near_ties, chosen = None, "", None
+        return judged(Verdict.WITHIN_BOUND if floor is None else Verdict.WITHIN_FLOORS)
     if case.chooses:
         chosen = [outcome.chosen_CTK for outcome in reference]
         run = runs.train(command, chosen)
-        explained = distance(run[0].record, stock)
+        found = distances["given stock's choices"] = distance(run[0].record, stock)
         pairs = zip((outcome.chosen_CTK for outcome in run), chosen, strict=True)
         differing = sum(int(differ(mine, theirs).sum()) for mine, theirs in pairs)
-        near_ties = f"{differing} choices differ"
-        if is_within(explained):
-            return Judgement(case, Verdict.NEAR_TIES, found, floor, explained, near_ties)
+        judged = partial(judged, message=f"{differing} choices differ")
+        if is_within(found):
+            return judged(Verdict.NEAR_TIES)
     if case.has("bf16") and case.has("tokens by nodes", "HybridEP"):
-        run = runs.train(command, exact=True)
-        explained = distance(run[0].record, stock)
-        if is_within(explained):
-            return Judgement(case, Verdict.ROUNDING, found, floor, explained, near_ties)
+        record = runs.train(command, exact=True)[0].record
+        found = distances["with exact sums"] = distance(record, stock)
+        if is_within(found):
+            return judged(Verdict.ROUNDING)
     if floor is not None and case.has("fp32") and case.has("Lion", *IN_FP8):
         for nudge in (SMALLEST_FLOOR, -SMALLEST_FLOOR):
             nudged = runs.train(case.row.reference(data), chosen, nudge=nudge)
-            floor = floor.or_larger(distance(nudged[0].record, stock))
-        if is_within(explained or found):
-            return Judgement(case, Verdict.NUDGED, found, floor, explained, near_ties)
-    verdict = Verdict.UNSTEADY if _stock_is_beyond(case, found, floor) else Verdict.BEYOND
-    return Judgement(case, verdict, found, floor, explained, near_ties)
+            floor = distances["floor"] = floor.or_larger(distance(nudged[0].record, stock))
+        if is_within(found):
+            return judged(Verdict.NUDGED)
+    is_unsteady = _stock_is_beyond(case, distances["FSEP"], floor)
+    return judged(Verdict.UNSTEADY if is_unsteady else Verdict.BEYOND)
 
 
 def _stock_is_beyond(case: Case, found: Distance, floor: Distance | None) -> bool:
