@@ -64,33 +64,18 @@ class StockRuns:
         key = digest_of([str(size), named, *words])
         if key not in self._records:
             path = self._folder / key
-            record = read_record(path)
-            if record is None:
-                record = self._ranks(size).run(train_row, flags, None, adapt)[0]
+            if not path.exists():
+                write_record(path, self._ranks(size).run(train_row, flags, None, adapt)[0])
                 self.made += 1
-                write_record(path, record)
-            self._records[key] = record
+            self._records[key] = pickle.loads(path.read_bytes())
         return self._records[key]
 
 
-def read_record(path: Path) -> Record | None:
-    """Return a kept record, or None where there is no whole one."""
-    try:
-        checksum, content = path.read_bytes().split(b"\n", 1)
-    except (FileNotFoundError, ValueError):
-        return None
-    if checksum != hashlib.sha256(content).hexdigest().encode():
-        return None
-    record: Record = pickle.loads(content)
-    return record
-
-
 def write_record(path: Path, record: Record) -> None:
-    content = pickle.dumps(record)
-    checksum = hashlib.sha256(content).hexdigest().encode()
+    """Write a record whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f"{path.name}.{os.getpid()}")
-    written.write_bytes(checksum + b"\n" + content)
+    written.write_bytes(pickle.dumps(record))
     written.replace(path)
 
 

@@ -11,7 +11,7 @@ import torch
 from megatron_laer.cpu.training import Record
 from tests.parity import stock
 from tests.parity.adapted import frozen_in_part
-from tests.parity.stock import StockRuns, digest_of, environment, read_record
+from tests.parity.stock import StockRuns, digest_of, environment
 
 FLAGS = ["--num-layers", "2"]
 
@@ -66,18 +66,6 @@ def test_another_cause_makes_another_run(tmp_path: Path, prefix: str) -> None:
     other = data(tmp_path / "other", b"another text")
     StockRuns(pools, other, tmp_path / "kept")(2, FLAGS, None)  # type: ignore[arg-type]
     assert pools.runs == 5
-
-
-@pytest.mark.parametrize("content", [b"", b"no checksum", b"0\nno record", None])
-def test_a_damaged_record_is_made_again(tmp_path: Path, prefix: str, content: bytes | None) -> None:
-    pools = Pools()
-    StockRuns(pools, prefix, tmp_path / "kept")(2, FLAGS, None)  # type: ignore[arg-type]
-    (path,) = (tmp_path / "kept").glob("*/*")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] if content is None else content)
-    runs = StockRuns(pools, prefix, tmp_path / "kept")  # type: ignore[arg-type]
-    assert runs(2, FLAGS, None).losses == [2.0]
-    assert read_record(path) is not None and len(path.read_bytes()) == len(whole)
 
 
 def test_variables_that_choose_how_torch_computes_and_all_sources_are_causes(
