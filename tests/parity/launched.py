@@ -21,12 +21,13 @@ from tests.parity.row import FLOOR_FACTOR, SMALLEST_FLOOR, Row
 from tests.parity.rows import ROWS
 
 _DRY_STEPS = 2
+_EQUAL = "equal"
 
 
 def compare(ranks: Ranks) -> Part:
     """Run every row of this many ranks: twice stock, once FSEP."""
     part = Part()
-    found: list[tuple[Row, Distance, Distance]] = []
+    table = part.tables[f"Parity on {ranks.size} ranks"] = []
     chosen = [row for row in ROWS if row.ranks == ranks.size and row.reference_ranks is None]
     more = ["--distributed-backend", "nccl"]
     more += ["--train-iters", str(_DRY_STEPS)] if ranks.dry else []
@@ -43,30 +44,16 @@ def compare(ranks: Ranks) -> Part:
             part.left_out.append(f"row {row.id}: the time was spent")
         elif ranks.rank == 0:
             floor = distance(other, reference).at_least(SMALLEST_FLOOR)
-            found.append((row, distance(fsep, reference), floor))
-    part.tables[f"Parity on {ranks.size} ranks"] = rows(found)
-    part.problems += [
-        f"row {row.id} differs from stock"
-        for row, mine, floor in found
-        if not is_equal(row, mine, floor)
-    ]
+            table.append(judged(row, distance(fsep, reference), floor))
+    wrong = [of["row"] for of in table if of["result"] != _EQUAL]
+    part.problems += [f"row {name} differs from stock" for name in wrong]
     return part
 
 
-def rows(found: list[tuple[Row, Distance, Distance]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "row": row.id,
-            "result": "equal" if is_equal(row, mine, floor) else "DIFFERS",
-            "fsep": str(mine),
-            "floor": str(floor),
-        }
-        for row, mine, floor in found
-    ]
-
-
-def is_equal(row: Row, found: Distance, floor: Distance) -> bool:
-    return found.within(row.bound) and found.within(floor.times(FLOOR_FACTOR))
+def judged(row: Row, found: Distance, floor: Distance) -> dict[str, Any]:
+    is_equal = found.within(row.bound) and found.within(floor.times(FLOOR_FACTOR))
+    result = _EQUAL if is_equal else "DIFFERS"
+    return {"row": row.id, "result": result, "fsep": str(found), "floor": str(floor)}
 
 
 if __name__ == "__main__":

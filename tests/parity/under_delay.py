@@ -24,7 +24,7 @@ from megatron_laer.cpu.training import Record, train
 from megatron_laer.layer.moe_layer import FSEPMoELayer
 from megatron_laer.runtime.comm.streams import CudaStream, Pending, Task
 from megatron_laer.telemetry.activities import Activity
-from tests.parity.compare import Distance, distance
+from tests.parity.compare import distance
 from tests.parity.row import FLOOR_FACTOR, SMALLEST_FLOOR
 
 TITLE = "Gradients with streams held up"
@@ -113,17 +113,16 @@ def measure(ranks: Ranks) -> Part:
     if ranks.rank == 0:
         floor = distance(again, reference).at_least(SMALLEST_FLOOR)
         rows = {name: distance(each, reference) for name, each in found.items() if each}
-        part.tables[TITLE] = [row(name, of, floor) for name, of in rows.items()]
+        part.tables[TITLE] = [
+            {"held up": name, "from the run in order": str(of), "of two in order": str(floor)}
+            for name, of in rows.items()
+        ]
         part.problems += [
             f"{name} held up: gradients differ from those in order"
             for name, of in rows.items()
             if not of.within(floor.times(FLOOR_FACTOR))
         ]
     return part
-
-
-def row(name: str, found: Distance, floor: Distance) -> dict[str, Any]:
-    return {"held up": name, "from the run in order": str(found), "of two in order": str(floor)}
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_the_share_of_forced_balance_counts_bursts_and_no_warm_up() -> None:
 
 def test_parity_beyond_its_floor_differs() -> None:
     floor, far = Distance(1e-7, 1e-7, 1e-7, 1e-7), Distance(1e-3, 0.0, 0.0, 0.0)
-    same, differs = launched.rows([(ROWS[0], floor, floor), (ROWS[0], far, floor)])
+    same, differs = (launched.judged(ROWS[0], found, floor) for found in (floor, far))
     assert (same["result"], differs["result"]) == ("equal", "DIFFERS")
 
 
