@@ -12,8 +12,7 @@ import torch
 
 from megatron_laer.cpu.ranks import Raised
 from megatron_laer.cpu.training import Record
-from tests.parity.random.draft import Draft
-from tests.parity.random.generator import Case, draw
+from tests.parity.random.generator import Case, Draft, draw
 from tests.parity.random.judge import Verdict, judge
 from tests.parity.random.on_ranks import Outcome
 from tests.parity.random.rules import refusals
