@@ -65,18 +65,14 @@ class StockRuns:
         if key not in self._records:
             path = self._folder / key
             if not path.exists():
-                write_record(path, self._ranks(size).run(train_row, flags, None, adapt)[0])
+                record = self._ranks(size).run(train_row, flags, None, adapt)[0]
                 self.made += 1
+                # A rename leaves no record that ends early.
+                written = path.with_name(f"{key}.{os.getpid()}")
+                written.write_bytes(pickle.dumps(record))
+                written.replace(path)
             self._records[key] = pickle.loads(path.read_bytes())
         return self._records[key]
-
-
-def write_record(path: Path, record: Record) -> None:
-    """Write a record whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f"{path.name}.{os.getpid()}")
-    written.write_bytes(pickle.dumps(record))
-    written.replace(path)
 
 
 def digest_of(parts: Iterable[str]) -> str:
