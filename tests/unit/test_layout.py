@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_laer.choices import Sharding
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout, default_capacity, stock_owner_E
-from tests.unit.planner_cases import geometries
+from tests.unit.planner_cases import geometries, home_geometries
 
 SHAPES = geometries(40, 64, spare=64).map(lambda geometry: geometry.shape)
 
@@ -61,24 +61,10 @@ def test_static_keeps_all_experts_on_each_node_where_slots_suffice(
             assert [*of_ranks[3 % node_size]] == theirs
 
 
-def test_random_is_the_same_on_every_machine() -> None:
-    # Printed by this call; it must hold for every NumPy version.
+def test_random_layouts_are_the_same_on_every_machine() -> None:
+    # Printed by these calls; they must hold for every NumPy version.
     layout = ExpertLayout.random(4, 3, 5, seed=(7, 1))
     assert layout.to_list() == [4, 0, 3, 0, 1, 4, 1, 2, 2, 2, 0, 3]
-
-
-@given(st.integers(2, 8), st.integers(1, 6), st.data())
-def test_random_replicas_leave_experts_at_home(ranks: int, home: int, data: st.DataObject) -> None:
-    capacity = data.draw(st.integers(home + 1, ranks * home))
-    geometry = Geometry(ranks, ranks * home, capacity, 1, Sharding.EXPERTS)
-    seed = (data.draw(st.integers(0, 2**40)), 3)
-    layout = geometry.random_layout(seed)
-    geometry.check_layout(layout)
-    assert layout == geometry.random_layout(seed)
-
-
-def test_random_replicas_are_the_same_on_every_machine() -> None:
-    # Printed by these calls; they must hold for every NumPy version.
     layouts = [ExpertLayout.random_at_home(3, 4, 6, (7, seed)).to_list() for seed in range(60)]
     assert layouts[:2] == [
         [0, 1, 4, 5, 2, 3, 5, EMPTY, 4, 5, EMPTY, EMPTY],
@@ -88,14 +74,16 @@ def test_random_replicas_are_the_same_on_every_machine() -> None:
     assert used.count(0) >= 6 and used.count(6) >= 6 and set(used) == set(range(7))
 
 
-@given(SHAPES, st.integers(0, 1000))
+@given(geometries(40, 64, spare=64) | home_geometries(48), st.integers(0, 1000))
 def test_random_layouts_are_legal_repeatable_and_equal_by_content(
-    shape: tuple[int, int, int], seed: int
+    geometry: Geometry, seed: int
 ) -> None:
-    layout = ExpertLayout.random(*shape, seed=(seed, 2**40))
-    assert_legal(layout, shape)
+    layout, shape = geometry.random_layout((seed, 2**40)), geometry.shape
+    geometry.check_layout(layout)
+    if not geometry.home_slots:
+        assert_legal(layout, shape)
     for same in (
-        ExpertLayout.random(*shape, seed=(seed, 2**40)),
+        geometry.random_layout((seed, 2**40)),
         ExpertLayout.from_slots(*shape, layout.to_list()),
         ExpertLayout.from_slots(*shape, layout.slot_expert_S),
         pickle.loads(pickle.dumps(layout)),

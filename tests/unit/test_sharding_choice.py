@@ -38,6 +38,10 @@ SHARDINGS = [
     ((2, 8, 2), {}, Sharding.EXPERTS, 6),
     ((8, 4, 8), {}, Sharding.ROWS, 2),
     ((1, 4, 1), {}, Sharding.ROWS, 4),
+    # With an expert at home one replica slot balances all loads; 17 slots of rows are fastest, and
+    # save less than a hundredth.
+    ((8, 8, 8), {"sharding": "experts"}, Sharding.EXPERTS, 2),
+    ((16, 64, 4), {"sharding": "rows"}, Sharding.ROWS, 5),
 ]
 
 
@@ -46,7 +50,7 @@ def test_auto_takes_homes_where_they_fit(
     shape: tuple[int, int, int], given_: dict[str, Any], sharding: Sharding, capacity: int
 ) -> None:
     costs = make_costs(hidden=1024, ffn=4096)
-    choice, _ = choose_geometry(FSEPConfig(**given_), shape, 1, 2, priced_as(costs, 8192))
+    choice, _ = choose_geometry(FSEPConfig(**given_), shape, 1, 2, priced_as(costs, 16384))
     assert (choice.geometry.sharding, choice.geometry.capacity) == (sharding, capacity)
 
 
@@ -86,18 +90,6 @@ def test_rows_take_slots_that_keep_tokens_on_their_node() -> None:
 
     assert slots((16, 64, 4), 65536) >= 11
     assert slots((16, 64, 4), 1024) == slots((16, 64, 16), 65536) == 5
-
-
-@pytest.mark.parametrize(
-    ("sharding", "shape", "capacity"), [("experts", (8, 8, 8), 2), ("rows", (16, 64, 4), 5)]
-)
-def test_slots_that_save_less_than_a_hundredth_are_not_taken(
-    sharding: Any, shape: tuple[int, int, int], capacity: int
-) -> None:
-    """With an expert at home one replica slot balances all loads; 17 slots of rows are fastest."""
-    priced = priced_as(make_costs(hidden=1024, ffn=4096), 16384)
-    choice, _ = choose_geometry(FSEPConfig(sharding=sharding), shape, 1, 2, priced)
-    assert choice.geometry.capacity == capacity
 
 
 # Model's hidden size and FFN; N, E, ranks per node; slots.
