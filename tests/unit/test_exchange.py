@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 
 from megatron_laer.arrays import Int64
@@ -15,9 +16,10 @@ from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import restore_traffic
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
+from megatron_laer.runtime.comm.buffers import Workspace
 from megatron_laer.runtime.comm.exchange import Exchange
-from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.comm.steps import Steps
+from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+from megatron_laer.runtime.comm.steps import Steps, finish
 from tests.exchange_cases import COLUMNS, CPU, Case
 from tests.loopback import Moved, groups_of, run
 
@@ -41,10 +43,12 @@ class Group:
         return run(exchanges, self.moved[-1])
 
     def restore(
-        self, step: int, before: int | None = None, out: list[torch.Tensor] | None = None
+        self,
+        index: LayoutIndex,
+        had: LayoutIndex | None = None,
+        out: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
-        case, index = self.case, self.case.index(step)
-        had = None if before is None else case.index(before)
+        case = self.case
         return self._run(
             [
                 exchange.restore_steps(
@@ -58,9 +62,9 @@ class Group:
             ]
         )
 
-    def reduce(self, step: int, before_ERK: torch.Tensor) -> list[list[torch.Tensor]]:
+    def reduce(self, index: LayoutIndex, before_ERK: torch.Tensor) -> list[list[torch.Tensor]]:
         """Add the sums to each rank's share of these; return the shares."""
-        case, index = self.case, self.case.index(step)
+        case = self.case
         sums = [case.owned_by(rank, before_ERK) for rank in self.ranks]
         self._run(
             [
@@ -165,18 +169,19 @@ def test_restores_updates_and_reduces_are_exact_and_move_the_bytes_of_their_hops
     for seed in range(CASES):
         case = Case.draw(seed)
         group = Group(case)
-        restored = group.restore(0)
+        first, then = case.index(0), case.index(1)
+        restored = group.restore(first)
         for rank in group.ranks:
             compared += case.check_restored(restored[rank], rank, 0)
-        for rank, changed in enumerate(group.restore(1, 0, restored)):
+        for rank, changed in enumerate(group.restore(then, first, restored)):
             assert changed is restored[rank]
             case.check_restored(changed, rank, 1)
         given = case.grads_NCRK.clone()
         sums_ERK = case.summed_ERK(1, case.wire or case.grad)
         before_ERK = torch.full_like(sums_ERK, 0.1).to(case.main)
-        results = group.reduce(1, before_ERK)
+        results = group.reduce(then, before_ERK)
         check_bytes(case, group)
-        group.restore(1)
+        group.restore(then)
         check_way_back(case, group.moved[-1], group.moved[-2])
         assert torch.equal(case.grads_NCRK, given), "the gradients were changed"
         for rank in group.ranks:
@@ -199,8 +204,8 @@ def test_buffers_are_allocated_once_and_as_large_as_the_bound() -> None:
         restores = restore_workspace(case.way, case.matrices, row_bytes[0])
         reduces = reduce_workspace(case.way, case.matrices, *row_bytes[1:])
         for step in range(4):
-            group.restore(step)
-            group.reduce(step, case.whole_ERK.to(case.main))
+            group.restore(case.index(step))
+            group.reduce(case.index(step), case.whole_ERK.to(case.main))
             for exchange in group.exchanges:
                 assert exchange.restored.workspace.num_bytes <= sum(restores.values()), case
                 assert exchange.reduced.workspace.num_bytes <= sum(reduces.values()), case
@@ -213,29 +218,18 @@ def test_a_home_sends_directly_as_many_copies_as_it_has_replicas() -> None:
     float32 = torch.float32
     case = Case(geometry, FLAT, ((8, 1), (2, 2)), float32, float32, None, float32, seed=0)
     group, index = Group(case), layout_index(Placed(layout, geometry), CPU)
-    sources = [case.owned_by(rank, case.whole_ERK) for rank in group.ranks]
-    run(
-        [
-            exchange.restore_steps(sources[rank], index, case.matrices, out=case.new_slots())
-            for rank, exchange in enumerate(group.exchanges)
-        ]
-    )
-    run(
-        [
-            exchange.reduce_steps(case.grads_NCRK[rank], index, case.matrices, add_to=sources[rank])
-            for rank, exchange in enumerate(group.exchanges)
-        ]
-    )
+    group.restore(index)
+    group.reduce(index, case.whole_ERK)
     one = case.rows * COLUMNS * 4
     for way in ("restored", "reduced"):
         spaces = [getattr(exchange, way).workspace for exchange in group.exchanges]
         assert [space.num_bytes for space in spaces] == [3 * one, 0, 0, 0]
     # The bound is that of one replica for each slot, where a single one is in place.
-    assert restore_workspace(case.way, case.matrices, COLUMNS * 4) == {"send": one, "receive": 0}
-    assert reduce_workspace(case.way, case.matrices, COLUMNS * 4, COLUMNS * 4) == {
-        "receive": one,
-        "send": 0,
-    }
+    row_bytes = COLUMNS * 4
+    bound = {"send": one, "receive": 0}
+    assert restore_workspace(case.way, case.matrices, row_bytes) == bound
+    bound = {"receive": one, "send": 0}
+    assert reduce_workspace(case.way, case.matrices, row_bytes, row_bytes) == bound
 
 
 def test_an_exchange_goes_by_the_way_that_is_chosen_for_its_layout() -> None:
@@ -260,3 +254,31 @@ def test_an_exchange_goes_by_the_way_that_is_chosen_for_its_layout() -> None:
         after = [exchange.restored.collectives for exchange in chosen]
         # A node without a replica has fewer.
         assert max(b - a for a, b in zip(before, after, strict=True)) == len(ways[quantised].links)
+
+
+def in_steps(number: int, done: list[str]) -> Steps:
+    for at in range(number):
+        done.append(f"send {at}")
+        yield at + 1 < number
+        done.append(f"unpack {at}")
+    return torch.tensor(number)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_an_exchange_runs_to_its_end(number: int) -> None:
+    done: list[str] = []
+    assert finish(in_steps(number, done)) == torch.tensor(number)
+    assert done == [f"{part} {at}" for at in range(number) for part in ("send", "unpack")]
+
+
+def test_a_buffer_grows_where_it_has_no_bound_and_is_allocated_once_for_its_bound() -> None:
+    def take(space: Workspace, rows: int, most_bytes: int | None) -> torch.Tensor:
+        return space.take("send", (rows, 1), torch.uint8, torch.device("cpu"), most_bytes)
+
+    growing, bounded = Workspace(), Workspace()
+    assert [len(take(growing, rows, None)) for rows in (2, 8, 4)] == [2, 8, 4]
+    assert growing.num_bytes == 8
+    memory = {take(bounded, rows, 12).data_ptr() for rows in (2, 8, 4)}
+    assert len(memory) == 1 and bounded.num_bytes == 12
+    with pytest.raises(AssertionError, match="send: 13 bytes exceed the bound 12"):
+        take(bounded, 13, 12)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -11,28 +9,18 @@ from megatron_laer.layer.experts.adapters import Adapter, find_adapter
 from tests.parity.bridge_lora import ALPHA, RANK, LoRALinear
 
 
-class Narrow(torch.nn.Linear):
-    """Linear layer with Megatron's result."""
-
-    def forward(self, input: torch.Tensor) -> Any:
-        return super().forward(input), None
-
-
 class ParallelLinearAdapter(torch.nn.Module):
     def __init__(self, rank: int = RANK) -> None:
         super().__init__()
         self.alpha, self.dim = ALPHA, rank
         self.activation = self.dropout = torch.nn.Identity()
-        self.linear_in = Narrow(6, rank, bias=False)
-        self.linear_out = Narrow(rank, 5, bias=False)
-
-
-def wrapper(adapter: torch.nn.Module) -> LoRALinear:
-    return LoRALinear(torch.nn.Linear(6, 5), adapter)
+        self.linear_in = torch.nn.Linear(6, rank, bias=False)
+        self.linear_out = torch.nn.Linear(rank, 5, bias=False)
 
 
 def found(*adapters: torch.nn.Module) -> Adapter:
-    adapter = find_adapter([*map(wrapper, adapters)], grouped=False)
+    wrappers = [LoRALinear(torch.nn.Linear(6, 5), adapter) for adapter in adapters]
+    adapter = find_adapter(wrappers, grouped=False)
     assert adapter is not None
     return adapter
 

@@ -29,16 +29,6 @@ def test_reruns_come_by_microbatch_and_within_it_backwards() -> None:
     assert not len(state.reruns) and state.reruns.take() is None
 
 
-def test_a_step_begins_with_its_first_pass_and_so_does_a_repeated_step() -> None:
-    state, counts_NE = layer(passes=2), np.ones((1, 4), dtype=np.int64)
-    state.begin_step(num_microbatches=2)
-    begins = []
-    for _ in range(8):
-        begins.append(state.begins_step)
-        state.count_pass(counts_NE)
-    assert begins == [True, False, False, False] * 2
-
-
 def test_a_checkpoint_inside_another_takes_its_plan_with_its_own_rerun() -> None:
     state = layer(passes=1)
     seen: list[Any] = []
@@ -67,7 +57,11 @@ def test_counts_of_a_microbatchs_passes_are_summed_and_a_repeated_step_begins_an
     state = layer(passes=2)
     state.begin_step(num_microbatches=2)
     counts = [np.full((1, 2), number, np.int64) for number in range(6)]
-    found = [state.count_pass(counts_NE) for counts_NE in counts]
+    begins, found = [], []
+    for counts_NE in counts:
+        begins.append(state.begins_step)
+        found.append(state.count_pass(counts_NE))
+    assert begins == [True, False, False, False, True, False]
     assert [each is None for each in found] == [True, False] * 3
     sums = [(each[0], each[1].tolist()) for each in found if each is not None]
     assert sums == [(0, [[1, 1]]), (1, [[5, 5]]), (0, [[9, 9]])]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,37 +14,14 @@ from megatron_laer.telemetry.ranges import exchange_in_range, named_range
 DISPATCH = Activity(Kind.DISPATCH, "layer 1")
 
 
-class Doubled(torch.autograd.Function):
-    """Exchange of two tensors by one node."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(2 * tensor for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(2 * grad for grad in grads)
-
-
-def doubled(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    found: tuple[torch.Tensor, ...] = Doubled.apply(*tensors)
-    return found
-
-
-def exchanged(exchange: Callable[..., Any] = doubled) -> torch.Tensor:
-    """Return the gradient of what an exchange sends."""
-    sent, probs = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
-    received = exchange_in_range(DISPATCH, exchange, (sent, probs))
-    torch.stack(received).sum().backward()
-    assert sent.grad is not None
-    return sent.grad
-
-
 def test_nothing_is_named_without_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiler, "record_function", mock.Mock(side_effect=AssertionError))
     with named_range(DISPATCH):
         assert named_range(DISPATCH) is named_range(Activity(Kind.EXPERTS))
-    assert exchanged().tolist() == [2, 2, 2]
+    sent = torch.ones(3, requires_grad=True)
+    (received,) = exchange_in_range(DISPATCH, lambda tensor: (2 * tensor,), (sent,))
+    received.sum().backward()
+    assert sent.grad is not None and sent.grad.tolist() == [2, 2, 2]
 
 
 def test_ranges_are_open_where_megatron_profiles_with_nsight(

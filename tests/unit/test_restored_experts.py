@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -15,45 +15,20 @@ import torch
 from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.comm.streams import CommStream, StreamTimes, Task, make_comm_stream
+from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams, KeptWeights
 from megatron_laer.runtime.weights.layer import LateGrads, Slices
 from megatron_laer.runtime.weights.layer_experts import check_main_grads
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
+from megatron_laer.telemetry.activities import Activity
+from megatron_laer.telemetry.activities import Kind as Activities
 from tests.placed import placed
 from tests.unit.test_layout_index import one_rank
 
 CPU = torch.device("cpu")
 ROWS = (8, 3)
-
-
-class LateStream(CommStream):
-    """Communication stream that works in order and only once it is waited for."""
-
-    def __init__(self) -> None:
-        self.times = StreamTimes("parameters", CPU)
-        self._queue: list[tuple[SimpleNamespace, Task]] = []
-
-    def submit(self, work: Task, label: str) -> SimpleNamespace:
-        result = SimpleNamespace(value=None)
-
-        def there() -> torch.Tensor:
-            assert result.value is not None, "used before it was there"
-            return result.value
-
-        def wait() -> torch.Tensor:
-            while result.value is None:
-                first, todo = self._queue.pop(0)
-                first.value = todo()
-            return there()
-
-        result.wait, result.result = wait, there
-        self._queue.append((result, work))
-        return result
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture
@@ -218,8 +193,10 @@ def test_passes_through_one_layer_hand_on_its_weights(
 def test_memory_is_lent_again_only_when_the_restore_into_it_is_over(
     streams: ExchangeStreams,
 ) -> None:
-    restored = restored_experts(replace(streams, parameters=LateStream()))
+    restored, goes_on = restored_experts(streams), threading.Event()
+    streams.parameters.submit(lambda: torch.tensor(goes_on.wait()), Activity(Activities.RESTORE))
     restored.weights.start_restore()
+    threading.Timer(0.2, goes_on.set).start()
     restored.after_compute(ones(needs_grad=False))  # its experts are still on their way
     assert streams.weights.in_use == 0
     assert restored.state.weights is WeightState.SHARDED
