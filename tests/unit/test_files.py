@@ -18,14 +18,21 @@ import yaml
 from megatron_laer.files import checks, writing, yaml_text
 from megatron_laer.files.yaml_text import MAX_BYTES, MAX_DEPTH, parse_yaml, read_yaml
 
+# Its child outlives it, and has no lock.
 _WRITER = """
-import sys
+import os, sys
 from pathlib import Path
 from megatron_laer.files.writing import Replacement
 replacement = Replacement(Path(sys.argv[1]))
 replacement.file.write(b"half")
-print(replacement.path, flush=True)
-sys.stdin.read()
+child = os.fork()
+if child == 0:
+    replacement.file.write(b"lost")
+    print("child\\n", end="", flush=True)  # at once, also where output is not buffered
+    os.read(0, 1)
+    os._exit(0)
+print("parent\\n", end="", flush=True)
+os.waitpid(child, 0)
 """
 
 
@@ -66,14 +73,8 @@ def test_a_shell_takes_its_words_again_and_a_terminal_sees_no_control_character(
 def test_outputs_that_cannot_be_written_are_refused_and_nothing_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     before, long = sorted(tmp_path.iterdir()), tmp_path / ("x" * 300)
-    for output in (
-        "",
-        tmp_path,
-        tmp_path / "none" / "x",
-        tmp_path / "file" / "x",
-        "/dev/full",
-        long,
-    ):
+    absent = tmp_path / "none" / "x", tmp_path / "file" / "x"
+    for output in ("", tmp_path, *absent, "/dev/full", long):
         with pytest.raises(ValueError, match="--json"):
             checks.refuse_unwritable(output, "--json")
     for folder in ("", tmp_path / "file", tmp_path / "file" / "x", "/proc/x", long):
@@ -173,54 +174,25 @@ def test_a_target_has_one_writer_and_the_next_takes_over_from_a_killed_one(tmp_p
     other.touch()
     command = [sys.executable, "-c", _WRITER, str(target)]
     writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert writer.stdout is not None
+    assert writer.stdin is not None and writer.stdout is not None
     with writer:
-        left = Path(writer.stdout.readline().strip())
+        said = sorted(writer.stdout.readline().strip() for _ in range(2))
+        assert said == ["child", "parent"]
         with pytest.raises(writing.InUseError):
             writing.write_file(target, "new")
+        (left,) = {*tmp_path.iterdir()} - {other}
         assert left.read_bytes() == b"half"
         writer.send_signal(signal.SIGKILL)
-    assert left.exists() and not target.exists()
-    writing.write_file(target, "new")
+        writer.wait()
+        assert left.exists() and not target.exists()
+        writing.write_file(target, "new")
+        writer.stdin.close()
     assert target.read_text() == "new" and sorted(os.listdir(tmp_path)) == [other.name, "log"]
     first = writing.Replacement(target)
     first.commit()
     left.touch()  # of another writer, which has begun since
     first.discard()
     assert left.exists()
-
-
-_FORKING_WRITER = """
-import os, sys
-from pathlib import Path
-from megatron_laer.files.writing import open_exclusively
-log = open_exclusively(Path(sys.argv[1]))
-child = os.fork()
-if child == 0:
-    log.write(b"lost")
-    print("child\\n", end="", flush=True)  # at once, also where output is not buffered
-    os.read(0, 1)
-    os._exit(0)
-print(f"parent of {child}\\n", end="", flush=True)
-os.waitpid(child, 0)
-"""
-
-
-def test_a_child_that_outlives_a_killed_writer_keeps_no_lock(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    command = [sys.executable, "-c", _FORKING_WRITER, str(log)]
-    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert writer.stdin is not None and writer.stdout is not None
-    with writer:
-        said = sorted(writer.stdout.readline().split()[0] for _ in range(2))
-        assert said == ["child", "parent"]
-        with pytest.raises(writing.InUseError):
-            writing.open_exclusively(log)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        writing.open_exclusively(log).close()
-        assert log.read_bytes() == b""
-        writer.stdin.close()
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import LatePlan, Sharding
+from megatron_laer.choices import LatePlan
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files import writing
 from megatron_laer.planner.costs import CostModel
@@ -190,23 +189,12 @@ def test_recordings_of_a_run_have_one_number(tmp_path: Path) -> None:
     assert number not in (run_of_group(config, 1, 1), run_of_group(config, 0, 0))
 
 
-AT_HOME = dataclasses.replace(GEOMETRY, sharding=Sharding.EXPERTS)
 CONFIG = FSEPConfig()
 REGIME = {
     "split": CONFIG.split,
     "plan_mode": CONFIG.mode,
     "imbalance_tolerance": CONFIG.imbalance_tolerance,
 }
-
-
-def test_layouts_of_home_experts_are_read_back(tmp_path: Path) -> None:
-    path = tmp_path / "group-0.layouts"
-    recorder = LayoutRecorder(path, AT_HOME, REGIME, LAYERS, first_step=0)
-    layouts = [[AT_HOME.static_layout, AT_HOME.random_layout((step,))] for step in range(6)]
-    for step, of_step in enumerate(layouts):
-        recorder.record(step, of_step)
-    recorder.close()
-    assert list(read_layouts(path)) == list(enumerate(layouts))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,16 +25,6 @@ PATIENCE_S = 300.0
 LAG = 1
 
 Planner = Callable[[Int64, ExpertLayout], object]
-
-
-class Scripted:
-    name = "scripted"
-
-    def __init__(self, plan: Planner) -> None:
-        self._plan = plan
-
-    def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        return self._plan(counts_NE, current)  # type: ignore[return-value]
 
 
 class Newest(WindowForecast):
@@ -75,8 +66,9 @@ class Services:
 
     def start(self, plan: Planner, waits: bool = False, **more: Any) -> PlannerService:
         arguments = {"lag": LAG, "waits": waits, "on_warning": self.warnings.append} | more
-        strategies, initial = [Scripted(plan)] * 2, [INITIAL] * 2
-        service = PlannerService(strategies, initial, [Newest()] * 2, **arguments)
+        strategy: Any = SimpleNamespace(name="scripted", plan=plan)
+        layers = [strategy] * 2, [INITIAL] * 2, [Newest()] * 2
+        service = PlannerService(*layers, **arguments)
         self.started.append(service)
         return service
 

@@ -3,13 +3,14 @@
 squeue and scontrol are replaced: a job runs while a file has its number.
 """
 
-import os
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.unit.shell_scripts import shell
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
@@ -35,15 +36,7 @@ claim() {{
 
 
 def run(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
-    return subprocess.run(
-        ["bash", "-c", _FUNCTIONS + text],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return shell("-c", _FUNCTIONS + text, cwd=folder)
 
 
 def claim(folder: Path, job: int, **settings: str) -> subprocess.CompletedProcess[str]:
