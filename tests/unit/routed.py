@@ -61,3 +61,15 @@ def route(
         mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
         found.append(Rank(layout, torch.from_numpy(map_TE), mine, node_size))
     return found
+
+
+def exchange(
+    sent: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]], groups: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Exchange rows within each group; `sizes` are the rows from each rank to its group."""
+    received = {}
+    for ranks in groups:
+        parts = {rank: sent[rank].split(list(sizes[rank])) for rank in ranks}
+        for place, rank in enumerate(ranks):
+            received[rank] = torch.cat([parts[source][place] for source in ranks])
+    return [received[rank] for rank in range(len(sent))]

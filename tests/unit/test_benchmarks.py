@@ -1,13 +1,15 @@
-"""The convergence benchmark notices runs unlike stock; imposed routing has the stated skew."""
+"""The convergence benchmark notices runs unlike stock; routing is skewed and read as stated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import trace_cases
 from benchmarks.convergence_results import checks
 from benchmarks.convergence_runs import AUX_LOSSES, FSEP, NO_AUX, POINTS, STOCK, WAYS, Run
 from benchmarks.routing import (
@@ -20,7 +22,9 @@ from benchmarks.routing import (
     drifting_trace,
     is_burst,
 )
+from benchmarks.splits import split_exactly
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
+from megatron_laer.planner.layout import ExpertLayout
 
 STEPS = 10 * POINTS
 SKEWED = [700, 200, 75, 25]
@@ -119,3 +123,26 @@ def test_a_burst_trace_is_even_but_at_bursts() -> None:
         else:
             assert (skews[step] < 1.05).all()
     assert sum(is_burst(step) for step in range(TRACED)) == 1
+
+
+def test_a_trace_gives_only_what_was_known_before_the_case(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 9, (3, 2, 4, 2, 5)).astype(np.int16)
+    np.savez(tmp_path / "trace.npz", tokens=tokens)
+    trace = trace_cases.Trace(tmp_path / "trace.npz")
+    every = trace.cases(1, 0)
+    assert len(every) == 2 * 2 * 2
+    assert trace.cases(3, 1) == every[1::3]
+    first = trace_cases.Case(1, 1, 0)
+    assert (trace.now(first) == tokens[1, 1, :, 0]).all()
+    # Only iteration 0 precedes it; a forecast from one observation is that observation.
+    assert (trace.forecast(first) == 16 * tokens[0, 1].astype(np.int64).sum(axis=1)).all()
+    assert trace.before(first) is None
+    before_NE = trace.before(trace_cases.Case(1, 1, 1))
+    assert before_NE is not None
+    assert (before_NE == tokens[1, 1, :, 0]).all()
+
+
+def test_a_violation_is_any_token_above_the_bound() -> None:
+    layout = ExpertLayout.from_slots(2, 1, 2, [0, 1])
+    assert not split_exactly(np.array([[3, 2], [0, 0]]), layout, 2).violation
+    assert split_exactly(np.array([[4, 1], [0, 0]]), layout, 2).violation

@@ -1,4 +1,4 @@
-"""The closed-form permutations equal Megatron's over the token → slot map, bit for bit."""
+"""Permutations equal Megatron's over the token → slot map, bit for bit, whose forms agree."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from megatron_laer.layer.dispatch.permutation import (
     true_places,
 )
 from megatron_laer.layer.dispatch.row_map import row_map, sum_copies
-from megatron_laer.layer.dispatch.slots import to_slots
+from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching
+from megatron_laer.layer.dispatch.slots import to_choices, to_slots
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from tests.unit.routed import Rank, route
+from tests.unit.planner_cases import geometries
+from tests.unit.routed import Rank, exchange, route
 
 Tensors = tuple[torch.Tensor, ...]
 HIDDEN = 5
@@ -68,16 +71,12 @@ def megatrons(rank: Rank) -> Steps:
     )
 
 
-def exchange(sent: list[torch.Tensor], sizes_NN: np.ndarray) -> list[torch.Tensor]:
-    parts = [x.split(sizes.tolist()) for x, sizes in zip(sent, sizes_NN, strict=True)]
-    return [torch.cat([part[rank] for part in parts]) for rank in range(len(sent))]
-
-
 def whole_dispatch(ranks: list[Rank], make: Callable[[Rank], Steps], dtype: torch.dtype) -> Tensors:
     """Return all tensors and gradients of a dispatch, weighing experts and a combine."""
     generator = torch.Generator().manual_seed(7)
     steps = [make(rank) for rank in ranks]
-    sizes = np.stack([rank.quotas.row_S.reshape(len(ranks), -1).sum(1) for rank in ranks])
+    there = [rank.quotas.input_splits_N for rank in ranks]
+    back_again, whole = [rank.quotas.output_splits_N for rank in ranks], [range(len(ranks))]
     hidden, probs, weights = [], [], []
     for rank in ranks:
         shape = (len(rank.map_TE), HIDDEN)
@@ -86,12 +85,13 @@ def whole_dispatch(ranks: list[Rank], make: Callable[[Rank], Steps], dtype: torc
         chosen = torch.rand(rank.map_TE.shape, generator=generator) * rank.map_TE
         probs += [chosen.requires_grad_()]
     sent = [s.to_send(h, p) for s, h, p in zip(steps, hidden, probs, strict=True)]
-    arrived = exchange([x for x, _ in sent], sizes)
-    arrived_probs = exchange([p for _, p in sent], sizes)
+    arrived = exchange([x for x, _ in sent], there, whole)
+    arrived_probs = exchange([p for _, p in sent], there, whole)
     inputs = [s.by_slot(x) for s, x in zip(steps, arrived, strict=True)]
     input_probs = [s.by_slot(p) for s, p in zip(steps, arrived_probs, strict=True)]
     outputs = [(x * x * p[:, None]).to(dtype) for x, p in zip(inputs, input_probs, strict=True)]
-    back = exchange([s.by_rank(x) for s, x in zip(steps, outputs, strict=True)], sizes.T)
+    sorted_back = [s.by_rank(x) for s, x in zip(steps, outputs, strict=True)]
+    back = exchange(sorted_back, back_again, whole)
     combined = [s.combine(x) for s, x in zip(steps, back, strict=True)]
     torch.autograd.backward(combined, weights)
     grads = [x.grad for x in (*hidden, *probs)]
@@ -238,3 +238,42 @@ def test_places_beyond_int32_are_counted_in_int64(number: int, dtype: torch.dtyp
     with mock.patch.object(torch, "repeat_interleave"):
         true_places(flags, 1)
     flags.reshape.return_value.to.assert_called_once_with(dtype)
+
+
+@settings(max_examples=100)
+@given(geometries(6, 12, 1), st.integers(0, 40), st.booleans(), st.integers(0, 2**20))
+def test_a_tokens_choices_are_its_columns_of_the_map_to_slots(
+    geometry: Geometry, tokens: int, uneven: bool, seed: int
+) -> None:
+    layout, topk = ExpertLayout.random(*geometry.shape, (seed,)), 1 + seed % geometry.num_experts
+    rank = route(layout, [tokens] * geometry.num_ranks, topk, seed, uneven=uneven)[0]
+    map_TE, row_S, num_slots = rank.map_TE, rank.quotas.row_S, layout.num_slots
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.rand(map_TE.shape, generator=generator) * map_TE
+    probs = probs.masked_fill(probs > 0.9, 0).requires_grad_()
+    slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
+    ranges = torch.from_numpy(slot_ranges(rank.quotas))
+    probs_TS, map_TS = to_slots(probs, map_TE, slot_expert_S, ranges)
+    by_expert = np.argsort(layout.slot_expert_S, kind="stable")
+    order, tokens_S = torch.from_numpy(by_expert), torch.from_numpy(row_S[by_expert])
+    probs_TK, slot_TK = to_choices(probs, map_TE, topk, order, tokens_S, int(row_S.sum()))
+
+    assert slot_TK.shape == probs_TK.shape == (tokens, topk) and slot_TK.dtype == torch.int64
+    found = torch.zeros(tokens, num_slots + 1)
+    places = slot_TK % (num_slots + 1)  # the last column is for no slot
+    assert torch.equal(found.scatter(1, places, 1.0)[:, :-1], map_TS.float())
+    assert torch.equal(found.scatter(1, places, probs_TK)[:, :-1], probs_TS)
+    weight_TS = torch.rand(probs_TS.shape, generator=generator)
+    (expected,) = torch.autograd.grad((probs_TS * weight_TS).sum(), probs)
+    weight_TK = torch.cat([weight_TS, torch.ones(tokens, 1)], dim=1).gather(1, places)
+    (grad,) = torch.autograd.grad((probs_TK * weight_TK).sum(), probs)
+    assert torch.equal(grad, expected)
+
+
+class Alone(SlotDispatching):
+    tp_size = 1
+
+
+def test_a_dispatcher_without_its_layer_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match="call the MoE layer, not its dispatcher alone"):
+        Alone().token_dispatch(torch.ones(1, 1), torch.ones(1))

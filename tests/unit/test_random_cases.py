@@ -84,16 +84,8 @@ class Made:
 
     def close(self) -> None: ...
 
-    def run_raw(
-        self,
-        _function: Any,
-        flags: list[str],
-        _chooses: bool,
-        given: Any,
-        exact: bool,
-        *_: Any,
-        **__: Any,
-    ) -> list[Any]:
+    def run_raw(self, *arguments: Any, **_: Any) -> list[Any]:
+        _, flags, _, given, exact, *_ = arguments
         self.runs += 1
         if self.fails in flags:
             return [Raised("ValueError", "is\nnot possible", "")]

@@ -5,8 +5,6 @@ Legend: N ranks, M nodes, S slots, T tokens, E experts, P pairs, R pairs receive
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
@@ -32,21 +30,9 @@ from megatron_laer.planner.token_rows import SizeMessages
 from tests.costs import make_costs
 from tests.token_exchange import known_rows
 from tests.unit.planner_cases import geometries
-from tests.unit.routed import Rank, route
+from tests.unit.routed import Rank, exchange, route
 
 EXPERTS, CAPACITY, TOP_K = 24, 6, 4
-
-
-def exchange(
-    sent: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]], groups: Sequence[list[int]]
-) -> list[torch.Tensor]:
-    """Exchange rows within each group; `sizes` are the rows from each rank to its group."""
-    received = {}
-    for ranks in groups:
-        parts = {rank: sent[rank].split(list(sizes[rank])) for rank in ranks}
-        for place, rank in enumerate(ranks):
-            received[rank] = torch.cat([parts[source][place] for source in ranks])
-    return [received[rank] for rank in range(len(sent))]
 
 
 class Exchange:
