@@ -35,25 +35,6 @@ def compile_for(capability: int, kernel: Any, types: dict[str, str], given: dict
 
 # Each day every type for one of both cards.
 @pytest.mark.parametrize(
-    ("capability", "rows"),
-    [
-        *((80, "bf16"), (90, "fp32")),
-        *(pytest.param(*pair, marks=pytest.mark.nightly) for pair in ((80, "fp32"), (90, "bf16"))),
-    ],
-)
-def test_kernels_of_permutations_compile_for_cards_that_are_not_here(
-    capability: int, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from megatron_laer.layer.dispatch import kernels
-
-    types = dict.fromkeys(INTEGERS, "*i32") | {"map_TE": "*u8"}
-    types |= {"rows_PH": f"*{rows}", "sums_TH": f"*{rows}"}
-    for kernel in (kernels._rows_of_expert, kernels._rows_of_token, kernels._sum_rows):
-        compile_for(capability, kernel, types, {"BLOCK": 256})
-
-
-@pytest.mark.parametrize(
     ("capability", "parts", "out"),
     [
         *((80, "bf16", "fp32"), (90, "bf16", "bf16"), (90, "fp32", "fp32")),
@@ -62,15 +43,23 @@ def test_kernels_of_permutations_compile_for_cards_that_are_not_here(
         pytest.param(80, "fp32", "fp32", marks=pytest.mark.nightly),
     ],
 )
-def test_kernels_of_the_exchange_compile_for_cards_that_are_not_here(
+def test_kernels_compile_for_cards_that_are_not_here(
     capability: int, parts: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from megatron_laer.runtime.comm import kernels
+    from megatron_laer.layer.dispatch import kernels as permutations
+    from megatron_laer.runtime.comm import kernels as exchanges
 
+    types = dict.fromkeys(INTEGERS, "*i32") | {"map_TE": "*u8"}
+    types |= {"rows_PH": f"*{out}", "sums_TH": f"*{out}"}
+    for kernel in (
+        permutations._rows_of_expert,
+        permutations._rows_of_token,
+        permutations._sum_rows,
+    ):
+        compile_for(capability, kernel, types, {"BLOCK": 256})
     types = {"table": "*i64", "wire": f"*{parts}"}
     for value in (False, True):
-        given = {"held": f"*{parts}"}, {"PACKS": value, "BLOCK": 1024}
-        compile_for(capability, kernels._copy_segments, types | given[0], given[1])
-        given = {"held": f"*{out}"}, {"ADDS": value, "BLOCK": 1024}
-        compile_for(capability, kernels._sum_segments, types | given[0], given[1])
+        given = {"PACKS": value, "ADDS": value, "BLOCK": 1024}
+        compile_for(capability, exchanges._copy_segments, types | {"held": f"*{parts}"}, given)
+        compile_for(capability, exchanges._sum_segments, types | {"held": f"*{out}"}, given)

@@ -51,7 +51,9 @@ from megatron.training import training
 
 import logging
 import megatron_laer
+from megatron.core.models.hybrid import hybrid_layer_specs as hybrid
 from megatron_laer import plugin
+from megatron_laer.plugin.install_tracker import install_metrics
 
 def refusal():
     try:
@@ -74,6 +76,11 @@ megatron_laer.disable()
 megatron_laer.disable()
 assert all(snapshot(FSEP_PATCHES)[path] is before[path] for path in before)
 
+# Hybrid models' spec was built before.
+for turn, layer in ((plugin.enable, "FSEPMoELayer"), (plugin.disable, "MoELayer")) * 2:
+    turn()
+    assert hybrid.hybrid_stack_spec.submodules.moe_layer.submodules.mlp.func.__name__ == layer
+
 found = info.__version__
 for info.__version__ in UNSUPPORTED:
     refusal()
@@ -89,6 +96,14 @@ FSEP_PATCHES = every
 
 plugin.uninstall()
 assert plugin.patch_table() == ""
+plugin.install(); plugin.install()
+assert all(snapshot(FSEP_PATCHES)[path] is before[path] for path in before)
+print("installed", plugin.patch_table(), "enabled", sep="\\n")
+plugin.enable()
+install_metrics(1, 2, 0)
+print(plugin.patch_table())
+plugin.uninstall()
+assert plugin.patch_table() == ""
 """,
     )
     refusals = [line for line in out.splitlines() if line.startswith("refused:")]
@@ -97,6 +112,15 @@ assert plugin.patch_table() == ""
         assert f"found {version}" in refusal and TESTED_RANGE in refusal
     assert "needs megatron.training.training.train_step" in refusals[3]
     assert TESTED_RANGE in refusals[3]
+    installed, _, enabled = out.partition("installed\n")[2].partition("enabled\n")
+    for change in ("hybrid_stack_spec", 'gets "ep" with NCCL', "moe_logging, its tracker"):
+        assert change in enabled
+    rows = [line.split(":")[0].strip() for line in installed.splitlines()]
+    assert [row for row in rows if not row.startswith("also ")] == [
+        "megatron.training.arguments.add_megatron_arguments",
+        "megatron.training.arguments.validate_args",
+    ]
+    assert "also args.num_experts" in rows
 
 
 # Found version, requested release, and words of the refusal (None without one).
@@ -152,63 +176,6 @@ def test_an_installed_megatron_has_no_commit_and_a_checkout_has_its_own(
     assert versions.megatron_version() == "0.19.2"
 
 
-@pytest.mark.releases
-def test_installing_the_command_line_changes_nothing_but_the_argument_functions() -> None:
-    out = python(
-        "-c",
-        "from megatron_laer import device\n"
-        "from megatron_laer.plugin import wheel\n"
-        "device.install_cpu(); wheel.mend_dataset_helper()\n"
-        + SNAPSHOT
-        + """
-before = snapshot(FSEP_PATCHES)
-from megatron_laer import plugin
-from megatron_laer.plugin.install_tracker import install_metrics
-plugin.install(); plugin.install()
-assert all(snapshot(FSEP_PATCHES)[path] is before[path] for path in before)
-print(plugin.patch_table())
-print("enabled")
-plugin.enable()
-install_metrics(1, 2, 0)
-print(plugin.patch_table())
-plugin.uninstall()
-assert plugin.patch_table() == ""
-""",
-    )
-    out, _, enabled = out.partition("enabled\n")
-    for change in ("hybrid_stack_spec", 'gets "ep" with NCCL', "moe_logging, its tracker"):
-        assert change in enabled
-    rows = [line.split(":")[0].strip() for line in out.splitlines()]
-    assert [row for row in rows if not row.startswith("also ")] == [
-        "megatron.training.arguments.add_megatron_arguments",
-        "megatron.training.arguments.validate_args",
-    ]
-    assert "also args.num_experts" in rows
-
-
-@pytest.mark.releases
-def test_hybrid_models_get_the_layer_whenever_their_spec_was_built() -> None:
-    out = python(
-        "-c",
-        PREPARE
-        + """
-import megatron_laer
-megatron_laer.enable()
-from megatron.core.models.hybrid import hybrid_layer_specs as hybrid
-
-def show_layer():
-    print("layer", hybrid.hybrid_stack_spec.submodules.moe_layer.submodules.mlp.func.__name__)
-
-show_layer()
-for turn in (megatron_laer.disable, megatron_laer.enable, megatron_laer.disable):
-    turn()
-    show_layer()
-""",
-    )
-    layers = [line.split()[1] for line in out.splitlines() if line.startswith("layer ")]
-    assert layers == ["FSEPMoELayer", "MoELayer"] * 2
-
-
 def test_fsep_is_not_turned_on_with_an_old_torch_on_a_gpu() -> None:
     for taken in ("2.8.0", "2.10.0+cu130", "2.15.0a0+git1", "3.0", "nightly"):
         assert problem_on_cuda(taken) is None
@@ -233,3 +200,28 @@ def test_units_of_megatron_fsdp_release_all_weights_but_those_of_experts() -> No
     for bucket in (0, 1):
         release(SimpleNamespace(buffer=SimpleNamespace(parameter_groups=groups)), bucket)
     assert released == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "sharding", "shared", "said"),
+    [
+        ("soap", "auto", False, "--optimizer soap: the optimizer needs whole"),
+        ("muon", "rows", False, "^--optimizer muon with --fsep-sharding rows: .*give --fsep-shar"),
+        ("lion", "rows", False, "^--optimizer lion with --fsep-sharding rows: .*give --fsep-shar"),
+        ("muon", "experts", True, "^--optimizer muon with --use-distributed-optimizer without --b"),
+    ],
+)
+def test_a_loop_of_ones_own_is_refused_what_its_optimizer_cannot_do(
+    name: str, sharding: str, shared: bool, said: str
+) -> None:
+    from megatron.core import optimizer
+
+    settings = SimpleNamespace(
+        optimizer=name, use_layer_wise_distributed_optimizer=shared, bf16=False
+    )
+    megatron_laer.enable(megatron_laer.FSEPConfig(sharding=sharding))  # type: ignore[arg-type]
+    try:
+        with pytest.raises(ValueError, match=said):
+            optimizer._create_emerging_optimizer(settings, [], name, [], None)
+    finally:
+        megatron_laer.disable()

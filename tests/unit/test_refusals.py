@@ -90,7 +90,6 @@ OWN = {
         "--fsep-capacity 9: the slots of 2 ranks",
         "--fsep-node-size 3 does not divide the 2 ranks",
     ],
-    "--expert-model-parallel-size 16 --fsep-node-size 3": ["at most the number of ranks, 2"],
     "--optimizer dist_muon --fsep-planner laer": [
         "--fsep-sharding rows: it needs whole matrices",
         "but --fsep-planner laer with --fsep-sharding experts: it moves every expert",
@@ -194,7 +193,7 @@ class Warned(logging.Handler):
 logging.getLogger("megatron_laer").addHandler(Warned())
 warned = []
 
-def validated(line, script=(), checkpoint=(), rank=0):
+def validated(line, script=(), checkpoint=(), rank=0, has_muon=True):
     os.environ.update(RANK=str(rank), WORLD_SIZE="4")
     warned.clear()
     sys.argv = ["script", *REST, *line.split()]
@@ -209,12 +208,15 @@ def validated(line, script=(), checkpoint=(), rank=0):
             lambda args: dict(checkpoint).get("fsep_sharding"),
         ),
         mock.patch.object(arguments, "set_global_variables", lambda args: None),
+        mock.patch.object(command_line.arguments, "warnings", lambda *_, **__: ["it crawls"]),
+        mock.patch("megatron.core.optimizer.HAVE_EMERGING_OPTIMIZERS", has_muon),
     ):
         try:
             args = arguments.parse_and_validate_args(args_defaults=dict(script))
             current = session.current()
             words = [] if current is None else list(map(str, current.config.allow_unproven))
         except ValueError as error:
+            assert session.current() is None, line
             return str(error)
         finally:
             plugin.disable()
@@ -232,6 +234,7 @@ def validated(line, script=(), checkpoint=(), rank=0):
         "fp8": args.fp8,
         "graphs": [args.cuda_graph_impl, sorted(m.name for m in args.cuda_graph_modules)],
         "warned": [text for text in warned if "--fsep-allow-unproven" in text],
+        "slow": warned.count("FSEP: it crawls"),
     }
 
 def own(line):
@@ -267,17 +270,19 @@ MUON += "whole matrices, and a rank holds rows of them"
 
 
 def completed(*said: str, **others: Any) -> dict[str, Any]:
-    needed = {"dispatcher": "alltoall", "etp": 1, "padding": False}
+    needed = {"dispatcher": "alltoall", "etp": 1, "padding": False, "slow": 1}
     return needed | {"said": [*said]} | others
 
 
 STOCK = {"dispatcher": "allgather", "etp": 2, "said": [], "words": [], "kept": None}
-STOCK |= {"warned": []}
+STOCK |= {"warned": [], "slow": 0}
 # Given flags; a script's defaults, or a checkpoint's arguments; and what follows: parts of the
 # arguments, or of a refusal.
 VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
     "mode alone": (FSEP, {}, completed(BOTH)),
     "Muon": (f"{FSEP} --optimizer muon", {}, completed(BOTH, MUON)),
+    "no Muon": (f"{FSEP} --optimizer muon", {"has_muon": False}, "run pip install 'emerging-opt"),
+    "SGD without Muon": (f"{FSEP} --optimizer sgd", {"has_muon": False}, completed(BOTH)),
     "given": (f"{DISPATCHER} alltoall --expert-tensor-parallel-size 1 {FSEP}", {}, completed()),
     "checkpoint's": (RESUMED, {"checkpoint": ALLTOALL}, completed(ETP)),
     "router padding": (
@@ -321,7 +326,7 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
         # Plain words, which any Python reads from a checkpoint.
         {"words": ["dense-fp8", "te-graphs"], "fp8": "e4m3", "types": ["str"]},
     ),
-    "on rank 1": (ONLY_FP8, {"rank": 1}, {"words": ["dense-fp8"], "warned": []}),
+    "on rank 1": (ONLY_FP8, {"rank": 1}, {"words": ["dense-fp8"], "warned": [], "slow": 0}),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +18,6 @@ from megatron_laer.runtime.comm import streams
 from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.support import arguments, triton_needs
-from tests.unit.validated_arguments import fsep_arguments
 
 
 @pytest.mark.parametrize(
@@ -54,25 +52,6 @@ def test_kernels_that_cannot_be_compiled_are_warned_of(monkeypatch: pytest.Monke
     monkeypatch.setattr(triton_needs, "is_installed", lambda: False)
     (warning,) = arguments.warnings(FSEPConfig(), {}, on_cuda=True)
     assert "Triton is not installed" in warning
-
-
-def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCaptureFixture) -> None:
-    from megatron_laer.plugin import command_line
-
-    args = fsep_arguments("adam")
-    with (
-        mock.patch.object(arguments, "check"),
-        mock.patch.object(arguments, "warnings", return_value=["it crawls"]),
-        mock.patch.object(command_line, "enable"),
-        mock.patch.object(command_line, "install_metrics"),
-        caplog.at_level(logging.WARNING),
-    ):
-        assert command_line._validate.replace(lambda args: args)(args) is args
-        args.rank = 1
-        command_line._validate.replace(lambda args: args)(args)
-    # Megatron's imports may also have warned.
-    ours = [record for record in caplog.records if record.name.startswith("megatron_laer.")]
-    assert [record.getMessage() for record in ours] == ["FSEP: it crawls"]
 
 
 @pytest.mark.parametrize("exchanged", ["parameters", "counts"])
@@ -110,7 +89,8 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
     from megatron_laer.plugin import layers
     from megatron_laer.session import Session
 
-    calls: list[dict[str, Any]] = []
+    first: dict[str, Any] = {}
+    group = mock.Mock()
 
     def initialize(
         tensor: int = 1,
@@ -118,7 +98,7 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
         nccl_communicator_config_path: str | None = None,
         high_priority_stream_groups: list[str] | None = None,
     ) -> None:
-        calls.append({"tensor": tensor, "high": high_priority_stream_groups})
+        first.update(tensor=tensor, high=high_priority_stream_groups)
 
     def create(
         expert_group: Any, node_size: int | None, create_group: Any, *, tokens_through_nodes: bool
@@ -126,12 +106,6 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
         assert tokens_through_nodes
         for kind in ("PARAMETERS", "GRADIENTS", "GRADIENTS_INTER_NODE", "TOKENS_INTER_NODE"):
             create_group([0, 1], group_desc=f"FSEP_{kind}")
-
-    def options(name: str, settings: dict[str, Any]) -> Any:
-        return settings.get(name)
-
-    def group(ranks: list[int], **given: Any) -> None:
-        calls.append(given)
 
     settings = tmp_path / "nccl.yaml"
     settings.write_text("fsep_gradients: {max_ctas: 5}\n")
@@ -141,7 +115,7 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
         mock.patch.object(dist, "get_backend", return_value=backend),
         mock.patch.object(session, "create_groups", create),
         mock.patch.object(parallel_state, "get_expert_model_parallel_group"),
-        mock.patch.object(parallel_state, "get_nccl_options", options),
+        mock.patch.object(parallel_state, "get_nccl_options", lambda name, of: of.get(name)),
         mock.patch.object(parallel_state, "create_group", group),
     ):
         layers._create_groups.replace(initialize)(
@@ -150,7 +124,7 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
             high_priority_stream_groups=["dp_cp"],
             nccl_communicator_config_path=str(settings),
         )
-    first, *made = calls
+    made = [call.kwargs for call in group.call_args_list]
     on_nccl = backend == "nccl"
     assert first == {"tensor": 2, "high": ["dp_cp", "ep"] if on_nccl else ["dp_cp"]}
     assert [call["timeout"] for call in made] == [timedelta(minutes=60)] * 4
