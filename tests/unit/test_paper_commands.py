@@ -149,22 +149,3 @@ def test_jobs_are_waited_for_and_their_logs_read_again(
     assert json.loads((folder / "result.json").read_text()) == first
     assert run_figure(figure8, *words, "qwen-8x7b-e8k2", "--collect") == 1
     assert "qwen-8x7b-e8k2_aux0_stock: no log at" in (folder / "result.txt").read_text()
-
-
-REFUSED = [
-    (["--toy", "--dry-run", "--collect"], "not allowed with"),
-    (["--toy", "--nodes", "2"], "--nodes is for --slurm"),
-    (["--slurm", "--data-prefix", "a"], "--slurm needs --data-prefix and --tokenizer"),
-    (["--slurm", *DATA], "sbatch, which is not here"),
-    (["--slurm", *DATA, "--dry-run", "--sbatch", "'a"], '--sbatch "\'a"'),
-    (["--toy", "--", "--train-iters=3"], "give --steps"),
-]
-
-
-@pytest.mark.parametrize(("words", "said"), REFUSED)
-def test_what_cannot_be_is_refused(
-    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert run_figure(figure8, *words) == 2
-    assert said in capsys.readouterr().err

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-
-import pytest
 
 from megatron_laer.telemetry import log
 
@@ -59,25 +56,3 @@ def test_runs_are_compared_over_their_last_half_and_stock_has_what_fsep_counted_
     ]
     rows = log.comparison([log.read_run("x", [line(1)])]).splitlines()
     assert [row.split()[-1] for row in rows] == ["x", "1", "-", "-", "10"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "give a NAME=LOG for each run"),
-        (["fsep"], "'fsep' is no NAME=LOG"),
-        (["fsep=/no/such.log"], "/no/such.log"),
-        (["fsep=EMPTY"], "EMPTY holds no step of a run"),
-    ],
-    ids=["none", "no name", "no file", "no step"],
-)
-def test_logs_that_cannot_be_compared_are_named(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    empty = tmp_path / "empty.log"
-    empty.touch()
-    status = log.main([word.replace("EMPTY", str(empty)) for word in words])
-    printed = capsys.readouterr()
-    assert status == 2
-    assert message.replace("EMPTY", str(empty)) in printed.err
-    assert not printed.out
