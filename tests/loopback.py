@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.arrays import Int64
-from megatron_laer.runtime.comm.steps import Steps
+from megatron_laer.runtime.comm.streams import Steps
 
 
 class Communicator(NamedTuple):

@@ -17,7 +17,7 @@ from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.comm.steps import finish
+from megatron_laer.runtime.comm.streams import finish
 from tests.fake_cuda.device import observed
 from tests.fake_cuda.kernels import only_counted
 from tests.fake_cuda.labels import card

@@ -19,7 +19,7 @@ from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 from megatron_laer.runtime.comm.buffers import Workspace
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.comm.steps import Steps, finish
+from megatron_laer.runtime.comm.streams import Steps, finish
 from tests.exchange_cases import COLUMNS, CPU, Case
 from tests.loopback import Moved, groups_of, run
 

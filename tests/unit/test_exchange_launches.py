@@ -20,7 +20,7 @@ from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.runtime.comm import segments
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.comm.steps import finish
+from megatron_laer.runtime.comm.streams import finish
 from tests.loopback import groups_of
 from tests.placed import placed
 

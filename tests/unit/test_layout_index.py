@@ -21,8 +21,7 @@ from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm import segments
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.comm.steps import finish
-from megatron_laer.runtime.comm.streams import make_comm_stream
+from megatron_laer.runtime.comm.streams import finish, make_comm_stream
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts

@@ -22,7 +22,7 @@ from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 from megatron_laer.runtime.comm.segments import Chain, Held, Matrices
 from megatron_laer.runtime.comm.stages import Direction, ExchangeCount, Stage, stage_of
-from megatron_laer.runtime.comm.steps import Steps
+from megatron_laer.runtime.comm.streams import Steps
 
 _WIRE_DTYPES = {
     WireDtype.BF16: torch.bfloat16,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -18,7 +18,6 @@ from typing import Any, Protocol
 import torch
 
 from megatron_laer.environment import has_one_queue
-from megatron_laer.runtime.comm.steps import Steps, finish
 from megatron_laer.telemetry.activities import Activity
 from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
 from megatron_laer.telemetry.ranges import named_range
@@ -35,6 +34,20 @@ _EXCHANGE_PRIORITY = -2
 _CLOSE_S = 5.0
 
 Task = Callable[[], torch.Tensor]
+# An exchange in steps, so that what waits for an All-to-All may be launched later. It yields behind
+# each All-to-All, where the next kernel would wait for what arrives, and says whether another one
+# follows.
+Steps = Generator[bool, None, torch.Tensor]
+
+
+def finish(steps: Steps) -> torch.Tensor:
+    """Run an exchange to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: torch.Tensor = end.value
+            return result
 
 
 def has_streams(device: torch.device) -> bool:

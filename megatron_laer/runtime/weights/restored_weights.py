@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
-from megatron_laer.runtime.comm.steps import Steps
-from megatron_laer.runtime.comm.streams import Pending
+from megatron_laer.runtime.comm.streams import Pending, Steps
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Share, restored_bytes
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState

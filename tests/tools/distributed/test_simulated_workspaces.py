@@ -22,7 +22,7 @@ from megatron_laer.precision import Precision
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.comm.steps import finish
+from megatron_laer.runtime.comm.streams import finish
 from megatron_laer.tools.simulator.iteration.methods import FSEP, MethodSettings, make_method
 from megatron_laer.tools.simulator.iteration.rates import Rates
 
