@@ -43,9 +43,7 @@ class Event(Enum):
     BLOCK = "the transformer layer begins"
     DECIDED = "the layout is decided"
     GATE = "the gate has chosen"
-    DISPATCH = "before the dispatch"
     TOKENS = "tokens have arrived"
-    BEFORE_EXPERTS = "before the experts"
     AFTER_EXPERTS = "after the experts"
     COMPUTED = "the experts are launched"
     LAST_LAYER = "the operation's last layer"
@@ -57,7 +55,6 @@ class Event(Enum):
     WEIGHT_GRADS = "gradient of the weights"
     BACKWARD_DW = "`backward_dw`"
     DISPATCH_GRAD = "gradient of the dispatch"
-    LEAVE = "gradients leave"
     WAIT = "the wait's turn"
 
 
@@ -77,13 +74,9 @@ class Action(Enum):
     RESTORE_LAST = "restore the last layer's"
     MAKE_WAIT = "make the wait"
     DROP_WAITS = "drop waits"
-    WAIT_WITH_TOKENS = "join the wait to the tokens"
-    WAIT_WITH_EXPERTS = "join the wait to the experts"
-    BYPASS_WAIT = "bypass the wait"
+    JOIN_WAIT = "join the wait to the tokens"
     COMPUTE = "compute"
     DELAY = "leave it to `backward_dw`"
-    HOLD = "hold until the dispatch's"
-    LEAVE = "let leave"
     SEND = "start the reduce"
     SUM = "add to the step's, send the last"
     FINISH = "wait for the reduce"
@@ -92,6 +85,10 @@ class Action(Enum):
 
 Cell = tuple[Action, ...]
 Column = Mapping[Event, Cell]
+
+
+def kinds_of(found: Mapping[Kind, bool]) -> Kinds:
+    return frozenset(kind for kind, holds in found.items() if holds)
 
 
 def _of(*kinds: Kind) -> Kinds:
@@ -114,20 +111,14 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.ALONE): (),
         _of(): (_A.AWAIT, _A.RESTORE),
     },
-    Event.GATE: {_of(_K.FROZEN): (), _of(_K.PARTS): (_A.WAIT_WITH_TOKENS,), _of(): ()},
-    # A wait that is older than the dispatch follows the start of the reduce in backward.
-    Event.DISPATCH: {
-        _of(_K.PARTS): (),
+    # In backward these tokens' gradient follows the dispatch's, hence the start of the reduce.
+    Event.GATE: {
         _of(_K.FROZEN): (_A.DROP_WAITS,),
+        _of(_K.PARTS): (_A.JOIN_WAIT,),
         _of(_K.EMPTY): (_A.DROP_WAITS,),
-        _of(): (_A.MAKE_WAIT,),
+        _of(): (_A.JOIN_WAIT,),
     },
     Event.TOKENS: {_of(_K.PARTS): (), _of(): (_A.PREPARE,)},
-    Event.BEFORE_EXPERTS: {
-        _of(_K.FROZEN): (),
-        _of(_K.PARTS): (_A.BYPASS_WAIT,),
-        _of(): (_A.WAIT_WITH_EXPERTS,),
-    },
     Event.AFTER_EXPERTS: {
         _of(_K.STEP, _K.RERUN, _K.DIRECTIONS): (_A.RESTORE_BACKWARD,),
         _of(_K.STEP): (),
@@ -166,10 +157,15 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.PARTS): (_A.FREE_BACKWARD, _A.FETCH),
         _of(): (_A.FREE_BACKWARD,),
     },
-    Event.WEIGHT_GRADS: {_of(_K.DELAYED): (_A.DELAY,), _of(): (_A.COMPUTE, _A.HOLD)},
-    Event.BACKWARD_DW: {_of(_K.DELAYED): (_A.COMPUTE, _A.HOLD)},
-    Event.DISPATCH_GRAD: {_of(_K.FROZEN): (), _of(_K.EMPTY): (), _of(): (_A.LEAVE,)},
-    Event.LEAVE: {_of(_K.STEP): (_A.SUM,), _of(): (_A.SEND,)},
+    Event.WEIGHT_GRADS: {_of(_K.DELAYED): (_A.DELAY,), _of(): (_A.COMPUTE,)},
+    Event.BACKWARD_DW: {_of(_K.DELAYED): (_A.COMPUTE,)},
+    # Gradients of the weights leave after those of the tokens.
+    Event.DISPATCH_GRAD: {
+        _of(_K.FROZEN): (),
+        _of(_K.EMPTY): (),
+        _of(_K.STEP): (_A.SUM,),
+        _of(): (_A.SEND,),
+    },
     # Hooks of homes' parameters run with stock's gradients, before the sums are there.
     Event.WAIT: {
         _of(_K.HOMES, _K.PARTS, _K.EMPTY): (_A.REPORT,),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_laer.life import Action, Event, Kind, Kinds, column
+from megatron_laer.life import Action, Event, Kind, Kinds, column, kinds_of
 
 
 @dataclass(frozen=True)
@@ -86,4 +86,4 @@ def make_schedule(
         Kind.PARTS: by_parts,
         Kind.SYNCHRONISED: not restores_following,
     }
-    return Schedule.of(frozenset(kind for kind, holds in found.items() if holds))
+    return Schedule.of(kinds_of(found))

@@ -271,30 +271,24 @@ class FSEPMoELayer(MoELayer):
         is_selective = config.recompute_granularity == "selective"
         return is_selective and "layernorm" in config.recompute_modules
 
-    def _make_home_experts(self, layer_number: int) -> HomeExperts | None:
-        coordinator = self._coordinator
-        if coordinator.geometry.home_slots == 0:
-            return None
-        compute = RestoredCompute(
-            self.config,
-            tp_group=self._expert_group,
-            device=coordinator.device,
-            gemm=coordinator.config.gemm,
-            activation_builder=activation_builder(self.submodules),
-            quantised=self._is_quantised(layer_number),
-        )
-        return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
-
-    def _is_quantised(self, layer_number: int) -> bool:
-        return slot_configs.is_quantised(
-            self.config, self._coordinator.config, layer_number, is_mtp=self._is_mtp
-        )
-
     def _register(self, layer_number: int) -> None:
-        self._home_experts = self._make_home_experts(layer_number)
+        coordinator = self._coordinator
+        quantised = slot_configs.is_quantised(
+            self.config, coordinator.config, layer_number, is_mtp=self._is_mtp
+        )
+        if home_slots := coordinator.geometry.home_slots:
+            compute = RestoredCompute(
+                self.config,
+                tp_group=self._expert_group,
+                device=coordinator.device,
+                gemm=coordinator.config.gemm,
+                activation_builder=activation_builder(self.submodules),
+                quantised=quantised,
+            )
+            self._home_experts = HomeExperts(self.experts, home_slots, compute)
         slot_experts = self._slot_experts
         repeats = self._is_mtp and self.config.mtp_use_repeated_layer
-        self._state = self._coordinator.register_layer(
+        self._state = coordinator.register_layer(
             layer_number,
             self._is_mtp,
             find_share=lambda: slot_experts.share,
@@ -303,15 +297,14 @@ class FSEPMoELayer(MoELayer):
             what_changed=self.what_changed,
             on_step_end=self.token_dispatcher.end_step,
             launch_kernels=self.launch_kernels,
-            quantised=self._is_quantised(layer_number),
+            quantised=quantised,
         )
-        self._slot_experts.initialise(self._state.name, self._coordinator.seed)
+        slot_experts.initialise(self._state.name, coordinator.seed)
         home = self._state.home
         if not home.is_stock:
-            device = self._coordinator.device
-            self._home_E = torch.from_numpy(home.expert_E).to(device)
+            self._home_E = torch.from_numpy(home.expert_E).to(coordinator.device)
             assert self._home_experts is not None, "homes are given without experts at home"
-            self._home_experts.move(home, self._coordinator.groups, device)
+            self._home_experts.move(home, coordinator.groups, coordinator.device)
 
 
 _NO_NUMBER = (

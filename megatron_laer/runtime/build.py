@@ -20,7 +20,7 @@ from megatron_laer.choices import (
 )
 from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.files.checks import quoted
-from megatron_laer.life import Kind, Kinds
+from megatron_laer.life import Kind, Kinds, kinds_of
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.expected_gain import expected_gain
@@ -41,6 +41,7 @@ from megatron_laer.runtime.comm.exchange import Exchange, wire_dtype
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
+from megatron_laer.runtime.layer_experts import LayerExperts
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
@@ -48,7 +49,6 @@ from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams, KeptWeights
-from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.support.model import goes_through_nodes, slots_multiple
 
 logger = logging.getLogger(__name__)
@@ -223,15 +223,16 @@ def kinds_of_run(config: FSEPConfig, transformer_config: Any) -> Kinds:
     delays = transformer_config.delay_wgrad_compute or getattr(
         transformer_config, "overlap_dispatch_backward_with_experts_wgrad", False
     )
-    found = {
-        Kind.ALONE: config.scheduler != OverlapScheduler.ON,
-        Kind.FRESH: config.mode == PlanMode.EXACT,
-        Kind.STEP: config.restore == Restore.STEP,
-        Kind.PARTS: transformer_config.overlap_moe_expert_parallel_comm,
-        Kind.DELAYED: delays,
-        Kind.SYNCHRONISED: _synchronises(transformer_config),
-    }
-    return frozenset(kind for kind, holds in found.items() if holds)
+    return kinds_of(
+        {
+            Kind.ALONE: config.scheduler != OverlapScheduler.ON,
+            Kind.FRESH: config.mode == PlanMode.EXACT,
+            Kind.STEP: config.restore == Restore.STEP,
+            Kind.PARTS: transformer_config.overlap_moe_expert_parallel_comm,
+            Kind.DELAYED: delays,
+            Kind.SYNCHRONISED: _synchronises(transformer_config),
+        }
+    )
 
 
 def _synchronises(transformer_config: Any) -> bool:

@@ -27,8 +27,8 @@ from megatron_laer.runtime.layer_state import (
 from megatron_laer.runtime.metrics_recorder import metrics_writer
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.runtime.planning.planner_rank import run_of_group
+from megatron_laer.runtime.weights.exchange_launches import launch_exchange_kernels
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.first_launches import launch_exchange_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,13 @@ class Coordinator(MicrobatchPlanner):
         return self.guard.geometry
 
     def register_layer(self, number: int, is_mtp: bool, **described: Any) -> LayerState:
-        """Add a MoE layer, in the same order on all ranks, with these fields of `FsepLayer`."""
+        """Add a MoE layer, in the same order on all ranks, with these fields of `LayerState`."""
         assert not self.in_steps, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
         home = self.layouts.add_layer(name, quantised=described.get("quantised", True))
-        state = LayerState(len(self.layers), name, number, is_mtp, home=home, **described)
+        state = LayerState(
+            index=len(self.layers), name=name, number=number, is_mtp=is_mtp, home=home, **described
+        )
         self.layers.append(state)
         return state
 

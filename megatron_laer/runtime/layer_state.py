@@ -1,10 +1,11 @@
-"""Changing state of one MoE layer: plans, counts and statistics."""
+"""State of one MoE layer on this rank: description, plans, counts and statistics."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from megatron_laer.planner.outcome import Outcome
 from megatron_laer.runtime.comm.collectives import LayoutTag
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.planning.pass_layouts import LayerPass
-from megatron_laer.runtime.weights.layer import FsepLayer
+from megatron_laer.runtime.weights.share import Share
+from megatron_laer.runtime.weights.slot_grads import LateGrads
 
 # Maximum microbatches per layer and balance report: more would delay the step that logs.
 _OUTCOMES = 32
@@ -86,11 +88,37 @@ class LayerStatistics:
         return sent
 
 
-@dataclass(eq=False)
-class LayerState(FsepLayer):
-    """State of one MoE layer on this rank; `home` has its experts in the order of their homes."""
+@dataclass(eq=False, kw_only=True)
+class LayerState:
+    """One MoE layer on this rank, and its state.
 
+    Attributes:
+        index: among the layers of this rank, from 0.
+        name: "layer 3" or "mtp 1", counted over the whole model from 1.
+        number: the 3 of "layer 3".
+        home: its experts in the order of their homes.
+        find_share: called at the first use, when the model is complete.
+        adapters: describes adapters of home experts, as they must be on all ranks.
+        what_changed: describes changes to the experts since construction; None if there are none.
+        on_step_end: called at the end of a training step.
+        launch_kernels: called before the first step, to launch what the layer's own code launches.
+        passes: of each microbatch through the layer; several where Megatron repeats it.
+        quantised: whether home experts travel as payloads.
+    """
+
+    index: int
+    name: str
+    number: int
+    is_mtp: bool
     home: HomeOrder
+    find_share: Callable[[], Share]
+    adapters: Callable[[], str]
+    what_changed: Callable[[], str | None]
+    on_step_end: Callable[[], None]
+    launch_kernels: Callable[[], None]
+    passes: int = 1
+    quantised: bool = True
+    late: LateGrads = field(default_factory=LateGrads)
     reruns: RerunPlans = field(init=False)
     statistics: LayerStatistics = field(default_factory=LayerStatistics)
     _routed: int = 0
@@ -100,6 +128,10 @@ class LayerState(FsepLayer):
 
     def __post_init__(self) -> None:
         self.reruns = RerunPlans(self.passes)
+
+    @cached_property
+    def share(self) -> Share:
+        return self.find_share()
 
     def begin_step(self, num_microbatches: int | None) -> None:
         self._routed, self._num_microbatches = 0, num_microbatches
@@ -140,7 +172,7 @@ def name_of_layer(number: int, is_mtp: bool, taken: Sequence[str]) -> str:
     return f"{name} #{same + 1}" if same else name
 
 
-def frozen_in(layers: Sequence[FsepLayer]) -> str:
+def frozen_in(layers: Sequence[LayerState]) -> str:
     frozen = {
         layer.name: sorted(set(range(len(layer.share.rows))) - set(layer.share.trained_at))
         for layer in layers
@@ -148,12 +180,12 @@ def frozen_in(layers: Sequence[FsepLayer]) -> str:
     return ", ".join(f"{name}: {positions}" for name, positions in frozen.items() if positions)
 
 
-def adapters_in(layers: Sequence[FsepLayer]) -> str:
+def adapters_in(layers: Sequence[LayerState]) -> str:
     found = {layer.name: layer.adapters() for layer in layers}
     return ", ".join(f"{name}: {adapters}" for name, adapters in found.items() if adapters)
 
 
-def what_changed(layers: Sequence[FsepLayer]) -> str | None:
+def what_changed(layers: Sequence[LayerState]) -> str | None:
     """Describe the first layer whose experts were replaced; None if none was."""
     found = ((layer.name, layer.what_changed()) for layer in layers)
     return next((f"{name}: {change}" for name, change in found if change), None)

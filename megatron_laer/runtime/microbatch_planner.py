@@ -23,6 +23,7 @@ from megatron_laer.runtime.comm.collectives import (
     decision_digest,
 )
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.layer_experts import LayerExperts
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -30,7 +31,6 @@ from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
-from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class MicrobatchPlanner:
         decide_s = time.perf_counter() - start_s
         if decision.replanned:
             self.experts.change(restored, decision.layout)
-        self.scheduler.decided(layer, restored)
+        self.scheduler.decided(restored)
         plan = MicrobatchPlan(restored=restored, quotas=decision.rank_quotas)
         if training:
             self._note(layer, counts_NE, decision, decide_s)

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from megatron_laer.life import Action, Event, Kinds, column
+from megatron_laer.life import Action, Cell, Event, Kinds, column
+from megatron_laer.runtime.layer_experts import LayerExperts
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.operations import Operation, OperationOrder
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts, Replayed
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import GradsReady
-from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
+from megatron_laer.runtime.weights.slot_grads import GradsReady
 
 
 @dataclass
@@ -52,10 +52,16 @@ class Chunk:
 
 @dataclass
 class _Forward:
+    """Chunk's forward: experts of layers entered, and of coming ones by position in the chunk.
+
+    Restores of the coming ones may have started.
+    """
+
     chunk: Chunk
     operation: Operation | None = None
     position: int = -1
     entered: list[RestoredExperts] = field(default_factory=list)
+    ahead: dict[int, RestoredExperts] = field(default_factory=dict)
 
     def next_position(self, layer: LayerState) -> int | None:
         layers = self.chunk.layers
@@ -81,8 +87,6 @@ class Scheduler:
         self._chunks: list[Chunk] = []
         self._hooks: list[Any] = []
         self._forward: _Forward | None = None
-        # Experts of coming layers, by position in the chunk; their restores may have started.
-        self._ahead: dict[int, RestoredExperts] = {}
         self._order = OperationOrder()
         self._awaits_backward: dict[Operation, _Forward] = {}
         # First experts of the operation that is expected next.
@@ -126,8 +130,9 @@ class Scheduler:
         if forward.operation is not None:
             self._awaits_backward.pop(forward.operation, None)
             self._take_fetched(self._order.begin_backward(forward.operation))
-        if self._life[Event.CHUNK_BACKWARD]:
-            forward.entered[-1].come_back()
+        weights = forward.entered[-1].first_in_backward
+        if weights is not None and self._life[Event.CHUNK_BACKWARD]:
+            weights.start_restore()
 
     @property
     def replays_routing(self) -> bool:
@@ -157,7 +162,7 @@ class Scheduler:
         position = None if forward is None else forward.next_position(layer)
         if forward is None or position is None:
             return self._experts_of(layer, training)
-        restored = self._ahead.pop(position, None) or self._experts_of(layer, training)
+        restored = forward.ahead.pop(position, None) or self._experts_of(layer, training)
         if forward.entered:
             restored.previous = forward.entered[-1]
         else:
@@ -166,15 +171,10 @@ class Scheduler:
         forward.position = position
         return restored
 
-    def decided(self, layer: LayerState, restored: RestoredExperts) -> None:
+    def decided(self, restored: RestoredExperts) -> None:
         """Start the restore of a pass whose layout is decided, before its experts are called."""
-        if self._forward is None:
-            return
-        cell = restored.life[Event.DECIDED]
-        if Action.AWAIT in cell:
-            self._forward.chunk.await_weights(layer.share.parameters)
-        if Action.RESTORE in cell:
-            restored.weights.start_restore()
+        if self._forward is not None:
+            self._restore(self._forward.chunk, restored, restored.life[Event.DECIDED])
 
     def passed(self, event: Event, layer: LayerState, training: bool) -> None:
         """Prepare the next layer if the event of this one is its turn."""
@@ -199,22 +199,25 @@ class Scheduler:
         self, position: int, training: bool, fetched: RestoredExperts | None = None
     ) -> None:
         """Make the experts of a layer's pass; start the restore if that is its turn."""
-        assert self._forward is not None
-        chunk, entered = self._forward.chunk, self._forward.entered
-        cell = self._life[Event.PREPARED]
-        layer = chunk.layers[position]
-        restored = fetched or self._experts_of(layer, training)
-        if entered and entered[-1].is_same_layer(restored):
-            entered[-1].weights.hand_on(restored.weights)
-        elif Action.RESTORE in cell:
-            chunk.await_weights(layer.share.parameters)
-            restored.weights.start_restore()
+        forward, cell = self._forward, self._life[Event.PREPARED]
+        assert forward is not None
+        restored = fetched or self._experts_of(forward.chunk.layers[position], training)
+        if forward.entered and forward.entered[-1].share is restored.share:
+            forward.entered[-1].weights.hand_on(restored.weights)
+        else:
+            self._restore(forward.chunk, restored, cell)
         if training and Action.MAKE_WAIT in cell:
             restored.make_wait()
-        self._ahead[position] = restored
+        forward.ahead[position] = restored
+
+    @staticmethod
+    def _restore(chunk: Chunk, restored: RestoredExperts, cell: Cell) -> None:
+        if Action.AWAIT in cell:
+            chunk.await_weights(restored.share.parameters)
+        if Action.RESTORE in cell:
+            restored.weights.start_restore()
 
     def _begin_forward(self, number: int, *_: Any) -> None:
-        self._ahead.clear()
         chunk = self._chunks[number]
         training = chunk.module.training
         forward = self._forward = _Forward(chunk)
@@ -290,5 +293,4 @@ class Scheduler:
                 layer.late.report = None
         self._hooks, self._chunks = [], []
         self._forward = None
-        self._ahead.clear()
         self._forget_operations()

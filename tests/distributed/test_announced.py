@@ -85,9 +85,8 @@ def train_on_rollouts(mode: str | None, announces: str, at_home: bool = False) -
     import megatron_laer
     from megatron_laer.planner.guard import Guard
     from megatron_laer.plugin.metrics_tracker import collect
+    from megatron_laer.runtime.layer_experts import LayerExperts
     from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
-    from megatron_laer.runtime.weights.layer_experts import LayerExperts
-    from megatron_laer.runtime.weights.states import WeightState
     from megatron_laer.session import current_coordinator
 
     seen, functions = Seen(), page()
@@ -98,7 +97,7 @@ def train_on_rollouts(mode: str | None, announces: str, at_home: bool = False) -
 
     def plan(_planner: Any, _layer: Any, restored: Any, *_: Any, training: bool) -> None:
         if training:
-            seen.restores_ahead.append(restored.state.weights is not WeightState.SHARDED)
+            seen.restores_ahead.append(restored.weights.are_here)
 
     def change(*_: Any) -> None:
         seen.changes += 1

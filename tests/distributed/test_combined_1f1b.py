@@ -6,6 +6,7 @@ small part of a gradient.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,7 +28,7 @@ from tests.parity.rows import (
     STEP,
     VIRTUAL,
 )
-from tests.probes import watching
+from tests.probes import running, watching
 
 FSEP = BF16 + " --expert-parallel-mode fsep --fsep-sharding rows"
 EARLY = " --ep-overlap-early-attn-memory-release"
@@ -66,8 +67,8 @@ class Held(NamedTuple):
     """Maxima over a run of one rank, in passes of layers, and uses that had to fetch first.
 
     Attributes:
-        weights: passes whose experts were restored at once.
-        gradients: passes whose gradients of replicas were kept at once.
+        weights: passes whose experts had memory at once.
+        gradients: passes whose gradients of replicas had memory at once.
         late: uses of a matrix whose restore had not been started ahead.
     """
 
@@ -77,27 +78,25 @@ class Held(NamedTuple):
 
 
 def held(command: list[str]) -> Held:
+    from megatron_laer.runtime.comm.buffers import BufferPool
     from megatron_laer.runtime.weights.restored_weights import RestoredWeights
-    from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
 
-    present: dict[type, set[int]] = {WeightState: set(), GradState: set()}
-    most = {WeightState: 0, GradState: 0}
+    most = Counter[BufferPool]()
+    streams: Any = None
     late = 0
 
-    def enter(state: ExpertsState, to: Any) -> None:
-        passes = present[type(to)]
-        is_over = to in (WeightState.SHARDED, GradState.NONE)
-        (passes.discard if is_over else passes.add)(id(state))
-        most[type(to)] = max(most[type(to)], len(passes))
+    def take(pool: BufferPool, *_: Any) -> None:
+        most[pool] = max(most[pool], pool.in_use + 1)
 
     def use(weights: RestoredWeights, _position: int) -> None:
-        nonlocal late
-        late += weights.state.weights is WeightState.SHARDED
+        nonlocal late, streams
+        late += not weights.are_here
+        streams = running().streams
 
-    with watching((ExpertsState, "enter", enter), (RestoredWeights, "matrix", use)):
+    with watching((BufferPool, "take", take), (RestoredWeights, "matrix", use)):
         train_row(command)
-    assert not any(present.values()), "nothing outlives the run"
-    return Held(most[WeightState], most[GradState], late)
+    assert not any(pool.in_use for pool in most), "nothing outlives the run"
+    return Held(most[streams.weights], most[streams.grads], late)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
                 hidden, torch.tensor(sizes), probs
             ),
         )
-        own = [[part.main_grad.clone() for part in matrix] for matrix in layer.state.share.homes]
+        own = [[part.main_grad.clone() for part in matrix] for matrix in layer.state.share.matrices]
         wrapped.zero_grad_buffer()
 
         layout = ExpertLayout.from_slots(2, 4, 4, [0, 1, 2, 3, 2, 3, 0, 1])
@@ -86,7 +86,7 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
                 compute(restored.dispatch(restored.gate(hidden)), probs, restored, sizes)
             ),
         )
-        sums = [[part.main_grad for part in matrix] for matrix in layer.state.share.homes]
+        sums = [[part.main_grad for part in matrix] for matrix in layer.state.share.matrices]
         homes: list[Any] = [None, None]
         dist.all_gather_object(homes, at_home)
         expected = [parts for of_rank in homes for parts in of_rank]

@@ -129,14 +129,13 @@ def loaded(flags: list[str], kind: str) -> Tensors:
 
 def held_after_a_step(flags: list[str]) -> bool:
     """Return True if replicas that are held over a step are gone at its end."""
-    from megatron_laer.runtime.weights.states import WeightState
 
     def end(_: list[torch.nn.Module]) -> bool:
         experts_of_run = running().experts
         held = [*experts_of_run._of_step.values()]
-        assert any(experts.state.weights is WeightState.RESTORED for experts in held)
+        assert any(experts.weights.are_here for experts in held)
         experts_of_run.end_step()
-        return all(experts.state.weights is WeightState.SHARDED for experts in held)
+        return not any(experts.weights.are_here for experts in held)
 
     found: bool = train(flags, end).probes[0]
     return found

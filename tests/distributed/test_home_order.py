@@ -43,7 +43,7 @@ def moved_to(expert_E: list[int]) -> list[tuple[float, float]]:
 
     from megatron_laer.layer.experts.home_moves import move_home
     from megatron_laer.planner.home_order import HomeOrder
-    from megatron_laer.runtime.weights.layer import Homes
+    from megatron_laer.runtime.weights.share import Share
     from tests.doubles.fp8_experts import Recipe
     from tests.doubles.fp8_parameters import keep_in_fp8
     from tests.token_exchange import gloo_groups
@@ -58,7 +58,7 @@ def moved_to(expert_E: list[int]) -> list[tuple[float, float]]:
             linear.weight.data[0, 0] = 1000.0
             keep_in_fp8(linear, Recipe.of(config))
             linears.append(linear)
-        share = Homes((tuple(linear.weight for linear in linears),))
+        share = Share.of_homes([tuple(linear.weight for linear in linears)])
         order, device = HomeOrder(np.array(expert_E)), torch.device("cpu")
         move_home(share, order, groups, device)
     kept = [linear.weight.get_high_precision_init_val() for linear in linears]  # type: ignore

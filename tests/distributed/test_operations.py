@@ -53,7 +53,6 @@ def operations_of(flags: list[str]) -> list[Ran]:
 
     from megatron_laer.planner.geometry import Geometry
     from megatron_laer.runtime.weights.restored_weights import RestoredWeights
-    from megatron_laer.runtime.weights.states import WeightState
 
     ran: list[Ran] = []
 
@@ -61,10 +60,10 @@ def operations_of(flags: list[str]) -> list[Ran]:
         ran.append(Ran())
 
     def note(word: str, weights: Any) -> None:
-        ran[-1].events.append((word, weights.state.name))
+        ran[-1].events.append((word, weights.name))
 
     def fetch(weights: Any) -> None:
-        if weights.state.weights is WeightState.SHARDED:
+        if not weights.are_here:
             note("fetches", weights)
 
     def hand_on(weights: Any, to: Any) -> None:

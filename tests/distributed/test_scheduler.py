@@ -78,7 +78,6 @@ def order_of_events(flags: list[str]) -> list[str]:
     from megatron_laer.layer.moe_layer import FSEPMoELayer
     from megatron_laer.runtime.weights.restored_weights import RestoredWeights
     from megatron_laer.runtime.weights.slot_grads import SlotGrads
-    from megatron_laer.runtime.weights.states import WeightState
 
     events: list[str] = []
 
@@ -106,10 +105,10 @@ def order_of_events(flags: list[str]) -> list[str]:
         return result
 
     def note(word: str) -> Callable[..., None]:
-        return lambda of, *_: events.append(f"{word} {of._name.split()[1]}")
+        return lambda of, *_: events.append(f"{word} {of.name.split()[1]}")
 
     def restore(weights: RestoredWeights) -> None:
-        if weights.state.weights is WeightState.SHARDED:
+        if not weights.are_here:
             note("restore")(weights)
 
     def pass_on(dispatcher: NodeTokenDispatcher, *_: Any) -> None:

@@ -15,11 +15,10 @@ from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.states import ExpertsState, WeightState
+from megatron_laer.runtime.weights.share import Share
 from tests.placed import placed
-from tests.unit.test_restored_experts import CPU, compute, ones, restored_experts
+from tests.unit.test_restored_experts import CPU, compute, is_over, ones, restored_experts
 from tests.unit.test_restored_experts import streams as streams
 
 FACTOR = 10.0
@@ -27,11 +26,11 @@ SUMS = 2 * 8 * 3 * 0.5, 2 * 8 * 3 * 0.25  # of both experts' elements in each ma
 
 
 @dataclass(frozen=True)
-class Directed(Slices):
+class Directed(Share):
     @functools.cached_property
-    def for_backward(self) -> Slices:
-        others = tuple(torch.nn.Parameter(FACTOR * part.detach()) for part in self.parameters)
-        return Slices(others, self.rows)
+    def for_backward(self) -> Share:
+        others = [torch.nn.Parameter(FACTOR * part.detach()) for part in self.parameters]
+        return Share.of_slices(others, self.rows)
 
 
 def directed(streams: ExchangeStreams, *kinds: Kind) -> RestoredExperts:
@@ -43,14 +42,14 @@ def follow(
 ) -> RestoredExperts:
     """Return another pass through the layer, by default with the slots in the other order."""
     index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, slots)), CPU)
-    return RestoredExperts("layer 1", restored._share, index, streams)
+    return RestoredExperts("layer 1", restored.share, index, streams)
 
 
 def gone(*passes: RestoredExperts, streams: ExchangeStreams) -> bool:
-    """Return whether all memory is given back, and all states are those of the beginning."""
-    states = [part.state for one in passes for part in (one.weights, one.backward_weights)]
+    """Return whether all memory is given back, and no weights or gradients are left."""
     in_use = streams.weights.in_use + streams.grads.in_use
-    return in_use == 0 and all(state == ExpertsState("layer 1") for state in states)
+    held = any(one.backward_weights.are_here for one in passes)
+    return in_use == 0 and not held and all(map(is_over, passes))
 
 
 @pytest.mark.parametrize("reruns", [False, True], ids=["plain", "re-run"])
@@ -61,11 +60,13 @@ def test_each_direction_has_its_own_weights(streams: ExchangeStreams, reruns: bo
         restored.expect_rerun()
         with torch.no_grad():
             compute(restored, tokens, ones(needs_grad=False))
-        restored.come_back()  # of the re-run, which comes first
-        assert restored.backward_weights.state.weights is WeightState.SHARDED
+        first = restored.first_in_backward  # of the re-run, which comes first
+        assert first is restored.weights
+        first.start_restore()
+        assert not restored.backward_weights.are_here
     output = compute(restored, tokens, ones(needs_grad=True), reruns=reruns)
     assert torch.equal(output, torch.full((4,), SUMS[0] * SUMS[1]))
-    assert restored.weights.state.weights is WeightState.SHARDED
+    assert not restored.weights.are_here
     assert streams.weights.in_use == (1 if reruns else 0)
     output.sum().backward()
     assert torch.equal(tokens.grad, torch.full((4,), FACTOR**2 * SUMS[0] * SUMS[1]))  # type: ignore[arg-type]
@@ -80,7 +81,7 @@ def test_passes_hand_on_weights_in_one_direction(streams: ExchangeStreams) -> No
     second.previous = first
     tokens = ones(needs_grad=True)
     middle = compute(first, tokens, ones(needs_grad=True))
-    assert second.weights.state.weights is not WeightState.SHARDED
+    assert second.weights.are_here
     compute(second, middle, ones(needs_grad=True)).sum().backward()
     expected = (FACTOR**2 * SUMS[0] * SUMS[1]) ** 2
     assert torch.equal(tokens.grad, torch.full((4,), expected))  # type: ignore[arg-type]
@@ -99,8 +100,8 @@ def test_backward_of_a_checkpoint_hands_no_weights_on_to_the_re_run_before_it(
         compute(first, ones(needs_grad=False), ones(needs_grad=False))
     second.previous = first
     compute(second, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
-    assert first.weights.state.weights is WeightState.RESTORING
-    assert first.backward_weights.state.weights is WeightState.SHARDED
+    assert first.weights.are_here
+    assert not first.backward_weights.are_here
     assert torch.equal(first.weights.matrix(0), torch.full((2, 8, 3), 0.5))
     first.release()
     assert gone(first, second, streams=streams)
@@ -118,9 +119,9 @@ def test_an_operation_fetches_the_next_ones_weights_or_hands_its_own_on(
     used.start_restore()
     used.fetch(wanted)
     same = from_forward == to_forward
-    assert (wanted.state.weights is WeightState.SHARDED) == same
+    assert wanted.are_here != same
     used.used()
-    assert used.state.weights is WeightState.SHARDED
+    assert not used.are_here
     held = wanted.matrix(0)
     factor = 1.0 if to_forward else FACTOR
     assert torch.equal(held, torch.full((2, 8, 3), factor * 0.5))
@@ -136,9 +137,9 @@ def test_a_forward_fetches_the_weights_of_its_own_backward_at_once(
     restored = directed(streams)
     restored.weights.start_restore()
     restored.weights.fetch(restored.backward_weights)
-    assert restored.backward_weights.state.weights is WeightState.RESTORING
+    assert restored.backward_weights.are_here
     frozen = compute(restored, ones(needs_grad=True), ones(needs_grad=True))
-    assert restored.backward_weights.state.weights is WeightState.RESTORING
+    assert restored.backward_weights.are_here
     restored.expect_no_backward()
     assert frozen.requires_grad and gone(restored, streams=streams)
 

@@ -10,14 +10,23 @@ import torch
 
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime.layer_state import LayerState
-from megatron_laer.runtime.weights.layer import Slices
+from megatron_laer.runtime.weights.share import Share
 
 
 def layer(passes: int) -> LayerState:
-    slices = Slices((), ())
-    calls = [mock.Mock() for _ in range(3)]
-    home = HomeOrder.stock(4)
-    return LayerState(0, "mtp 1", 1, True, lambda: slices, lambda: "", passes, *calls, home=home)
+    share = Share.of_slices((), ())
+    calls = {name: mock.Mock() for name in ("what_changed", "on_step_end", "launch_kernels")}
+    return LayerState(
+        index=0,
+        name="mtp 1",
+        number=1,
+        is_mtp=True,
+        home=HomeOrder.stock(4),
+        find_share=lambda: share,
+        adapters=lambda: "",
+        passes=passes,
+        **calls,
+    )
 
 
 def test_reruns_come_by_microbatch_and_within_it_backwards() -> None:

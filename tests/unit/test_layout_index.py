@@ -23,8 +23,8 @@ from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.streams import finish, make_comm_stream
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.share import Share
 from tests.placed import placed
 
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def test_a_part_of_an_exchange_is_found_once_for_its_rows_direction_and_layout_b
 
 def restored_experts(index: LayoutIndex, streams: ExchangeStreams) -> RestoredExperts:
     parameters = (torch.nn.Parameter(torch.randn(EXPERTS, ROWS, COLUMNS)),)
-    return RestoredExperts("layer 1", Slices(parameters, (ROWS,)), index, streams)
+    return RestoredExperts("layer 1", Share.of_slices(parameters, (ROWS,)), index, streams)
 
 
 def test_a_change_on_the_stream_of_the_restore_does_not_count_as_waiting() -> None:
@@ -124,7 +124,7 @@ def test_a_microbatch_holds_its_index_while_other_layouts_come_and_go() -> None:
     gc.collect()
     assert index() is not None
     goes_on.set()
-    slice_ErK = restored._share.parameters[0]
+    slice_ErK = restored.share.parameters[0]
     assert torch.equal(restored.weights.matrix(0), slice_ErK[[2, 1, 0, 3]])
     restored.weights.free()
     streams.close()

@@ -16,12 +16,12 @@ from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
+from megatron_laer.runtime.layer_experts import check_main_grads
 from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams, KeptWeights
-from megatron_laer.runtime.weights.layer import LateGrads, Slices
-from megatron_laer.runtime.weights.layer_experts import check_main_grads
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
+from megatron_laer.runtime.weights.share import Share
+from megatron_laer.runtime.weights.slot_grads import LateGrads
 from megatron_laer.telemetry.activities import Activity
 from megatron_laer.telemetry.activities import Kind as Activities
 from tests.placed import placed
@@ -47,7 +47,7 @@ def restored_experts(
     *,
     trained: tuple[bool, bool] = (True, True),
     values: tuple[float, float] | None = None,
-    kind_of_share: type[Slices] = Slices,
+    kind_of_share: type[Share] = Share,
     kinds: tuple[Kind, ...] = (),
     late: LateGrads | None = None,
 ) -> RestoredExperts:
@@ -64,7 +64,7 @@ def restored_experts(
         if parameter.requires_grad:
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
-    share = kind_of_share(parameters, ROWS)
+    share = kind_of_share.of_slices(parameters, ROWS)
     return RestoredExperts("layer 1", share, index, streams, frozenset(kinds), late)
 
 
@@ -113,20 +113,26 @@ def experts(restored: RestoredExperts, tokens: torch.Tensor, probs: torch.Tensor
     return restored.after_compute(output)
 
 
+def is_over(restored: RestoredExperts) -> bool:
+    """Return whether neither weights nor gradients of a pass are left."""
+    grads = restored.grads
+    return not (restored.weights.are_here or grads.are_complete or grads.are_leaving)
+
+
 def ones(*, needs_grad: bool) -> torch.Tensor:
     return torch.ones(4, requires_grad=needs_grad)
 
 
 def test_a_reruns_weights_are_in_memory_until_its_backward(streams: ExchangeStreams) -> None:
     restored = restored_experts(streams)
-    assert restored.state.weights is WeightState.SHARDED
+    assert not restored.weights.are_here
     restored.weights.start_restore()
-    assert restored.state.weights is WeightState.RESTORING
+    assert restored.weights.are_here
     output = compute(restored, ones(needs_grad=True), ones(needs_grad=True), reruns=True)
     assert streams.weights.in_use == 1
-    assert restored.state.weights is WeightState.RESTORED
+    assert restored.weights.are_here
     output.sum().backward()
-    assert restored.state == ExpertsState("layer 1")
+    assert is_over(restored)
     assert streams.weights.in_use == streams.grads.in_use == 0
     count = streams.exchange.count
     assert (count.restores, count.reduces) == (1, 1)
@@ -153,10 +159,10 @@ def test_whatever_needs_gradients_the_weights_are_freed_and_only_trained_ones_ge
     assert streams.weights.in_use == 0
     output.sum().backward()
     assert streams.weights.in_use == streams.grads.in_use == 0
-    assert restored.state == ExpertsState("layer 1")
+    assert is_over(restored)
     count = streams.exchange.count
     assert (count.restores, count.backwards, count.reduces) == (2, 1, int(first or second))
-    for parameter, is_trained in zip(restored._share.parameters, (first, second), strict=True):
+    for parameter, is_trained in zip(restored.share.parameters, (first, second), strict=True):
         assert hasattr(parameter, "grad_added_to_main_grad") == is_trained
         assert not is_trained or parameter.main_grad.any()  # type: ignore[attr-defined]
 
@@ -169,23 +175,23 @@ def test_passes_through_one_layer_hand_on_its_weights(
     index = first.index
     if slots != [0, 1]:
         index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, slots)), CPU)
-    second = RestoredExperts("layer 1", first._share, index, streams)
+    second = RestoredExperts("layer 1", first.share, index, streams)
     first.weights.hand_on(second.weights)
     second.previous = first
     middle = compute(first, ones(needs_grad=True), ones(needs_grad=True))
-    assert first.state.weights is WeightState.SHARDED
-    assert second.state.weights is not WeightState.SHARDED
+    assert not first.weights.are_here
+    assert second.weights.are_here
     assert streams.weights.in_use == 1
     output = compute(second, middle, ones(needs_grad=True))
     assert streams.weights.in_use == 0
     output.sum().backward()
-    assert first.state == second.state == ExpertsState("layer 1")
+    assert is_over(first) and is_over(second)
     assert streams.weights.in_use == streams.grads.in_use == 0
     count = streams.exchange.count
     assert (count.restores, count.reduces) == (2, 2)
     assert count.changes == (0 if slots == [0, 1] else 2)
     # Both passes' gradients: d/dw of the sum of four times (product of the matrices' sums) ** 2.
-    one, other = first._share.parameters
+    one, other = first.share.parameters
     expected = 4 * 2 * one.sum() * other.sum() ** 2
     assert torch.allclose(one.main_grad, expected.expand_as(one))  # type: ignore[attr-defined]
 
@@ -199,20 +205,24 @@ def test_memory_is_lent_again_only_when_the_restore_into_it_is_over(
     threading.Timer(0.2, goes_on.set).start()
     restored.after_compute(ones(needs_grad=False))  # its experts are still on their way
     assert streams.weights.in_use == 0
-    assert restored.state.weights is WeightState.SHARDED
+    assert not restored.weights.are_here
 
 
 def test_a_reduce_waits_for_the_tokens_gradients(streams: ExchangeStreams) -> None:
     restored = restored_experts(streams)
     restored.make_wait()
-    seen: list[GradState] = []
+    seen: list[tuple[bool, bool]] = []
+
+    def look(_: torch.Tensor) -> None:
+        seen.append((restored.grads.are_complete, restored.grads.are_leaving))
+
     hidden = ones(needs_grad=True) * 2
-    hidden.register_hook(lambda _: seen.append(restored.state.grads))
+    hidden.register_hook(look)
     tokens = restored.dispatch(restored.gate(hidden))
-    tokens.register_hook(lambda _: seen.append(restored.state.grads))
+    tokens.register_hook(look)
     experts(restored, tokens * 1, ones(needs_grad=True)).sum().backward()
-    assert seen == [GradState.DEFERRED, GradState.REDUCING]
-    assert restored.state.grads is GradState.NONE
+    assert seen == [(True, False), (False, True)]
+    assert is_over(restored)
 
 
 def test_delayed_gradients_of_two_passes_are_computed_oldest_first(
@@ -220,7 +230,7 @@ def test_delayed_gradients_of_two_passes_are_computed_oldest_first(
 ) -> None:
     late, kinds = LateGrads(), (Kind.PARTS, Kind.DELAYED)
     first = restored_experts(streams, kinds=kinds, late=late)
-    second = RestoredExperts("layer 1", first._share, first.index, streams, frozenset(kinds), late)
+    second = RestoredExperts("layer 1", first.share, first.index, streams, frozenset(kinds), late)
     dispatched = [
         restored.dispatch(restored.gate(ones(needs_grad=True))) for restored in (first, second)
     ]
@@ -228,11 +238,11 @@ def test_delayed_gradients_of_two_passes_are_computed_oldest_first(
         part = tokens.detach().requires_grad_()
         experts(restored, part, ones(needs_grad=True)).sum().backward()
     for restored, tokens in zip((first, second), dispatched, strict=True):
-        assert restored.state.grads is GradState.NONE
+        assert is_over(restored)
         late.computes.popleft()()
-        assert restored.state.grads is GradState.DEFERRED
+        assert restored.grads.are_complete
         tokens.sum().backward()
-        assert restored.state.grads is GradState.NONE
+        assert is_over(restored)
         assert streams.grads.in_use == (1 if restored is first else 0)
 
 
@@ -251,7 +261,7 @@ def test_main_gradients_have_received_the_sums_when_autograd_is_told(
     streams: ExchangeStreams,
 ) -> None:
     restored = restored_experts(streams)
-    parameter = restored._share.parameters[0]
+    parameter = restored.share.parameters[0]
     seen: list[torch.Tensor] = []
     node = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     node.register_prehook(lambda _: seen.append(parameter.main_grad.clone()))
@@ -262,14 +272,15 @@ def test_main_gradients_have_received_the_sums_when_autograd_is_told(
     assert torch.equal(seen[1], 2 * seen[0]) and torch.equal(seen[1], parameter.main_grad)
 
 
-def test_a_state_that_may_not_follow_is_named(streams: ExchangeStreams) -> None:
-    state = ExpertsState("layer 3")
-    with pytest.raises(AssertionError, match=r"layer 3: .*RESTORED cannot follow .*SHARDED"):
-        state.enter(WeightState.RESTORED)
-    with pytest.raises(AssertionError, match=r"layer 3: .*NONE cannot follow .*NONE"):
-        state.enter(GradState.NONE)
-    with pytest.raises(AssertionError, match="NONE cannot follow"):
-        restored_experts(streams).grads.finish_reduce()
+def test_gradients_that_leave_too_early_or_too_late_are_named(streams: ExchangeStreams) -> None:
+    grads = restored_experts(streams).grads
+    with pytest.raises(AssertionError, match="layer 1: no reduce is under way"):
+        grads.finish_reduce()
+    with pytest.raises(AssertionError, match="tokens' gradients arrived before"):
+        grads.let_go(sums=False)
+    grads.defer()
+    with pytest.raises(AssertionError, match="layer 1: the last pass's gradients have not left"):
+        grads.defer()
 
 
 def test_a_pass_without_replicas_leaves_no_wait_behind(streams: ExchangeStreams) -> None:
@@ -277,12 +288,12 @@ def test_a_pass_without_replicas_leaves_no_wait_behind(streams: ExchangeStreams)
     restored = restored_experts(streams)
     restored.weights.index = layout_index(placed(ExpertLayout.at_home(2, 2, 2), at_home=True), CPU)
     restored.make_wait()
-    restored.dispatch(restored.gate(torch.ones(2, requires_grad=True)))
+    restored.gate(torch.ones(2, requires_grad=True))
     assert not restored._waits
 
 
 def test_parameters_without_main_gradients_are_refused(streams: ExchangeStreams) -> None:
-    share = restored_experts(streams)._share
+    share = restored_experts(streams).share
     check_main_grads("layer 1", share)
     del share.parameters[1].main_grad  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"step, layer 1: .*DistributedDataParallel"):
@@ -303,12 +314,12 @@ def test_weights_are_kept_up_to_the_last_byte_and_their_memory_is_given_back() -
 def test_weights_that_are_handed_on_are_not_kept_as_well(streams: ExchangeStreams) -> None:
     streams = replace(streams, kept=KeptWeights(2**20))
     first = restored_experts(streams)
-    second = RestoredExperts("layer 1", first._share, first.index, streams)
+    second = RestoredExperts("layer 1", first.share, first.index, streams)
     first.weights.hand_on(second.weights)
     compute(first, ones(needs_grad=True), ones(needs_grad=True))
-    assert first.state.weights is WeightState.SHARDED
+    assert not first.weights.are_here
     compute(second, ones(needs_grad=True), ones(needs_grad=True))
-    assert second.state.weights is WeightState.RESTORED, "nothing follows, and they fit"
+    assert second.weights.are_here, "nothing follows, and they fit"
     assert (streams.weights.in_use, streams.exchange.count.restores) == (1, 1)
     streams.kept.release()
     assert streams.weights.in_use == 0
@@ -316,7 +327,7 @@ def test_weights_that_are_handed_on_are_not_kept_as_well(streams: ExchangeStream
 
 def test_a_pass_that_has_its_weights_inherits_no_others(streams: ExchangeStreams) -> None:
     first = restored_experts(streams)
-    second = RestoredExperts("layer 1", first._share, first.index, streams)
+    second = RestoredExperts("layer 1", first.share, first.index, streams)
     first.weights.hand_on(second.weights)
     second.weights.start_restore()
     compute(first, ones(needs_grad=True), ones(needs_grad=True))

@@ -20,7 +20,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.wire_form import weights_form
 from megatron_laer.precision import QUANTISED, Precision
-from megatron_laer.runtime.weights.layer import Carried, Homes, Share, Slices
+from megatron_laer.runtime.weights.share import Carried, Share
 from tests.costs import make_costs
 
 # Four ranks with an expert each; all tokens want expert 0.
@@ -126,9 +126,9 @@ def new_share(*, at_home: bool) -> Share:
     drawn = [torch.randn(*shape, dtype=torch.bfloat16) for shape in ((2, 6, 8), (2, 6))]
     if not at_home:
         slices = drawn[0], drawn[1].flatten()
-        return Slices(tuple(map(torch.nn.Parameter, slices)), (6, 6))
-    homes = (tuple(map(torch.nn.Parameter, part.unbind())) for part in drawn)
-    return Homes(tuple(homes), ((Bytes(), Bytes()), None))
+        return Share.of_slices([*map(torch.nn.Parameter, slices)], (6, 6))
+    homes = [tuple(map(torch.nn.Parameter, part.unbind())) for part in drawn]
+    return Share.of_homes(homes, ((Bytes(), Bytes()), None))
 
 
 def test_payloads_and_biases_of_an_expert_travel_and_lie_as_bytes() -> None:
@@ -147,7 +147,7 @@ def test_trained_matrices_of_several_dtypes_are_refused() -> None:
     def share(is_trained: bool) -> Share:
         narrow = torch.nn.Parameter(torch.zeros(2, 6, 8, dtype=torch.bfloat16))
         wide = torch.nn.Parameter(torch.zeros(12), requires_grad=is_trained)
-        return Slices((narrow, wide), (6, 6))
+        return Share.of_slices((narrow, wide), (6, 6))
 
     assert share(False).grads_form.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"are in torch\.bfloat16, torch\.float32, and .*adapters"):

@@ -18,16 +18,16 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.weights.layer import Homes
+from megatron_laer.runtime.weights.share import Share
 
 
 @torch.no_grad()
-def move_home(share: Homes, home: HomeOrder, groups: FSEPGroups, device: torch.device) -> None:
+def move_home(share: Share, home: HomeOrder, groups: FSEPGroups, device: torch.device) -> None:
     """Send stock's initial values of each expert to its home. Collective over the group.
 
     Random numbers are drawn as in stock, and the exchange goes through `device`.
     """
-    num_home = len(share.homes[0])
+    num_home = share.num_home
     first = groups.rank * num_home
     position_h = home.position_E[first : first + num_home]
     expert_h = home.expert_E[first : first + num_home]
@@ -38,7 +38,7 @@ def move_home(share: Homes, home: HomeOrder, groups: FSEPGroups, device: torch.d
         np.bincount(other_h // num_home, minlength=groups.size).tolist()
         for other_h in (expert_h, position_h)
     )
-    for matrix_hRK in share.homes:
+    for matrix_hRK in share.matrices:
         values_hRK = torch.stack([_initial(matrix_hRK[at]) for at in sent_h.tolist()]).to(device)
         moved_hRK = torch.empty_like(values_hRK)
         dist.all_to_all_single(moved_hRK, values_hRK, received_N, sent_N, group=groups.parameters)

@@ -21,7 +21,7 @@ from megatron_laer.layer.experts.restored_compute import RestoredCompute
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.runtime.weights.layer import Homes, Packers
+from megatron_laer.runtime.weights.share import Packers, Share
 
 
 class HomeExperts:
@@ -43,7 +43,7 @@ class HomeExperts:
         ]
 
     @cached_property
-    def share(self) -> Homes:
+    def share(self) -> Share:
         """Parameters of home experts, with adapters that were added before the first use."""
         try:
             self._compute.adapt(self._find_adapters())
@@ -56,7 +56,7 @@ class HomeExperts:
         move_home(self._as_share(), home, groups, device)
         self._is_moved = True
 
-    def _as_share(self) -> Homes:
+    def _as_share(self) -> Share:
         matrices: list[tuple[torch.nn.Parameter, ...]] = []
         packers: list[Packers | None] = []
         for layer, (built, adapter) in enumerate(
@@ -67,7 +67,7 @@ class HomeExperts:
             packers += [*self._compute.packers[layer : layer + 1], None][: len(built)]
             if adapter is not None:
                 matrices += adapter.homes
-        return Homes(tuple(matrices), tuple(packers) if self._compute.packers else ())
+        return Share.of_homes(matrices, packers if self._compute.packers else ())
 
     def what_changed(self) -> str | None:
         """Describe changes of the experts that replicas do not follow; None if there are none."""

@@ -18,7 +18,7 @@ from megatron_laer.layer.experts.restored_compute import RestoredCompute
 from megatron_laer.layer.experts.slices import SliceSpec, initialise, sharded_slice
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.runtime.weights.layer import Slices
+from megatron_laer.runtime.weights.share import Share
 
 _EXTRA_STATE = "._extra_state"
 
@@ -98,9 +98,8 @@ class FSEPExperts(MegatronModule):
         return [getattr(self, spec.parameter_name) for spec in self._specs]
 
     @property
-    def share(self) -> Slices:
-        rows = tuple(spec.rows for spec in self._specs)
-        return Slices(tuple(self.slices()), rows)
+    def share(self) -> Share:
+        return Share.of_slices(self.slices(), [spec.rows for spec in self._specs])
 
     @property
     def specs(self) -> tuple[SliceSpec, ...]:

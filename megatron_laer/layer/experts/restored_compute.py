@@ -23,8 +23,8 @@ from megatron_laer.layer.experts.built_parts import ADAPTED
 from megatron_laer.layer.experts.gemm import SlotGemm, check_gemm, slot_gemm
 from megatron_laer.layer.experts.slot_linear import slot_bias, slot_linear
 from megatron_laer.rules import WITH_ADAPTERS, problems_by
-from megatron_laer.runtime.weights.layer import Packers
 from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.share import Packers
 
 
 class Linear(NamedTuple):

@@ -1,12 +1,12 @@
 """Autograd nodes between a layer's parameters and its restored experts.
 
-A layer's gradients pass two nodes. The backward of `SlicesToSlots` receives the gradients of whole
-matrices, and that of a second node hands the parameters' gradients to Megatron. In between, the
-gradients are reduced. The reduce starts after the tokens' gradients have arrived (a `RunOnBackward`
-at the dispatch), since the backward pass waits for those. The second node is a `WaitForGrads`:
+The backward of `whole_matrices` receives the gradients of whole matrices. Their reduce starts after
+the tokens' gradients have arrived (`run_on_backward` at the dispatch), since the backward pass
+waits for those. The tokens' gradients go on to `wait_for_grads`, whose backward waits for the
+reduce and hands the parameters' gradients to Megatron:
 
-- Autograd runs the newest node first. So a `WaitForGrads` created early in forward, during the
-  previous layer's compute, waits only after that layer's backward.
+- Autograd runs the newest node first. So one created early in forward, during the previous layer's
+  compute, waits only after that layer's backward.
 - A checkpoint's backward is a backward pass of its own, at whose end all its nodes are done. There
   it is created as the transformer layer begins, and waits after the attention's backward.
 
@@ -22,12 +22,10 @@ from typing import Any
 
 import torch
 
-Shape = tuple[int, ...]
-# Waits for the parameters' gradients, and returns autograd's gradients for them.
-FinishReduce = Callable[[], tuple[torch.Tensor | None, ...]]
+Gradients = tuple[torch.Tensor | None, ...]
 
 
-def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def placeholder(like: torch.Tensor, shape: Sequence[int] = ()) -> torch.Tensor:
     """Return zeros of this shape without storage, for the edges of autograd's graph."""
     return _zero(like.dtype, like.device).expand(shape)
 
@@ -38,88 +36,84 @@ def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.zeros((), dtype=dtype, device=device)
 
 
-class WaitForGrads(torch.autograd.Function):
-    """Parameters to a placeholder per matrix; the backward waits for the parameters' gradients."""
+def wait_for_grads(
+    finish_reduce: Callable[[], Gradients], like: torch.Tensor, parameters: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return a placeholder of the parameters; its backward waits for their gradients.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        finish_reduce: FinishReduce,
-        likes: Sequence[torch.Tensor],
-        *_: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.finish_reduce = finish_reduce
-        return tuple(placeholder(like, ()) for like in likes)
-
-    @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (None, None, *ctx.finish_reduce())
-
-
-class WaitWithTokens(torch.autograd.Function):
-    """Identity of tokens; the backward runs the wait nodes of `placeholders` in the tokens' graph.
-
-    Megatron's combined schedule runs the backward of a layer's parts one by one, and this one last.
+    `finish_reduce` waits, and returns autograd's gradients for them.
     """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, *placeholders: torch.Tensor) -> torch.Tensor:
-        ctx.placeholders = placeholders
-        return tokens.view_as(tokens)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (grad, *(placeholder(part.detach(), ()) for part in ctx.placeholders))
+    wait: torch.Tensor = _Node.apply(
+        lambda *_: placeholder(like), lambda _: finish_reduce(), *parameters
+    )
+    return wait
 
 
-class RunOnBackward(torch.autograd.Function):
-    """Identity of tensors; the backward calls `call` once all their gradients have arrived.
+def join_wait(tokens: torch.Tensor, wait: torch.Tensor) -> torch.Tensor:
+    """Return the tokens; with their gradient the wait's node may run.
 
-    Unlike a hook, a node runs once per backward, in the same order on every rank, even without
-    tokens.
+    Megatron's combined schedule runs the backward of a layer's parts one by one, theirs last.
     """
+    joined: torch.Tensor = _Node.apply(
+        lambda tokens, _: tokens.view_as(tokens),
+        lambda grad: (grad, placeholder(wait)),
+        tokens,
+        wait,
+    )
+    return joined
 
-    @staticmethod
-    def forward(
-        ctx: Any, call: Callable[[], None], *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.call = call
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.call()
-        return (None, *grads)
+def whole_matrices(
+    on_grads: Callable[[tuple[torch.Tensor, ...]], None],
+    likes: Sequence[torch.Tensor],
+    shapes: Sequence[tuple[int, ...]],
+) -> tuple[torch.Tensor, ...]:
+    """Return placeholders of whole matrices; `on_grads` receives their gradients `[C, R, K]`."""
+
+    def back(*grads: torch.Tensor) -> Gradients:
+        on_grads(grads)
+        return (None,)
+
+    made: tuple[torch.Tensor, ...] = _Node.apply(
+        lambda _: tuple(map(placeholder, likes, shapes)), back, unused(likes[0])
+    )
+    return made
+
+
+def unused(like: torch.Tensor) -> torch.Tensor:
+    """Return a leaf of autograd's graph whose gradient nothing reads."""
+    return placeholder(like).requires_grad_()
 
 
 def run_on_backward(call: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    marked = iter(RunOnBackward.apply(call, *(part for part in tensors if part.requires_grad)))
+    """Return the tensors; backward calls `call` once all their gradients have arrived."""
+
+    def back(*grads: torch.Tensor) -> Gradients:
+        call()
+        return grads
+
+    marked = iter(_Node.apply(_views, back, *(part for part in tensors if part.requires_grad)))
     return tuple(next(marked) if tensor.requires_grad else tensor for tensor in tensors)
 
 
-class SlicesToSlots(torch.autograd.Function):
-    """Placeholders of parameters to those of whole matrices; the backward has whole gradients.
+def _views(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.view_as(tensor) for tensor in tensors)
 
-    Args:
-        on_grads: receives the gradients `[C, R, K]`.
-        returns_grads: whether backward passes on placeholders, to a `WaitForGrads`.
+
+class _Node(torch.autograd.Function):
+    """Node whose outputs `make` returns for its inputs, and whose gradients `back` returns.
+
+    Unlike a hook, a node runs once per backward, after all gradients of its outputs, in the same
+    order on every rank, even without tokens.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        on_grads: Callable[[tuple[torch.Tensor, ...]], None],
-        shapes: Sequence[Shape],
-        returns_grads: bool,
-        *placeholders: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.on_grads, ctx.returns_grads = on_grads, returns_grads
-        return tuple(
-            placeholder(tensor, shape) for tensor, shape in zip(placeholders, shapes, strict=True)
-        )
+        ctx: Any, make: Callable[..., Any], back: Callable[..., Gradients], *inputs: torch.Tensor
+    ) -> Any:
+        ctx.back = back
+        return make(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.on_grads(grads)
-        passed_on = (placeholder(grad, ()) if ctx.returns_grads else None for grad in grads)
-        return (None, None, None, *passed_on)
+    def backward(ctx: Any, *grads: torch.Tensor) -> Gradients:
+        return (None, None, *ctx.back(*grads))

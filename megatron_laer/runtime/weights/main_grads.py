@@ -7,11 +7,13 @@ Its data-parallel wrapper gives each parameter a `main_grad`. A kernel that adds
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 _HOOK_STREAM = "fsep_hook_stream"
+# Megatron-FSDP's access to a main gradient, whose attribute comes and goes.
+_OF_FSDP = "get_main_grad"
 
 
 def note_hook_stream(parameters: Iterable[torch.nn.Parameter], stream: torch.cuda.Stream) -> None:
@@ -21,11 +23,11 @@ def note_hook_stream(parameters: Iterable[torch.nn.Parameter], stream: torch.cud
 
 
 def kept_for(parameters: Sequence[torch.nn.Parameter]) -> bool:
-    return all(hasattr(part, "main_grad") or _of_fsdp(part) for part in parameters)
+    return all(hasattr(part, "main_grad") or hasattr(part, _OF_FSDP) for part in parameters)
 
 
 def main_grad_of(parameter: torch.nn.Parameter) -> torch.Tensor:
-    of_fsdp = _of_fsdp(parameter)
+    of_fsdp = getattr(parameter, _OF_FSDP, None)
     main_grad: torch.Tensor = of_fsdp() if of_fsdp else parameter.main_grad  # type: ignore[attr-defined]
     return main_grad
 
@@ -48,12 +50,6 @@ def order_hooks(parameters: Sequence[torch.nn.Parameter]) -> None:
     stream: torch.cuda.Stream | None = getattr(parameters[0], _HOOK_STREAM, None)
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
-
-
-def _of_fsdp(parameter: torch.nn.Parameter) -> Callable[[], torch.Tensor] | None:
-    """Return Megatron-FSDP's access to a main gradient, as its attribute comes and goes."""
-    found: Callable[[], torch.Tensor] | None = getattr(parameter, "get_main_grad", None)
-    return found
 
 
 @functools.cache

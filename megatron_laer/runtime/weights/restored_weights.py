@@ -12,8 +12,7 @@ import torch
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.streams import Pending, Steps
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Share, restored_bytes
-from megatron_laer.runtime.weights.states import ExpertsState, WeightState
+from megatron_laer.runtime.weights.share import Share
 from megatron_laer.telemetry.activities import Activity, Kind
 
 
@@ -26,37 +25,38 @@ class RestoredWeights:
     """
 
     def __init__(
-        self,
-        name: str,
-        share: Share,
-        index: LayoutIndex,
-        streams: ExchangeStreams,
+        self, name: str, share: Share, index: LayoutIndex, streams: ExchangeStreams
     ) -> None:
-        self.index = index
-        self.state = ExpertsState(name)
+        self.name = name
         self.share = share
-        self._name = name
+        self.index = index
         self._streams = streams
         self._pending: Pending | None = None
         self._matrices: list[torch.Tensor] = []
         self._heir: RestoredWeights | None = None
 
     @property
+    def are_here(self) -> bool:
+        """Whether the slots have their memory: the weights are in it, or on their way."""
+        return self._pending is not None
+
+    @property
+    def replica_slots(self) -> int:
+        return self.index.placed.geometry.replica_slots
+
+    @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
         return tuple(
-            (self.index.placed.geometry.replica_slots, rows, columns)
+            (self.replica_slots, rows, columns)
             for rows, columns in zip(self.share.rows, self.share.columns, strict=True)
         )
 
     def start_restore(self) -> None:
         """Start to fetch the slots' experts, unless already started. Collective over the group."""
-        if self.state.weights is not WeightState.SHARDED or not self.index.placed.has_replicas:
+        if self.are_here or not self.index.placed.has_replicas:
             return
-        self.state.enter(WeightState.RESTORING)
-        form, slots = self.share.form, self.index.placed.geometry.replica_slots
-        out = self._streams.weights.take(
-            (slots, *form.shape), form.dtype, self.share.likes[0].device
-        )
+        form, device = self.share.form, self.share.likes[0].device
+        out = self._streams.weights.take((self.replica_slots, *form.shape), form.dtype, device)
         self._streams.gradients.go_on()  # a reduce started before the attention's backward
         # The present weights: they change between steps only.
         self._submit(self._restore(self.index, out), Kind.RESTORE)
@@ -65,12 +65,11 @@ class RestoredWeights:
     def change(self, index: LayoutIndex) -> None:
         """Switch to another layout, and fetch only slots that differ. Collective once started."""
         before, self.index = self.index, index
-        if self.state.weights is WeightState.SHARDED or index is before:
+        if not self.are_here or index is before:
             return
         if not index.placed.has_replicas:
             self.free()
             return
-        self.state.enter(WeightState.RESTORING)
         self._submit(self._update(index, before, self._pending), Kind.CHANGE)
         self._streams.exchange.count.changes += 1
 
@@ -78,14 +77,13 @@ class RestoredWeights:
         self.start_restore()
         assert self._pending is not None
         slots_CRK = self._pending.wait()
-        if self.state.weights is WeightState.RESTORING:
-            self.state.enter(WeightState.RESTORED)
+        if not self._matrices:
             self._matrices = self.share.form.split(slots_CRK)
         return self._matrices[position]
 
     def fetch(self, following: RestoredWeights) -> None:
         """Start the restore of the weights that are used next, or hand these on to them."""
-        if following is not self and following.state.weights is not WeightState.SHARDED:
+        if following is not self and following.are_here:
             return  # kept since its forward
         if following.share is self.share and self.index.placed.has_replicas:
             self.hand_on(following)
@@ -102,8 +100,8 @@ class RestoredWeights:
 
     def keep(self) -> None:
         """Keep the weights for this pass's backward if they fit, unless they are handed on."""
-        if self._heir is None and self.state.weights is not WeightState.SHARDED:
-            num_bytes = restored_bytes(self.share, self.index.placed.geometry.replica_slots)
+        if self._heir is None and self.are_here:
+            num_bytes = self.share.restored_bytes(self.replica_slots)
             if self._streams.kept.take(self, num_bytes):
                 self._heir = self
 
@@ -111,30 +109,28 @@ class RestoredWeights:
         heir, self._heir = self._heir, None
         if heir is self:
             return
-        restored = self.state.weights is not WeightState.SHARDED
-        if heir is not None and restored and heir.state.weights is WeightState.SHARDED:
+        if heir is not None and self.are_here and not heir.are_here:
             heir._take_over(self)
         self.free()
 
     def free(self) -> None:
-        if self.state.weights is not WeightState.SHARDED:
-            assert self._pending is not None
+        if self._pending is not None:
             self._streams.weights.put_back(self._pending.wait())
-            self._pending, self._matrices = None, []
-            self.state.enter(WeightState.SHARDED)
-            self._streams.kept.give_back(self)
+            self._leave()
 
     def _take_over(self, other: RestoredWeights) -> None:
         """Inherit the other pass's weights. Collective over the group if the layouts differ."""
-        other.state.enter(WeightState.SHARDED)
-        self._streams.kept.give_back(other)
-        self._pending, other._pending = other._pending, None
-        self.state.enter(WeightState.RESTORING)
+        self._pending = other._pending
+        other._leave()
         index, self.index = self.index, other.index
         self.change(index)
 
+    def _leave(self) -> None:
+        self._pending, self._matrices = None, []
+        self._streams.kept.give_back(self)
+
     def _submit(self, exchange: Steps, kind: Kind) -> None:
-        activity = Activity(kind, self._name)
+        activity = Activity(kind, self.name)
         self._pending = self._streams.parameters.submit_exchange(exchange, activity)
 
     def _restore(

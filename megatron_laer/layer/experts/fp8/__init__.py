@@ -15,7 +15,7 @@ import torch
 
 from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.precision import Precision, card_problem, recipe_of
-from megatron_laer.runtime.weights.layer import Packers
+from megatron_laer.runtime.weights.share import Packers
 
 
 class QuantisedGemm(SlotGemm, Protocol):

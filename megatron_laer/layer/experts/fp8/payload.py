@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_laer.precision import Precision
-from megatron_laer.runtime.weights.layer import Carried
+from megatron_laer.runtime.weights.share import Carried
 
 _DTYPES = {4: torch.float32, 1: torch.uint8}
 

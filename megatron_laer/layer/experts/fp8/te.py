@@ -26,7 +26,7 @@ from megatron_laer.layer.experts.fp8.payload import PayloadForm, PayloadPacker
 from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.layer.experts.gemm import te as grouped
 from megatron_laer.precision import Precision, Quantisation
-from megatron_laer.runtime.weights.layer import Packers
+from megatron_laer.runtime.weights.share import Packers
 
 TENSORS = "transformer_engine.pytorch.tensor"
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from megatron_laer.runtime.comm.segments import Part, Segments, Table, exchange_kernels
-from megatron_laer.runtime.weights.layer import Share
+from megatron_laer.runtime.weights.share import Share
 
 # Triton specialises on whether a tensor's address is a multiple of this.
 _ALIGNMENT = 16
@@ -43,10 +43,9 @@ def launch_exchange_kernels(
         table,
         _row(share.form.columns, share.form.dtype, device),
         [
-            _row_like(weights[position * share.tensors + number])
-            for position, (like, carried) in enumerate(zip(share.likes, share.carried, strict=True))
-            if carried.dtype == like.dtype  # a payload is memory of its own, aligned as any
-            for number in range(share.tensors)
+            _row_like(weights[at])
+            for at in range(len(weights))
+            if share.packers[at // share.tensors] is None  # a payload's memory is aligned as any
         ],
     )
     if not share.trained_at:

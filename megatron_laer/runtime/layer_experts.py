@@ -18,9 +18,10 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import FsepLayer, Share, restored_bytes
 from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.share import Share
 
 
 class LayerExperts:
@@ -40,7 +41,9 @@ class LayerExperts:
         self._indexes: dict[str, LayoutIndex] = {}
         self._of_step: dict[str, RestoredExperts] = {}
 
-    def of_pass(self, layer: FsepLayer, layout: ExpertLayout, *, training: bool) -> RestoredExperts:
+    def of_pass(
+        self, layer: LayerState, layout: ExpertLayout, *, training: bool
+    ) -> RestoredExperts:
         index = self._index(layer, layout)
         if training and layer.name in self._of_step:
             return self._of_step[layer.name]
@@ -53,7 +56,7 @@ class LayerExperts:
         experts.change(layout_index(replace(experts.index.placed, layout=layout), self._device))
 
     def begin_step(
-        self, layouts: Sequence[tuple[FsepLayer, ExpertLayout]], num_microbatches: int | None
+        self, layouts: Sequence[tuple[LayerState, ExpertLayout]], num_microbatches: int | None
     ) -> None:
         """Upload index tensors of layers with known layouts, and begin to hold their experts."""
         indexes = [(layer, self._index(layer, layout)) for layer, layout in layouts]
@@ -78,12 +81,12 @@ class LayerExperts:
             held.free()
 
     def memory_problem(
-        self, layers: Sequence[FsepLayer], replica_slots: int, kept_gib: float
+        self, layers: Sequence[LayerState], replica_slots: int, kept_gib: float
     ) -> str | None:
         """Describe why no layer's weights fit into the memory to keep them; None if they do."""
         if kept_gib == 0:
             return None
-        least = min((restored_bytes(layer.share, replica_slots) for layer in layers), default=0)
+        least = min((layer.share.restored_bytes(replica_slots) for layer in layers), default=0)
         if kept_gib * 2**30 >= least:
             return None
         return (
@@ -92,10 +95,10 @@ class LayerExperts:
             "leave it out"
         )
 
-    def _make(self, layer: FsepLayer, index: LayoutIndex, kinds: Kinds) -> RestoredExperts:
+    def _make(self, layer: LayerState, index: LayoutIndex, kinds: Kinds) -> RestoredExperts:
         return RestoredExperts(layer.name, layer.share, index, self._streams, kinds, layer.late)
 
-    def _index(self, layer: FsepLayer, layout: ExpertLayout) -> LayoutIndex:
+    def _index(self, layer: LayerState, layout: ExpertLayout) -> LayoutIndex:
         index = self._indexes.get(layer.name)
         if index is None or index.placed.layout != layout:
             index = layout_index(Placed(layout, self._geometry, layer.quantised), self._device)

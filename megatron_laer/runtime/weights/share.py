@@ -1,0 +1,269 @@
+"""A rank's share of a layer's experts, and the forms in which exchanges carry it.
+
+Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns, h home experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+
+from megatron_laer.runtime.weights import main_grads
+
+
+class Carried(NamedTuple):
+    """One expert's matrix as a restore carries it: its own form, or a payload of bytes."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * self.columns * self.dtype.itemsize
+
+
+class ExpertRows(NamedTuple):
+    """All matrices of an expert in rows of one length, in which exchanges carry them.
+
+    Attributes:
+        parts: the matrices, one behind the other.
+        matrices: of each its rows, and the rows of `columns` elements that each of them is.
+        dtype: bytes where matrices have several.
+    """
+
+    parts: tuple[Carried, ...]
+    matrices: tuple[tuple[int, int], ...]
+    columns: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, parts: Sequence[Carried]) -> ExpertRows:
+        dtypes = {part.dtype for part in parts}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.uint8
+        widths = [part.columns * part.dtype.itemsize // dtype.itemsize for part in parts]
+        columns = math.gcd(*widths)
+        rows = [part.rows for part in parts]
+        matrices = zip(rows, [width // columns for width in widths], strict=True)
+        return cls(tuple(parts), tuple(matrices), columns, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return the rows of an expert, and their length."""
+        return sum(rows * each for rows, each in self.matrices), self.columns
+
+    def split(self, slots_CRK: torch.Tensor) -> list[torch.Tensor]:
+        """Return the matrices of slots, each `[C, R, K]`, in the memory of their rows."""
+        sizes = [rows * each * self.columns for rows, each in self.matrices]
+        parts = slots_CRK.flatten(1).split(sizes, dim=1)
+        return [
+            part.view(form.dtype).view(-1, form.rows, form.columns)
+            for part, form in zip(parts, self.parts, strict=True)
+        ]
+
+
+class Packer(Protocol):
+    """Quantiser of home experts' matrices into payloads."""
+
+    @property
+    def carried(self) -> Carried: ...
+
+    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
+        """Return the payload of one expert's matrix."""
+        ...
+
+
+# Packers of the payloads that forward multiplies by, and of backward's; perhaps the same one.
+Packers = tuple[Packer, Packer]
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's share of a layer's experts for exchanges: a bias is a matrix with K = 1.
+
+    Slices are rows of every expert (`layer/experts/slices.py` initialises and saves them). Homes
+    are whole experts, the parameters of stock's modules: stock computes with them and adds their
+    gradients. Only sums over replicas are added here, to the main gradients or in autograd.
+
+    Attributes:
+        matrices: for each matrix, its slice `[E, r, K]`, of a bias `[E·r]`; or the parameters of
+            the h home experts, `[R, K]` or `[R]`. An adapter's may be one of all, `[h, R, K]`.
+        rows: R of each matrix.
+        num_home: h; 0 for slices.
+        packers: for each matrix whose experts travel as payloads, else None.
+    """
+
+    matrices: tuple[tuple[torch.nn.Parameter, ...], ...]
+    rows: tuple[int, ...]
+    num_home: int
+    packers: tuple[Packers | None, ...]
+
+    @classmethod
+    def of_slices(cls, slices: Sequence[torch.nn.Parameter], rows: Sequence[int]) -> Self:
+        return cls(tuple((part,) for part in slices), tuple(rows), 0, (None,) * len(slices))
+
+    @classmethod
+    def of_homes(
+        cls,
+        homes: Sequence[tuple[torch.nn.Parameter, ...]],
+        packers: Sequence[Packers | None] = (),
+    ) -> Self:
+        rows = tuple(matrix[0].shape[max(matrix[0].dim() - 2, 0)] for matrix in homes)
+        return cls(tuple(homes), rows, len(homes[0]), tuple(packers) or (None,) * len(homes))
+
+    @property
+    def at_home(self) -> bool:
+        """Whether parameters are stock's, whose gradients and hooks come from its own backward."""
+        return self.num_home > 0
+
+    @property
+    def tensors(self) -> int:
+        """Return the number of tensors that exchanges carry of each matrix."""
+        return max(1, self.num_home)
+
+    @cached_property  # passes through one layer hand on weights of one share
+    def for_backward(self) -> Share:
+        """Return the share that backward restores from: this one, unless payloads differ."""
+        packers = tuple(pair and (pair[1], pair[1]) for pair in self.packers)
+        return self if packers == self.packers else replace(self, packers=packers)
+
+    @cached_property
+    def columns(self) -> tuple[int, ...]:
+        return tuple(like.shape[-1] if like.dim() > 1 else 1 for like in self.likes)
+
+    @cached_property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        return tuple(parameter for matrix in self.matrices for parameter in matrix)
+
+    @cached_property
+    def likes(self) -> tuple[torch.nn.Parameter, ...]:
+        """Return a parameter of each matrix, for its dtype and device."""
+        return tuple(matrix[0] for matrix in self.matrices)
+
+    @cached_property
+    def own(self) -> tuple[Carried, ...]:
+        """Return the form of each matrix's parameters and gradients."""
+        matrices = zip(self.rows, self.columns, self.likes, strict=True)
+        return tuple(Carried(rows, columns, like.dtype) for rows, columns, like in matrices)
+
+    @cached_property
+    def carried(self) -> tuple[Carried, ...]:
+        """Return the form of each matrix in restores."""
+        pairs = zip(self.own, self.packers, strict=True)
+        return tuple(own if packers is None else packers[0].carried for own, packers in pairs)
+
+    @cached_property
+    def form(self) -> ExpertRows:
+        return ExpertRows.of(self.carried)
+
+    @cached_property
+    def grads_form(self) -> ExpertRows:
+        """Return the form of the gradients of the matrices that are trained."""
+        form = ExpertRows.of([self.own[at] for at in self.trained_at])
+        if not form.dtype.is_floating_point:
+            dtypes = ", ".join(sorted({str(part.dtype) for part in form.parts}))
+            raise ValueError(
+                f"trained matrices of experts are in {dtypes}, and their gradients travel in one "
+                "dtype: give adapters the experts' dtype"
+            )
+        return form
+
+    @cached_property
+    def trained_at(self) -> tuple[int, ...]:
+        """Return the positions of the matrices that are trained."""
+        trained = [any(part.requires_grad for part in matrix) for matrix in self.matrices]
+        return tuple(at for at, is_trained in enumerate(trained) if is_trained)
+
+    @cached_property
+    def trained(self) -> tuple[torch.nn.Parameter, ...]:
+        return tuple(parameter for at in self.trained_at for parameter in self.matrices[at])
+
+    @property
+    def have_main_grads(self) -> bool:
+        """Return True if gradients are added to main gradients, and not returned to autograd."""
+        return main_grads.kept_for(self.trained)
+
+    def restored_bytes(self, replica_slots: int) -> int:
+        """Return the bytes of restored weights on this rank, for one direction."""
+        return replica_slots * sum(carried.num_bytes for carried in self.carried)
+
+    def weights(self) -> Sequence[torch.Tensor]:
+        """Return the weights from which an exchange restores, in rows."""
+        form = self.form
+
+        def made(at: int) -> torch.Tensor:
+            position, number = divmod(at, self.tensors)
+            part = self._tensor(position, number, torch.Tensor.detach)
+            if (packers := self.packers[position]) is not None:
+                part = packers[0].pack(part)
+            part = part if part.dtype == form.dtype else part.view(form.dtype)
+            return part.view(-1, form.columns)
+
+        return _Owned(made, len(self.matrices) * self.tensors)
+
+    def new_sums(self) -> tuple[torch.Tensor, ...]:
+        """Return zeros for the sums of `trained`, or nothing where main gradients take them."""
+        return () if self.have_main_grads else tuple(map(torch.zeros_like, self.trained))
+
+    def sums_in_rows(self, sums: tuple[torch.Tensor, ...]) -> Sequence[torch.Tensor]:
+        """Return what a reduce adds to, in rows: the new sums, or else the main gradients."""
+        columns, positions = self.grads_form.columns, self.trained_at
+        of: Any = main_grads.main_grad_of
+        if sums:
+            of = dict(zip(self.trained, sums, strict=True)).get
+
+        def made(at: int) -> torch.Tensor:
+            matrix, number = divmod(at, self.tensors)
+            return self._tensor(positions[matrix], number, of).view(-1, columns)
+
+        return _Owned(made, len(positions) * self.tensors)
+
+    def reduced(self, sums: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
+        """Return autograd's gradients of `trained`, with these new sums, if there are any."""
+        if sums:
+            return sums
+        if self.at_home:
+            main_grads.order_hooks(self.trained)
+        return self.added()
+
+    def added(self) -> tuple[torch.Tensor | None, ...]:
+        """Return autograd's gradients of `trained` where sums go to main gradients.
+
+        They are dummies, as from Megatron's fused kernels. Stock's node brings a home's own one.
+        """
+        if self.at_home:
+            return (None,) * len(self.trained)
+        return tuple(map(main_grads.mark_added, self.trained))
+
+    def _tensor(self, position: int, number: int, of: Callable[[Any], Any]) -> torch.Tensor:
+        """Return one of a matrix's tensors, of what `of` returns for its parameter."""
+        parts = self.matrices[position]
+        tensor: torch.Tensor = (
+            of(parts[number]) if len(parts) == self.tensors else of(parts[0])[number]
+        )
+        return tensor
+
+
+class _Owned(Sequence[torch.Tensor]):
+    """Tensors of this rank's experts in one exchange, each made when it is first read.
+
+    Most exchanges read few. Payloads are made anew for each exchange, so that none can outlive an
+    update of the weights.
+    """
+
+    def __init__(self, make: Callable[[int], torch.Tensor], number: int) -> None:
+        self._make, self._number = make, number
+        self._made: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, at: Any) -> Any:
+        if at not in self._made:
+            self._made[at] = self._make(at)
+        return self._made[at]
