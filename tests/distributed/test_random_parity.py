@@ -17,7 +17,7 @@ from tests.parity.rows import BLOCKS, IN_FP8
 
 AT_NIGHT = range(1000, 1200)
 # Cheap ones of these, on 2 and 4 ranks, for fewer steps.
-IN_CI = (1005, 1078, 1096, 1116, 1123, 1178, 1187)
+IN_CI = (1005, 1078, 1096, 1187)
 STEPS_IN_CI = 3
 
 CASES = [
