@@ -7,20 +7,28 @@ recipes, which its arguments tell apart.
 
 from __future__ import annotations
 
+import contextlib
+from abc import ABCMeta
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest import mock
 
 import torch
 
 from megatron_laer.layer.experts.fp8 import te
+from megatron_laer.precision import Precision, recipe_of
 from tests.doubles import fp8
 
 KINDS = {"e4m3": fp8.E4M3, "e5m2": fp8.E5M2}
 UNDEFINED = 255  # NaN as a scale of mxfp8
 _SQUARE = (128, 128)
-_MX = (1, fp8.MX_BLOCK)
 # Rows and columns of padded scales are multiples of these, by the block of a scale.
-_TILES: dict[Any, tuple[int, ...]] = {_SQUARE: (1, 4), _MX: (128, 4), _MX[::-1]: (4, 128)}
+_TILES: dict[Any, tuple[int, ...]] = {
+    _SQUARE: (1, 4),
+    fp8.MX_ROWS: (128, 4),
+    fp8.MX_COLUMNS: (4, 128),
+}
 
 
 def _padded(sizes: Any, block: tuple[int, int] | None) -> tuple[int, ...]:
@@ -28,7 +36,7 @@ def _padded(sizes: Any, block: tuple[int, int] | None) -> tuple[int, ...]:
     return tuple(-(-size // side) * side for size, side in zip(sizes, tile, strict=True))
 
 
-class Tensor:
+class Tensor(metaclass=ABCMeta):
     """Bytes and scales of a matrix along its rows, its columns or both, and its values again."""
 
     def __new__(
@@ -54,7 +62,7 @@ class Tensor:
         assert not with_gemm_swizzled_scales
         is_mx = with_gemm_swizzled_scales is not None
         made.multiple = fp8.MX_BLOCK if is_mx else 16
-        by_blocks = _MX if is_mx else _SQUARE if is_2D_scaled else (1, 128)
+        by_blocks = fp8.MX_ROWS if is_mx else _SQUARE if is_2D_scaled else (1, 128)
         made.turns = is_2D_scaled or data is not None
         rows = (
             (data, fp8_scale_inv, None)
@@ -149,14 +157,11 @@ class Quantiser:
         self, matrix: torch.Tensor, *, by_columns: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return bytes and padded scales along rows or columns."""
-        kind = KINDS[self.kind]
+        along = (128, 1) if by_columns else (1, 128)
+        block = _SQUARE if self.dimensions == 2 else along
         if self.is_mx:
-            block = _MX[::-1] if by_columns else _MX
-            values, scales = fp8.mx(matrix, kind, by_columns=by_columns)
-        else:
-            along = (128, 1) if by_columns else (1, 128)
-            block = _SQUARE if self.dimensions == 2 else along
-            values, scales = fp8.by_blocks(matrix, kind, block)
+            block = fp8.MX_COLUMNS if by_columns else fp8.MX_ROWS
+        values, scales = fp8.quantised(matrix, KINDS[self.kind], block)
         padded = scales.new_full(_padded(scales.shape, block), UNDEFINED)
         padded[tuple(map(slice, scales.shape))] = scales
         return values.view(torch.uint8), padded
@@ -201,3 +206,35 @@ MODULES: dict[str, Any] = {
         DType=SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2")
     ),
 }
+
+
+def settings_of(config: Any) -> SimpleNamespace:
+    """Return a recipe's settings, in place of Megatron's `get_fp8_recipe`; mxfp8 has none."""
+    recipe = recipe_of(config)
+    if recipe == Precision.MXFP8:
+        return SimpleNamespace()
+    exact = SimpleNamespace(power_2_scale=recipe == Precision.BLOCKWISE, amax_epsilon=0.0)
+    products = {"fprop": False, "dgrad": True, "wgrad": True}
+    return SimpleNamespace(
+        fp8_quant_fwd_inp=exact,
+        fp8_quant_fwd_weight=exact,
+        fp8_quant_bwd_grad=exact,
+        **{
+            f"fp8_gemm_{name}": SimpleNamespace(use_split_accumulator=splits)
+            for name, splits in products.items()
+        },
+    )
+
+
+@contextlib.contextmanager
+def replaced() -> Iterator[None]:
+    """Let the products in fp8 have these parts in this context."""
+    from megatron.core import fp8_utils
+
+    imports = SimpleNamespace(import_module=MODULES.__getitem__)
+    with (
+        mock.patch.object(te, "importlib", imports),
+        mock.patch.object(te.grouped, "grouped_gemm", lambda: grouped_gemm),
+        mock.patch.object(fp8_utils, "get_fp8_recipe", settings_of),
+    ):
+        yield

@@ -19,11 +19,25 @@ _MANTISSA_BITS = 23
 _LARGEST_EXPONENT, _NAN_EXPONENT = 254, 255
 
 
+# Rows and columns of a matrix that share a scale; None for one scale of all.
+Block = tuple[int, int] | None
+MX_ROWS, MX_COLUMNS = (1, MX_BLOCK), (MX_BLOCK, 1)
+
+
 class Quantised(NamedTuple):
     """Matrix in fp8, and its scales: one, one per block, or 8-bit exponents."""
 
     values_RK: torch.Tensor
     scales: torch.Tensor
+
+
+def quantised(matrix_RK: torch.Tensor, dtype: torch.dtype, block: Block) -> Quantised:
+    """Quantise by the definition whose scales are of such blocks."""
+    if block is None:
+        return per_tensor(matrix_RK, dtype)
+    if block in (MX_ROWS, MX_COLUMNS):
+        return mx(matrix_RK, dtype, by_columns=block == MX_COLUMNS)
+    return by_blocks(matrix_RK, dtype, block)
 
 
 def per_tensor(matrix_RK: torch.Tensor, dtype: torch.dtype) -> Quantised:
@@ -43,7 +57,7 @@ def by_blocks(matrix_RK: torch.Tensor, dtype: torch.dtype, block: tuple[int, int
 
 def mx(matrix_RK: torch.Tensor, dtype: torch.dtype, *, by_columns: bool = False) -> Quantised:
     """Quantise with an 8-bit exponent for each 32 values of a row, or of a column (mxfp8)."""
-    block = (MX_BLOCK, 1) if by_columns else (1, MX_BLOCK)
+    block = MX_COLUMNS if by_columns else MX_ROWS
     amax = _block_amax(matrix_RK, block)
     exponents = _rounded_up_exponents(amax * amax.new_tensor(1.0 / torch.finfo(dtype).max))
     factor = _spread(_power_of_two(254 - exponents.to(torch.int32)), block, matrix_RK.shape)
@@ -51,9 +65,9 @@ def mx(matrix_RK: torch.Tensor, dtype: torch.dtype, *, by_columns: bool = False)
     return Quantised(_cast(matrix_RK.float() * factor, dtype), exponents)
 
 
-def dequantised(quantised: Quantised, block: tuple[int, int] | None = None) -> torch.Tensor:
-    """Return float32 values; `block` is that of `by_blocks` or `mx`, None for one scale."""
-    values_RK, scales = quantised
+def dequantised(matrix: Quantised, block: Block = None) -> torch.Tensor:
+    """Return float32 values; `block` is that of `quantised`."""
+    values_RK, scales = matrix
     if scales.dtype == torch.uint8:
         scales = _power_of_two(scales.to(torch.int32))
     if block is not None:

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from tests import te_fp8
 from tests.doubles import fp8
 
 _ATEN = torch.ops.aten
@@ -53,12 +54,18 @@ class Fp8Parameter(torch.Tensor):
 
     @staticmethod
     def of(weight_RK: torch.Tensor, recipe: Any) -> Fp8Parameter:
-        values_RK, scales = recipe.quantised(weight_RK, recipe.forward, recipe.weight)
+        values_RK, scales = fp8.quantised(weight_RK, recipe.forward, recipe.weight)
         by_columns, cls = None, Fp8Parameter
         if recipe.backward_weight != recipe.weight:
-            by_columns = recipe.quantised(weight_RK, recipe.forward, recipe.backward_weight)
+            by_columns = fp8.quantised(weight_RK, recipe.forward, recipe.backward_weight)
             cls = Mxfp8Parameter
         return cls(values_RK.view(torch.uint8), scales, by_columns, recipe, weight_RK.dtype)
+
+    # Names of Transformer Engine, for one scale or more, by rows and by columns.
+    _scale_inv = _rowwise_scale_inv = property(lambda self: self.scales)
+    _rowwise_data = property(lambda self: self._data)
+    _columnwise_data = property(lambda self: self.by_columns.values_RK)
+    _columnwise_scale_inv = property(lambda self: self.by_columns.scales)
 
     def in_fp8(self, *, in_backward: bool = False) -> fp8.Quantised:
         if in_backward and self.by_columns is not None:
@@ -93,6 +100,9 @@ class Fp8Parameter(torch.Tensor):
 
 class Mxfp8Parameter(Fp8Parameter):
     """That of mxfp8, which Megatron tells from the others."""
+
+
+te_fp8.Tensor.register(Fp8Parameter)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ SOURCES = (
     "tests/parity/bridge_lora.py",
     "tests/parity/replay.py",
     "tests/specs",
+    "tests/te_fp8.py",
 )
 # Environment variables that choose how torch computes.
 _VARIABLES = ("OMP_", "MKL_", "ATEN_", "TORCH_", "DNNL_", "ONEDNN_", "TRITON_")

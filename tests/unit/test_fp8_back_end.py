@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,12 +13,13 @@ import torch
 from megatron_laer.layer.experts import fp8
 from megatron_laer.layer.experts.fp8 import te
 from megatron_laer.layer.experts.fp8.padding import padded, unpadded
-from megatron_laer.layer.experts.fp8.payload import PayloadForm
+from megatron_laer.layer.experts.fp8.payload import PayloadForm, PayloadPacker
 from megatron_laer.layer.experts.slot_linear import slot_linear
 from megatron_laer.precision import Precision
-from tests.doubles.fp8_experts import EmulatedGemm
+from tests import te_fp8
+from tests.doubles.fp8_experts import Fp8Linear, Recipe
 from tests.slot_gemm import SPLITS, fixed_experts, poisoned_memory
-from tests.te_fp8 import MODULES, Quantiser, Tensor, grouped_gemm
+from tests.te_fp8 import Quantiser, Tensor
 
 ROWS, COLUMNS = 64, 32
 GPU = torch.device("cuda", 0)
@@ -31,30 +32,13 @@ def fp8_format(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=["tensorwise", "blockwise", "mxfp8"])
-def config(request: pytest.FixtureRequest, fp8_format: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+def config(
+    request: pytest.FixtureRequest, fp8_format: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Any]:
     """Replace Transformer Engine; return a TransformerConfig's fields."""
-    from megatron.core import fp8_utils
-
-    by_blocks = request.param == "blockwise"
-    exact = SimpleNamespace(power_2_scale=by_blocks, amax_epsilon=0.0)
-    recipe = SimpleNamespace(
-        fp8_quant_fwd_inp=exact,
-        fp8_quant_fwd_weight=exact,
-        fp8_quant_bwd_grad=exact,
-        fp8_gemm_fprop=SimpleNamespace(use_split_accumulator=False),
-        fp8_gemm_dgrad=SimpleNamespace(use_split_accumulator=True),
-        fp8_gemm_wgrad=SimpleNamespace(use_split_accumulator=True),
-    )
-    if request.param == "mxfp8":  # it has no settings
-        recipe = SimpleNamespace()
-    found = importlib.import_module
-    monkeypatch.setattr(
-        te.importlib, "import_module", lambda name, *a: MODULES.get(name) or found(name, *a)
-    )
-    monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda _: recipe)
-    monkeypatch.setattr(te.grouped, "grouped_gemm", lambda: grouped_gemm)
     monkeypatch.setattr(te.grouped.GEMM.__class__, "problem", lambda *_: None)
-    return SimpleNamespace(fp8=fp8_format, fp8_recipe=request.param, params_dtype=torch.bfloat16)
+    with te_fp8.replaced():
+        yield SimpleNamespace(fp8=fp8_format, fp8_recipe=request.param, params_dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("tokens_C", SPLITS.values(), ids=SPLITS)
@@ -69,30 +53,40 @@ def test_transformer_engines_calls_give_the_definitions_bits(
     input_TK = torch.randn(sum(tokens_C), COLUMNS, **options) * size_T1
     grad_TR = torch.randn(sum(tokens_C), ROWS, **options) * size_T1
     placeholder = torch.zeros(len(tokens_C), ROWS, COLUMNS, dtype=torch.bfloat16)
-    found = []
-    for gemm in (
-        fp8.quantised_gemm(config, ROWS, COLUMNS, GPU),
-        EmulatedGemm(config, ROWS, COLUMNS),
+    gemm, recipe = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU), Recipe.of(config)
+    payloads = []
+    for packer in gemm.packers:
+        assert isinstance(packer, PayloadPacker)
+        payloads.append(torch.stack([packer.pack(weight) for weight in weights]))
+        assert payloads[-1].shape[1:] == packer.carried[:2]
+        assert payloads[-1].dtype == packer.carried.dtype == torch.uint8
+        form = packer.form
+        for payload_PK, weight in zip(payloads[-1], weights, strict=True):
+            defined = recipe.weight_in_fp8(weight, in_backward=form.by_columns)
+            assert torch.equal(payload_PK, form.pack(*defined))
+    experts = fixed_experts(payloads[0], placeholder, payloads[1])
+    given, slots_CRK = input_TK.clone().requires_grad_(), placeholder.clone().requires_grad_()
+    with poisoned_memory():
+        output = slot_linear(given, slots_CRK, experts, 0, list(tokens_C), gemm)
+        input_grad, slots_grad_CRK = torch.autograd.grad(output, (given, slots_CRK), grad_TR)
+    # As at home, with the rows of zeros that a replica's product has.
+    at_home, of_homes = input_TK.clone().requires_grad_(), [w.requires_grad_() for w in weights]
+    outputs = []
+    for part_nK, weight in zip(at_home.split(list(tokens_C)), of_homes, strict=True):
+        padding = 0, 0, 0, -len(part_nK) % recipe.multiple
+        padded_nK = torch.nn.functional.pad(part_nK, padding)
+        outputs.append(Fp8Linear.apply(padded_nK, weight, recipe)[: len(part_nK)])
+    expected = torch.cat(outputs)
+    grads = torch.autograd.grad(expected, (at_home, *of_homes), grad_TR)
+    for mine, defined in zip(
+        (output, input_grad, *slots_grad_CRK), (expected, *grads), strict=True
     ):
-        payloads = []
-        for packer in gemm.packers:
-            payloads.append(torch.stack([packer.pack(weight) for weight in weights]))
-            assert payloads[-1].shape[1:] == packer.carried[:2]
-            assert payloads[-1].dtype == packer.carried.dtype == torch.uint8
-        experts = fixed_experts(payloads[0], placeholder, payloads[1])
-        given, weight = input_TK.clone().requires_grad_(), placeholder.clone().requires_grad_()
-        with poisoned_memory():
-            output = slot_linear(given, weight, experts, 0, list(tokens_C), gemm)
-            grads = torch.autograd.grad(output, (given, weight), grad_TR)
-        found.append((*payloads, output, *grads))
-    for mine, defined in zip(*found, strict=True):
         assert torch.equal(mine, defined)
     # The definitions themselves, slot by slot: near the product without fp8, and not equal to it.
-    by_rows, by_columns, output, input_grad, _ = found[1]
     is_mx = config.fp8_recipe == "mxfp8"
-    assert torch.equal(by_rows, by_columns) != is_mx
+    assert torch.equal(*payloads) != is_mx
     for tokens, got, turned, most in (
-        (input_TK, output, [weight.t() for weight in weights], 6e-2),
+        (input_TK, output, [weight.t() for weight in of_homes], 6e-2),
         (grad_TR, input_grad, weights, 1e-1),  # two bits of values in e5m2
     ):
         parts = zip(tokens.split(list(tokens_C)), turned, strict=True)
@@ -163,11 +157,13 @@ def test_a_parameter_in_mxfp8_sends_its_own_bytes_of_each_direction(config: Any)
     ],
 )
 def test_settings_that_replicas_do_not_follow_are_refused(
-    config: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: object, variable: str
+    config: Any, name: str, value: object, variable: str
 ) -> None:
     recipe = SimpleNamespace(**{name: value})
-    monkeypatch.setattr("megatron.core.fp8_utils.get_fp8_recipe", lambda _: recipe)
-    with pytest.raises(ValueError, match=rf"{variable}.* has {name}={value}, .*; unset it"):
+    with (
+        mock.patch("megatron.core.fp8_utils.get_fp8_recipe", lambda _: recipe),
+        pytest.raises(ValueError, match=rf"{variable}.* has {name}={value}, .*; unset it"),
+    ):
         fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
 
 
