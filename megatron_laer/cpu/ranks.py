@@ -179,7 +179,7 @@ def _raised(results: dict[int, Any]) -> dict[int, Raised]:
 
 
 def _why_stopped(results: dict[int, Any], timeout_s: float) -> str:
-    """Say which ranks have no result, and first why others raised: they may wait for those."""
+    """Return which ranks have results, behind the errors of others, for which they may wait."""
     raised = [f"rank {rank}:\n{found.traceback}" for rank, found in _raised(results).items()]
     given = f"results of ranks {sorted(results)}, no other"
     return "\n".join([*raised, given if raised else f"{given} after {timeout_s} s"])
