@@ -76,17 +76,13 @@ class _Route:
         token_Q = goes_TN.t().nonzero()[:, 1]
         return cls(group, len(goes_TN), token_Q, sent_N.tolist(), received_N.tolist())
 
-    def there(self, rows_Q: torch.Tensor) -> torch.Tensor:
-        """Send one row per token, [Q, …], and return the received rows, [R, …]."""
-        return self._exchange(rows_Q, self.sent_N, self.received_N)
-
-    def back(self, rows_R: torch.Tensor) -> torch.Tensor:
-        """Send rows of received tokens, [R, …], back to their source ranks; return [Q, …]."""
-        return self._exchange(rows_R, self.received_N, self.sent_N)
+    def there(self, rows_T: torch.Tensor) -> torch.Tensor:
+        """Send rows of tokens, [T, …], and return the received rows, [R, …]."""
+        return self._exchange(rows_T[self.token_Q], self.sent_N, self.received_N)
 
     def sum_back(self, rows_R: torch.Tensor) -> torch.Tensor:
         """Send rows of received tokens back and add up each token's rows, in fp32 or wider."""
-        rows_Q = self.back(rows_R)
+        rows_Q = self._exchange(rows_R, self.received_N, self.sent_N)
         wide = torch.promote_types(rows_Q.dtype, torch.float32)
         total_T = rows_Q.new_zeros(self.num_tokens, *rows_Q.shape[1:], dtype=wide)
         return total_T.index_add_(0, self.token_Q, rows_Q.to(wide)).to(rows_Q.dtype)
@@ -149,18 +145,18 @@ class Buffer:
         if handle is not None:
             assert topk_idx is None and topk_weights is None
             (route,) = handle
-            return route.there(x[route.token_Q]), None, None, None, None, EventOverlap()
+            return route.there(x), None, None, None, None, EventOverlap()
         assert is_token_in_rank is not None and num_tokens_per_expert is not None
         assert topk_idx is not None and topk_weights is not None
         assert topk_weights.dtype == torch.float32
         route = _Route.of(self.group, is_token_in_rank)
         per_rank = len(num_tokens_per_expert) // self.group.size()
-        index_RK = route.there(topk_idx[route.token_Q]) - per_rank * self.group.rank()
+        index_RK = route.there(topk_idx) - per_rank * self.group.rank()
         is_here_RK = (index_RK >= 0) & (index_RK < per_rank)
         counts_C = torch.bincount(index_RK[is_here_RK], minlength=per_rank)
-        weights_RK = route.there(topk_weights[route.token_Q])
+        weights_RK = route.there(topk_weights)
         return (
-            route.there(x[route.token_Q]),
+            route.there(x),
             index_RK.masked_fill(~is_here_RK, -1),
             weights_RK.masked_fill(~is_here_RK, 0),
             counts_C.tolist(),
@@ -224,12 +220,10 @@ class HybridEPBuffer:
             handle = self._handle(routing_map, num_permuted_tokens)
         route, source_P, expert_P, tokens_C, _ = handle
         size = len(source_P) if num_permuted_tokens is None else num_permuted_tokens
-        hidden_PH = _rows(route.there(hidden[route.token_Q])[source_P], size)
-        probs_P = None
+        hidden_PH, probs_P = _rows(route.there(hidden)[source_P], size), None
         if probs is not None:
             assert probs.dtype == torch.float32
-            probs_RC = route.there(self._blocks(probs)[route.token_Q, self._ranks_of(route)])
-            probs_P = _rows(probs_RC[source_P, expert_P], size)
+            probs_P = _rows(route.there(probs)[source_P, expert_P], size)
         return hidden_PH, probs_P, None, tokens_C, handle
 
     def combine_with_unpermute(
@@ -249,13 +243,10 @@ class HybridEPBuffer:
         sums_RH.index_add_(0, source_P, hidden[:rows].to(wide))
         probs_TE = None
         if probs is not None:
-            local_experts = self.num_local_experts
-            probs_RC = probs.new_zeros((received, local_experts), dtype=torch.float32)
-            probs_RC[source_P, expert_P] = probs[:rows].float()
-            shape = route.num_tokens, self.group.size(), local_experts
-            blocks_TNC = probs_RC.new_zeros(shape)
-            blocks_TNC[route.token_Q, self._ranks_of(route)] = route.back(probs_RC)
-            probs_TE = blocks_TNC.flatten(1)
+            experts = self.group.size() * self.num_local_experts
+            probs_RE = probs.new_zeros((received, experts), dtype=torch.float32)
+            probs_RE[source_P, expert_P] = probs[:rows].float()
+            probs_TE = route.sum_back(probs_RE)
         return route.sum_back(sums_RH.to(hidden.dtype)), probs_TE
 
     def _handle(self, routing_map_TE: torch.Tensor, most: int | None) -> tuple[Any, ...]:
@@ -265,19 +256,15 @@ class HybridEPBuffer:
         dist.all_gather_into_tensor(numbers_N, number, group=self.group)
         if len(numbers_N.unique()) > 1:
             raise ValueError(f"HybridEP needs as many tokens on each rank, not {numbers_N}")
-        map_TNC = self._blocks(routing_map_TE)
-        route = _Route.of(self.group, map_TNC.any(dim=2))
-        map_RC = route.there(map_TNC[route.token_Q, self._ranks_of(route)].byte()).bool()
+        shape = len(routing_map_TE), self.group.size(), self.num_local_experts
+        route = _Route.of(self.group, routing_map_TE.reshape(shape).any(dim=2))
+        first = self.group.rank() * self.num_local_experts
+        map_RE = route.there(routing_map_TE.byte())
+        map_RC = map_RE[:, first : first + self.num_local_experts]
         expert_P, source_P = map_RC.t().nonzero().unbind(dim=1)
         overflows = most is not None and len(source_P) > most
         overflow = torch.tensor([overflows], dtype=torch.int32, device=device)
-        return route, source_P[:most], expert_P[:most], map_RC.sum(dim=0), overflow
-
-    def _blocks(self, values_TE: torch.Tensor) -> torch.Tensor:
-        return values_TE.reshape(len(values_TE), self.group.size(), self.num_local_experts)
-
-    def _ranks_of(self, route: _Route) -> torch.Tensor:
-        return torch.repeat_interleave(torch.tensor(route.sent_N, device=route.token_Q.device))
+        return route, source_P[:most], first + expert_P[:most], map_RC.sum(dim=0), overflow
 
 
 def _rows(rows: torch.Tensor, size: int) -> torch.Tensor:
