@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,6 +15,7 @@ from megatron_laer.runtime.comm import streams as comm_streams
 from tests import entered
 from tests.fake_cuda import findings, labels, names, observing, streams
 from tests.fake_cuda.clocks import Checker
+from tests.fake_cuda.fault import Fault
 from tests.fake_cuda.findings import Finding, Findings
 from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
 from tests.fake_cuda.observing import Observer, Works
@@ -36,7 +37,7 @@ class Watched:
         entered: functions that ran, as `tests.entered` names them.
         captured: operations that a CUDA graph would record, with their places.
         held_up: launches that wait too early, if the card has one hardware queue.
-        losses: of each step, if the run trains a model.
+        results: of the run, which are the CPU's.
         orders: launches on communicators, in their order.
         error: the error that ended the run, or "".
     """
@@ -50,7 +51,7 @@ class Watched:
     entered: set[str]
     captured: set[tuple[str, str]]
     held_up: list[str]
-    losses: list[float] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
     orders: list[Launch] = field(default_factory=list)
     error: str = ""
 
@@ -74,14 +75,6 @@ class Observed(NamedTuple):
     launches: Launches
     entered: set[str]
     has_one_queue: bool
-
-    @property
-    def races(self) -> list[str]:
-        return self.checker.races
-
-    @property
-    def frees(self) -> int:
-        return self.checker.frees
 
     def watched(self, **more: Any) -> Watched:
         checker, found, launches, functions, has_one_queue = self
@@ -121,6 +114,23 @@ def observed(
         checker.grouping(),
     ):
         yield Observed(checker, found, launches, functions, one_queue)
+
+
+def watch(run: Callable[[], list[Any]], fault: Fault | None, **of_card: Any) -> Watched:
+    """Run on the labelled device, with a fault or none; return the findings on this rank.
+
+    Args:
+        of_card: arguments of `observed`.
+    """
+    results, error = list[Any](), ""
+    with observed(**of_card) as device, fault.planted() if fault else contextlib.nullcontext():
+        try:
+            results = run()
+        except Exception as raised:
+            if fault is None:
+                raise
+            error = f"{type(raised).__name__}: {raised}"
+    return device.watched(results=results, error=error)
 
 
 @contextlib.contextmanager

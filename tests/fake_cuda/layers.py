@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.fake_cuda import findings
-from tests.fake_cuda.device import Watched, observed
+from tests.fake_cuda import device, findings
+from tests.fake_cuda.device import Watched
 from tests.fake_cuda.fault import Fault
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
 from tests.one_layer import HIDDEN, TOKENS, one_layer
@@ -122,17 +122,7 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def watch(
-    case: str, one_queue: bool = False, fault: Fault | None = None
-) -> tuple[Watched, list[str]]:
-    """Train on the labelled device, with a fault or none; return the findings and digests."""
-    digests, error = list[str](), ""
-    with observed(CASES[case].kernels, one_queue=one_queue) as device:
-        try:
-            with fault.planted() if fault else contextlib.nullcontext():
-                digests = train(case, steps=2 if fault else 3)
-        except Exception as raised:
-            if fault is None:
-                raise
-            error = f"{type(raised).__name__}: {raised}"
-    return device.watched(error=error), digests
+def watch(case: str, one_queue: bool = False, fault: Fault | None = None) -> Watched:
+    """Train on the labelled device, with a fault or none, and digests as results."""
+    steps, kernels = 2 if fault else 3, CASES[case].kernels
+    return device.watch(lambda: train(case, steps), fault, kernels=kernels, one_queue=one_queue)

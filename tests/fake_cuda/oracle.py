@@ -69,28 +69,22 @@ def _addmm_of_dtype(
     return torch.addmm(bias.to(dtype), a.to(dtype), b.to(dtype), **options)
 
 
-class _OfCuda(NamedTuple):
-    """Operation that the CPU lacks: other ones with its result, and the first torch that has it."""
-
-    computed: Callable[..., Any]
-    since: str
-
-
-_OF_CUDA_ALONE: dict[Any, _OfCuda] = {
-    torch.ops.aten.mm.dtype_out: _OfCuda(_mm_of_dtype, "2.8"),
+# Operations that the CPU lacks: other ones with their result, and the first torch that has them.
+_OF_CUDA_ALONE: dict[Any, tuple[Callable[..., Any], str]] = {
+    torch.ops.aten.mm.dtype_out: (_mm_of_dtype, "2.8"),
     # Before, it refused operands of two dtypes.
-    torch.ops.aten.addmm.dtype_out: _OfCuda(_addmm_of_dtype, "2.10"),
+    torch.ops.aten.addmm.dtype_out: (_addmm_of_dtype, "2.10"),
 }
 
 
 def _computed(func: Any) -> Callable[..., Any]:
     """Return the function that computes an operation on the CPU; note one that is too new."""
-    known = _OF_CUDA_ALONE.get(func)
-    if known is None:
+    if func not in _OF_CUDA_ALONE:
         return func  # type: ignore[no-any-return]
-    if _version(known.since) > _version(OLDEST_ON_CUDA):
-        findings.current.note(Kind.REFUSED, f"{func} needs torch {known.since}")
-    return known.computed
+    computed, since = _OF_CUDA_ALONE[func]
+    if _version(since) > _version(OLDEST_ON_CUDA):
+        findings.current.note(Kind.REFUSED, f"{func} needs torch {since}")
+    return computed
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -75,12 +75,12 @@ def main() -> int:
         for kind, place, what in seen.findings.found
         if kind not in WHEN_STEADY and (kind, place) not in STOCK
     ]
-    for line in (*wrong, *seen.races):
+    for line in (*wrong, *seen.checker.races):
         print(f"on the labelled device: {line}", file=sys.stderr)
     if isinstance(status, str):
         print(status, file=sys.stderr)
         status = 1
-    return status or int(bool(wrong or seen.races))
+    return status or int(bool(wrong or seen.checker.races))
 
 
 if __name__ == "__main__":

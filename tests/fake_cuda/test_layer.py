@@ -9,7 +9,6 @@ import pytest
 from megatron_laer.cpu.ranks import RankPools
 from tests.entered import naming_a_card
 from tests.fake_cuda.allowed import DOWNLOAD, split
-from tests.fake_cuda.device import Watched
 from tests.fake_cuda.fault import ONE_QUEUE, read
 from tests.fake_cuda.kernels import WRITES
 from tests.fake_cuda.layers import CASES, train, watch
@@ -27,11 +26,11 @@ def test_layers_compute_the_cpus_bits_without_a_race_and_wait_for_counts_alone(
 ) -> None:
     on_cpu = ranks(2).run(train, case)
     on_card = [one for one_queue in (False, True) for one in ranks(2).run(watch, case, one_queue)]
-    for (watched, digests), expected in zip(on_card, 2 * on_cpu, strict=True):
+    for watched, digests in zip(on_card, 2 * on_cpu, strict=True):
         assert watched.races == watched.held_up == []
         assert watched.operations > 500 and watched.frees > 50
         assert split(watched.found)[0] == {DOWNLOAD}
-        assert digests == expected
+        assert watched.results == digests
         assert watched.compiled_in_steps == []
         _launched.update(watched.launches)
         _entered.update(watched.entered)
@@ -54,12 +53,8 @@ def test_every_kernel_was_launched_and_every_function_that_names_a_card_was_ente
     assert named - _entered == _ELSEWHERE
 
 
-def watch_fault(name: str) -> Watched:
-    fault = FAULTS[name]
-    return watch(fault.case, ONE_QUEUE in fault.words, fault)[0]
-
-
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found_with_its_place(name: str, ranks: RankPools) -> None:
-    for watched in ranks(2).run(watch_fault, name):
-        assert any(FAULTS[name].found in text for text in watched.report()), watched
+    fault = FAULTS[name]
+    for watched in ranks(2).run(watch, fault.case, ONE_QUEUE in fault.words, fault):
+        assert any(fault.found in text for text in watched.report()), watched

@@ -8,6 +8,7 @@ rank's tokens, and no host wait.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +16,13 @@ import pytest
 from megatron_laer.cpu.ranks import RankPools
 from tests.fake_cuda.allowed import DOWNLOAD, STOCK, is_ours, split
 from tests.fake_cuda.device import H100
-from tests.fake_cuda.fault import AT_NIGHT
+from tests.fake_cuda.fault import AT_NIGHT, read
 from tests.fake_cuda.findings import Kind
 from tests.fake_cuda.kernels import replaced_by_torch
 from tests.launch_order import problems
 from tests.races import training
-from tests.races.training import FAULTS
+
+FAULTS = read(Path(__file__).with_name("faults.txt"))
 
 
 def by_day(names: Iterable[str], at_night: Iterable[str]) -> list[Any]:
@@ -47,7 +49,7 @@ def test_megatrons_loop_trains_without_a_race(
     assert problems([one.orders for one in watched]) == []
     if settings.captured or settings.kernels is not replaced_by_torch:
         on_cpu = ranks(settings.ranks).run(training.losses_on_cpu, text_data, scenario)
-        assert [one.losses for one in watched] == on_cpu
+        assert [one.results for one in watched] == on_cpu
     for one in watched:
         assert one.held_up == one.compiled_in_steps == []
         assert bool(one.launches) == (settings.kernels is not replaced_by_torch)
@@ -77,7 +79,7 @@ def test_a_fault_in_megatrons_loop_is_found(name: str, ranks: RankPools, text_da
     size = training.SCENARIOS[fault.case].ranks
     found = [
         text
-        for watched in ranks(size).run(training.watch, text_data, fault.case, name)
+        for watched in ranks(size).run(training.watch, text_data, fault.case, fault)
         for text in watched.report()
     ]
     assert any(fault.found in text for text in found), found

@@ -17,10 +17,10 @@ from megatron_laer.cpu import training
 from megatron_laer.planner.homes_file import write_homes
 from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from tests.fake_cuda import findings
+from tests.fake_cuda import device, findings
 from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, FSDP_REDUCE, HYBRID_EP, Place
-from tests.fake_cuda.device import B200, H100, Watched, observed
-from tests.fake_cuda.fault import read
+from tests.fake_cuda.device import B200, H100, Watched
+from tests.fake_cuda.fault import Fault
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
 from tests.fake_cuda.observing import side_stream_of_leaves
 from tests.launch_order import Launch, recorded
@@ -70,7 +70,6 @@ class Training(NamedTuple):
         more: findings in addition to those of every run.
         kernels: treatment of Triton's kernels.
         one_queue: whether the card has one hardware queue.
-        capability: of the card.
         resumes: whether it goes on from `save_on_cpu`'s checkpoint, evaluates and saves again.
         adapt: changes the model before Megatron wraps it.
         fuses: whether weight gradients are added to main gradients by their product.
@@ -82,13 +81,15 @@ class Training(NamedTuple):
     more: frozenset[Place] = frozenset()
     kernels: Kernels = replaced_by_torch
     steps: int = 3
-    batch: int = 8
     one_queue: bool = False
     resumes: bool = False
-    capability: tuple[int, int] = H100
     adapt: training.Adapt | None = None
     fuses: bool = False
     captured: frozenset[tuple[str, str]] = frozenset()
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        return B200 if MXFP8 in self.flags else H100
 
 
 DAILY = {
@@ -109,11 +110,13 @@ DAILY = {
         steps=4,
     ),
     "experts at home in mxfp8 by relay, full recompute": Training(
-        _HOME + _MXFP8 + FULL_RECOMPUTE + _RELAY, capability=B200
+        _HOME + _MXFP8 + FULL_RECOMPUTE + _RELAY
     ),
     # Most features at once, with Triton's kernels.
     "kernels, by nodes of 1": Training(
-        RANDOM + MOE_RECOMPUTE + DIST_OPT + _RELAY + _BY_NODE, kernels=interpreted, steps=2, batch=4
+        f"{RANDOM}{MOE_RECOMPUTE}{DIST_OPT}{_RELAY}{_BY_NODE} --global-batch-size 4",
+        kernels=interpreted,
+        steps=2,
     ),
     "one queue, experts at home by relay, full recompute": Training(
         _HOME + FULL_RECOMPUTE + DIST_OPT + _RELAY, one_queue=True
@@ -143,10 +146,9 @@ DAILY = {
 }
 # Settings that no scenario of a day has, and one hardware queue with the most of them.
 AT_NIGHT = {
-    "both overlaps": Training(RANDOM + DIST_OPT),
-    "experts at home in mxfp8, both overlaps": Training(_HOME + _MXFP8 + DIST_OPT, capability=B200),
+    "experts at home in mxfp8, both overlaps": Training(_HOME + _MXFP8 + DIST_OPT),
     "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer": Training(
-        _HOME + _MXFP8 + MOE_RECOMPUTE + STEP, one_queue=True, capability=B200
+        _HOME + _MXFP8 + MOE_RECOMPUTE + STEP, one_queue=True
     ),
     "one queue, kernels, rows in nodes of 2": Training(
         f"{RANDOM}{_IN_NODES_OF_2} --fsep-set restore_algorithm=node{_BY_NODE}",
@@ -177,47 +179,40 @@ AT_NIGHT = {
     "save and load": Training(f"{_HOME}{DIST_OPT} --override-opt-param-scheduler", resumes=True),
 }
 SCENARIOS = DAILY | AT_NIGHT
-FAULTS = read(Path(__file__).with_name("faults.txt"))
 
 
 def watch(
     data: str,
     scenario: str,
-    fault: str | None = None,
+    fault: Fault | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Watched:
-    """Train a scenario, with a fault or none; return the findings on this rank.
+    """Train a scenario on the labelled device, with a fault or none, and losses as results.
 
     Args:
         capability: of another card than the scenario's.
     """
     settings, command = SCENARIOS[scenario], command_of(data, scenario)
-    broken = contextlib.nullcontext() if fault is None else FAULTS[fault].planted()
     launches: list[Launch] = []
-    losses, error = list[float](), ""
     with (
         recorded(launches),
         # Unlike on the CPU, streams launch in the order of the program.
         mock.patch.object(build, "make_comm_stream", make_comm_stream),
         _fresh_streams(),
-        observed(
-            settings.kernels,
-            one_queue=settings.one_queue,
-            capability=capability or settings.capability,
-        ) as device,
         side_stream_of_leaves(),
         mock.patch.object(training, "fresh_megatron", _synchronised),
-        broken,
         _steady_steps(),
         _fused_accumulation(),
     ):
-        try:
-            losses = train_row(command, adapt=settings.adapt).losses
-        except Exception as raised:
-            if fault is None:
-                raise
-            error = f"{type(raised).__name__}: {raised}"
-    return device.watched(losses=losses, orders=launches, error=error)
+        watched = device.watch(
+            lambda: train_row(command, adapt=settings.adapt).losses,
+            fault,
+            kernels=settings.kernels,
+            one_queue=settings.one_queue,
+            capability=capability or settings.capability,
+        )
+    watched.orders = launches
+    return watched
 
 
 def save_on_cpu(data: str, scenario: str) -> None:
@@ -252,9 +247,7 @@ def _command(data: str, scenario: str) -> list[str]:
         flags = flags.format(folder=folder)
         order_E = np.array([2, 1, 3, 0])
         write_homes(folder / "homes.json", 2, {"layer 1": order_E, "layer 2": order_E[::-1]})
-    command = command_line(
-        data, flags, experts=4, global_batch=settings.batch, steps=settings.steps
-    )
+    command = command_line(data, flags, experts=4, global_batch=8, steps=settings.steps)
     if settings.fuses:
         command.remove("--no-gradient-accumulation-fusion")
     return command
