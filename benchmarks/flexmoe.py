@@ -19,17 +19,10 @@ from megatron_laer.arrays import Int64
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
-from megatron_laer.tools.simulator.iteration.methods import Method, MethodSettings, relaid
-from megatron_laer.tools.simulator.iteration.rates import Rates
 
 FLEXMOE = "flexmoe"
 
 _MOST_CHANGES = 10
-
-
-def flexmoe(settings: MethodSettings, rates: Rates) -> Method:
-    """Make the method that `scripts/paper/simulated.py` adds to those of `simulate`."""
-    return relaid(FLEXMOE, settings, rates, FlexMoEStrategy(settings.geometry))
 
 
 @dataclass(frozen=True)

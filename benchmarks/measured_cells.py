@@ -33,7 +33,7 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import default_capacity
 from megatron_laer.tools.data import default_text_sources, prepare_data
-from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK, MethodSettings, make_method
+from megatron_laer.tools.simulator.iteration.methods import FSEP, METHODS, STOCK, MethodSettings
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates
@@ -195,7 +195,7 @@ def predicted_seconds(job: Job, rates: Rates) -> float:
     name = FSEP if "--expert-parallel-mode" in flags else STOCK
     trace = _trace(job)
     steps = len(set(trace.step_R.tolist())) - job.size.warm_up
-    method = make_method(name, settings, rates)
+    method = METHODS[name](settings, rates)
     routing = Routing(trace, RANKS, model.topk)
     found = predict_iterations(routing, model, run, [method], [rates], steps=steps)
     return found[0].iteration_s

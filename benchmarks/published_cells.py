@@ -39,7 +39,7 @@ from megatron_laer.planner.clusters import Cluster, Contention
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import Link
 from megatron_laer.schedule import Schedule, make_schedule
-from megatron_laer.tools.simulator.iteration.iterate import run_iteration
+from megatron_laer.tools.simulator.iteration.iterate import Stages
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
@@ -162,7 +162,7 @@ class Published:
             def work(layer: int, microbatch: int, first: int = first) -> LayerWork:
                 return works[layer][(first + microbatch) % known]
 
-            found.append(run_iteration(of_method, timing, work).seconds)
+            found.append(Stages(of_method, timing, work).run().seconds)
         return float(np.mean(found))
 
 

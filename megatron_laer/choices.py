@@ -93,6 +93,14 @@ class TokenExchange(Choice):
     NODE = "node"
 
 
+class Dispatch(Choice):
+    """Way of tokens: a `TokenExchange`, or once per node by Megatron's flex dispatcher."""
+
+    RANK = "rank"
+    NODE = "node"
+    FLEX = "flex"
+
+
 class GemmBackEnd(Choice):
     """Back end of the slots' GEMMs (`layer/experts/gemm`)."""
 

@@ -101,7 +101,7 @@ try() {
     build/try/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$built"
     cd build/try
     bin/megatron-laer flags tiny-moe
-    bin/megatron-laer plan --workload W6 --ranks 8 --experts 16 --steps 4
+    bin/megatron-laer plan --workload W6 --ranks 8 --config tiny-moe
     echo "$built works"
 }
 

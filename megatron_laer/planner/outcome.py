@@ -21,7 +21,6 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import SplitTotals
-from megatron_laer.planner.token_prices import BY_RANK
 
 # Version of `price` in recordings. The first one left out exposed exchanges of replicas.
 PRICES = 2
@@ -111,13 +110,14 @@ def _exchanges_seconds(guard: Guard, decision: Decision, beside_s: float) -> flo
 
 
 def stock_seconds(costs: CostModel, geometry: Geometry, counts_NE: Int64) -> float:
-    """Predict a layer's seconds with stock's placement and exchange of tokens.
+    """Predict a layer's seconds with stock's placement and dispatch of tokens.
 
     Where N does not divide E, which stock refuses, some experts have two slots.
     """
     stock = stock_placement(geometry.num_ranks, geometry.num_experts, geometry.node_size)
     # With one slot per expert all splits are equal, and the exact one is native code.
-    return replace(costs, tokens=BY_RANK).layer_seconds(counts_NE, stock, Split.EXACT)
+    costs = replace(costs, tokens=costs.tokens.of_stock)
+    return costs.layer_seconds(counts_NE, stock, Split.EXACT)
 
 
 def balanced_seconds(costs: CostModel, geometry: Geometry, counts_NE: Int64) -> float:

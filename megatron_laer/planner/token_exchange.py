@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_laer.choices import Sharding, TokenExchange
+from megatron_laer.choices import Dispatch, Sharding, TokenExchange
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -50,18 +50,23 @@ def token_seconds(
 
 
 def with_token_exchange(
-    costs: CostModel, exchange: TokenExchange, geometry: Geometry, top_k: int, tokens: int
+    costs: CostModel,
+    dispatch: Dispatch | TokenExchange,
+    geometry: Geometry,
+    top_k: int,
+    tokens: int,
 ) -> CostModel:
-    """Return the cost model with the token prices of this exchange, and the number of pairs."""
+    """Return the cost model with the token prices of this dispatch, and the number of pairs."""
     prices = BY_RANK
-    if exchange == TokenExchange.NODE:
+    if dispatch.value != Dispatch.RANK:
         crossings = _crossings(geometry, top_k, tokens)
         pairs, rows = crossings[TokenExchange.RANK], crossings[TokenExchange.NODE]
         leaving_pairs = pairs.intra + pairs.inter
         prices = TokenPrices(
-            exchange,
+            TokenExchange.NODE,
             rows.intra / leaving_pairs if leaving_pairs else 1.0,
             rows.inter / pairs.inter if pairs.inter else 1.0,
+            is_flex=dispatch.value == Dispatch.FLEX,
         )
     return replace(costs, tokens=prices, pairs_per_rank=tokens * top_k)
 

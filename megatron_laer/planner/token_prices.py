@@ -1,8 +1,8 @@
 """Prices of the token exchange in the cost model.
 
-The cost model counts (token, expert) pairs. With `rank` each is a row on the links. With `node`
-fewer rows cross nodes, in one stage after the other. `token_exchange` computes the rows per pair,
-and the native core the seconds of a pass.
+The cost model counts (token, expert) pairs. With `rank` each is a row on the links. With `node`,
+and with the flex dispatcher, fewer rows cross nodes, in one stage after the other. `token_exchange`
+computes the rows per pair, and the native core the seconds of a pass.
 
 Legend: N ranks, M nodes.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import TokenExchange
+from megatron_laer.choices import Dispatch, TokenExchange
 from megatron_laer.planner.geometry import Geometry
 
 # All-to-Alls per direction: dispatch and combine.
@@ -34,11 +34,22 @@ class TokenPrices:
         intra_rows: rows inside nodes per pair; with `node` per pair that leaves its rank, since a
             row from another node is passed on inside.
         inter_rows: rows between nodes per pair that leaves its node.
+        is_flex: the rows of `node` are the flex dispatcher's. `simulate` has its stages overlap.
     """
 
     exchange: TokenExchange = TokenExchange.RANK
     intra_rows: float = 1.0
     inter_rows: float = 1.0
+    is_flex: bool = False
+
+    @property
+    def dispatch(self) -> Dispatch:
+        return Dispatch.FLEX if self.is_flex else Dispatch(self.exchange.value)
+
+    @property
+    def of_stock(self) -> TokenPrices:
+        """Return the prices of stock in the same run: it shares the flex dispatcher alone."""
+        return self if self.is_flex else BY_RANK
 
     @property
     def in_stages(self) -> bool:

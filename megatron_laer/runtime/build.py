@@ -12,6 +12,7 @@ import torch
 
 from megatron_laer.choices import (
     Auto,
+    Dispatch,
     OverlapScheduler,
     PlanMode,
     Recompute,
@@ -77,15 +78,16 @@ def build_coordinator(
     costs = layer_costs(config, transformer_config, device)
 
     def priced(geometry: Geometry) -> CostModel:
-        exchange = token_exchange(config, costs, geometry, transformer_config, tokens)
-        of_tokens = with_token_exchange(costs, exchange, geometry, top_k, tokens)
+        of = token_dispatch(config, costs, geometry, transformer_config, tokens)
+        of_tokens = with_token_exchange(costs, of, geometry, top_k, tokens)
         return of_tokens.with_exchange(config.restore_algorithm, geometry)
 
     shape = groups.size, transformer_config.num_moe_experts, groups.node_size
     multiple = slots_multiple(transformer_config)
     choice, compared = choose_geometry(config, shape, multiple, top_k, priced)
     chosen = choice.costs
-    exchange = chosen.tokens.exchange
+    by_node = chosen.tokens.dispatch == Dispatch.NODE
+    exchange = TokenExchange.NODE if by_node else TokenExchange.RANK
     geometry = choice.geometry
     if groups.rank == groups.index == 0:
         # Printed like Megatron's own lines on derived values; its logging hides what only informs.
@@ -138,7 +140,7 @@ def build_coordinator(
         scheduler=Scheduler(kinds, streams, experts, pass_layouts),
         recorder=MetricsRecorder(guard, device, streams.parameters.times.clock),
         pairs=PairCounts(groups, device, geometry.num_experts, config.pairs_interval, sampled),
-        token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
+        token_sizes=TokenSizesExchange(groups, device) if by_node else None,
         needs_steps=config.follows_steps,
         priced={"top_k": top_k, "tokens_per_rank": tokens},
     )
@@ -167,14 +169,17 @@ def _common_homes(config: FSEPConfig, groups: FSEPGroups, num_experts: int) -> M
     return homes
 
 
-def token_exchange(
+def token_dispatch(
     config: FSEPConfig, costs: CostModel, geometry: Geometry, transformer_config: Any, tokens: int
-) -> TokenExchange:
+) -> Dispatch:
+    if transformer_config.moe_token_dispatcher_type == Dispatch.FLEX:
+        return Dispatch.FLEX
     if config.token_exchange != Auto.AUTO:
-        return TokenExchange(config.token_exchange)
+        return Dispatch(config.token_exchange.value)
     if not goes_through_nodes(transformer_config):
-        return TokenExchange.RANK
-    return choose_token_exchange(costs, geometry, transformer_config.moe_router_topk, tokens)
+        return Dispatch.RANK
+    top_k = transformer_config.moe_router_topk
+    return Dispatch(choose_token_exchange(costs, geometry, top_k, tokens).value)
 
 
 def make_exchange(

@@ -241,7 +241,7 @@ def run_settings(
         "bytes_per_element": costs.bytes_per_element,
         "precision": costs.precision if costs.precision.is_quantised else None,
         "recompute": costs.recompute,
-        "token_exchange": costs.tokens.exchange,
+        "token_exchange": costs.tokens.dispatch,
         "token_intra_rows": costs.tokens.intra_rows,
         "token_inter_rows": costs.tokens.inter_rows,
         **priced,

@@ -18,15 +18,15 @@ import numpy as np
 
 from benchmarks.command_line import program
 from benchmarks.published_files import FSDP, read_breakdown
-from benchmarks.simulated import simulated
 from megatron_laer.tools.cli import prediction_input
 from megatron_laer.tools.cli.argument_types import path
 from megatron_laer.tools.cli.program import Parser
-from megatron_laer.tools.simulator.iteration.methods import FSDP_EP, STOCK
+from megatron_laer.tools.simulator.iteration.methods import STOCK
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import PAPER
+from scripts.paper.methods import FSDP_EP, simulated
 from scripts.paper.published import BREAKDOWN, missing
 from scripts.paper.runner import add_result_options, check_result_options, finish, split_extra
 from scripts.paper.tables import Result, Table

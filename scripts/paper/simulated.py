@@ -11,26 +11,26 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run as a file
 
 from benchmarks.command_line import program
-from benchmarks.flexmoe import FLEXMOE, flexmoe
+from benchmarks.flexmoe import FLEXMOE
 from benchmarks.published_files import FLEX, FSDP, LAER, MEGATRON, MODELS, NO_LOSS, read_cells
-from benchmarks.simulated import simulated
 from megatron_laer.tools.cli.program import Parser
-from megatron_laer.tools.simulator.iteration import methods
+from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK
 from megatron_laer.tools.traces.workloads import PAPER, PAPER_FIRST
 from scripts.paper.experiments import GPUS_PER_NODE, NODES, family
 from scripts.paper.figure8 import EXPERIMENT
+from scripts.paper.methods import FSDP_EP, simulated
+from scripts.paper.methods import LAER as LAER_METHOD
 from scripts.paper.published import END_TO_END, TOKENS, missing, read_balance
 from scripts.paper.runner import add_result_options, check_result_options, finish
 from scripts.paper.tables import Result, Table, ratio
 
 _TITLE = "End to end, by simulation"
 _RANKS, _BATCH, _MICROBATCHES = NODES * GPUS_PER_NODE, 128, 2
-_METHODS = {FSDP: methods.FSDP_EP, FLEX: FLEXMOE, LAER: methods.LAER, None: methods.FSEP}
+_METHODS = {FSDP: FSDP_EP, FLEX: FLEXMOE, LAER: LAER_METHOD, None: FSEP}
 # Steps of the workload that have a forecast; their mean is predicted.
 _STEPS = 7
 
@@ -68,14 +68,14 @@ def _rows(
     ours = ["--recompute", "compute", "--microbatches", str(_MICROBATCHES), "--capacity", topk]
     ours += ["--tokens", str(EXPERIMENT.sequence * EXPERIMENT.sequences), "--sharding", "rows"]
     found = _predicted(model, PAPER, [*ours, "--method", *_METHODS.values()])
-    laer_s, paper_laer_s = _seconds(found[methods.LAER]), paper_s.get((model, LAER))
+    laer_s, paper_laer_s = _seconds(found[LAER_METHOD]), paper_s.get((model, LAER))
     # A tensor-parallel group has one sequence at a time.
     tensor = EXPERIMENT.stock_tensor[family(model)]
     stock = ["--tensor-parallel", str(tensor), "--tokens", str(EXPERIMENT.sequence // tensor)]
-    stock += ["--microbatches", str(_BATCH * tensor // _RANKS), "--method", methods.STOCK]
+    stock += ["--microbatches", str(_BATCH * tensor // _RANKS), "--method", STOCK]
     stock += ["--stock-expert-parallel", str(GPUS_PER_NODE), "--stock-dispatcher", "alltoall"]
     of_stock = [
-        (MEGATRON, workload, _predicted(model, workload, stock)[methods.STOCK])
+        (MEGATRON, workload, _predicted(model, workload, stock)[STOCK])
         for workload in (PAPER_FIRST, PAPER)
     ]
     others = [(paper, PAPER, found[name]) for paper, name in _METHODS.items()]
@@ -96,8 +96,7 @@ def _predicted(model: str, workload: str, words: Sequence[str]) -> Mapping[str, 
     run = ["--model", model, "--workload", workload, "--ranks", str(_RANKS)]
     # Some runs of the paper fit their cards only by what is not simulated.
     run += ["--cluster", "a100-4x8-ib800", "--memory-gib", "1000", "--steps", str(_STEPS)]
-    with mock.patch.dict(methods.METHODS, {FLEXMOE: flexmoe}):
-        case = simulated([*run, *words], ranges=False)
+    case = simulated([*run, *words], ranges=False)
     return {name: {"title": name, **method} for name, method in case["methods"].items()}
 
 

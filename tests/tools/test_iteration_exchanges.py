@@ -15,9 +15,10 @@ from megatron_laer.precision import Precision
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
+    METHODS,
     STOCK,
     MethodSettings,
-    make_method,
+    fsep,
 )
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from megatron_laer.tools.simulator.iteration.predict import predict_iterations
@@ -47,8 +48,7 @@ def test_experts_that_are_held_take_memory_of_all_layers_and_one_exchange_a_step
 def test_sums_of_a_held_step_are_sent_in_four_bytes():
     costs = CostModel(H100, TINY.hidden, TINY.expert_ffn, True, 2)
     of_layer, of_step = (
-        make_method(
-            FSEP,
+        fsep(
             MethodSettings(Geometry(4, 8, 4, 2), costs, config=FSEPConfig(restore=restore)),
             Rates(H100, 2),
         )
@@ -77,7 +77,7 @@ def test_weights_and_optimizer_take_the_documented_memory():
     experts = len(model.layer_has_experts) * model.expert_weights  # one of each layer on a rank
     for name in (FSEP, STOCK):
         settings = MethodSettings(Geometry(8, 8, 2, 8, Sharding.EXPERTS), costs, stock_group=8)
-        parts = memory_bytes(model, run, make_method(name, settings, Rates(H100, 2)), 8192)
+        parts = memory_bytes(model, run, METHODS[name](settings, Rates(H100, 2)), 8192)
         found = sum(parts[part] for part in ("weights", "gradients", "optimizer"))
         whole = 2 + 4 + 12 / 4  # bytes of an expert's weight, gradient and quarter of its state
         assert found - experts * whole == pytest.approx(10.2e9, rel=0.03)
@@ -103,7 +103,7 @@ def of_layout(model, recompute=Recompute.NONE, **settings):
         make = method.layer_planner
         return replace(method, layer_planner=lambda: replace(make(), policy=policy))
 
-    method = planned(make_method(FSEP, settings, rates))
+    method = planned(fsep(settings, rates))
     trace = workload_trace("W0", WorkloadShape(8, 8, 2, 4096), 4)
     run = RunShape(8, 8, 64, 4, recompute=recompute)
     (found,) = predict_iterations(Routing(trace, 8, 2), model, run, [method], [rates])

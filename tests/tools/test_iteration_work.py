@@ -26,13 +26,7 @@ from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.precision import Precision
 from megatron_laer.schedule import make_schedule
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
-from megatron_laer.tools.simulator.iteration.methods import (
-    FSEP,
-    METHODS,
-    STOCK,
-    MethodSettings,
-    make_method,
-)
+from megatron_laer.tools.simulator.iteration.methods import FSEP, METHODS, STOCK, MethodSettings
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from megatron_laer.tools.simulator.iteration.predict import predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
@@ -63,7 +57,7 @@ def predicted(trace, model=TINY, names=METHODS, rates=(RATES,), mode="adaptive",
     config = FSEPConfig(plan_mode=mode, restore=run.pop("restore", "layer"))
     costs = CostModel(CLUSTER, model.hidden, model.expert_ffn, model.gated, 2)
     chosen = MethodSettings(geometry, costs, config)
-    methods = [make_method(name, chosen, RATES) for name in names]
+    methods = [METHODS[name](chosen, RATES) for name in names]
     sizes = {"tokens": round(routing.pairs / model.topk), "microbatches": 4} | run
     shape = RunShape(trace.num_ranks, geometry.node_size, **sizes)
     found = predict_iterations(routing, model, shape, methods, rates, steps=2)
@@ -293,7 +287,6 @@ def test_more_bandwidth_is_never_slower(method, factor, link):
 @pytest.mark.parametrize("mode", ["forecast", "exact", "adaptive"])
 def test_all_modes_of_the_guard_run(mode):
     found = predicted(drifting_trace(), names=[FSEP], mode=mode)[FSEP]
-    assert found.replan_share == 0 or mode == "adaptive"
     if mode == "exact":
         assert found.max_over_mean < 1.001
         assert found.exposed_s["restore"] > 0

@@ -63,26 +63,6 @@ def test_the_command_prints_the_table_and_writes_the_figures(tmp_path, trace, ca
     written = json.loads((tmp_path / "x.json").read_text())
     assert (written["ranks"], written["recorded_ranks"], written["node_size"]) == (8, 4, 4)
     assert [row["capacity"] for row in written["rows"]] == [1, 2, 2, 3, 3]
-    exact = next(row for row in written["rows"] if row["mode"] == "exact")
-    assert exact["load_over_bound"] == 1.0
-
-
-def test_the_command_prices_token_exchange_and_recompute_as_asked(tmp_path, capsys):
-    words = "--workload W0 --ranks 32 --experts 128 --topk 8 --steps 2 --strategy static"
-    found = {}
-    for option in ("token-exchange rank", "token-exchange node", "token-exchange auto"):
-        found[option] = planned(tmp_path, *words.split(), *f"--{option}".split(), capsys=capsys)
-    for option in ("recompute none", "recompute compute", "recompute full"):
-        found[option] = planned(tmp_path, *words.split(), *f"--{option}".split(), capsys=capsys)
-    (rank, node, auto, none, compute, full) = found.values()
-    # Stock, in the first row, always has Megatron's exchange.
-    assert auto["layer_ms"] == node["layer_ms"]
-    assert node["layer_ms"][0] == rank["layer_ms"][0]
-    assert node["layer_ms"][1] < rank["layer_ms"][1]
-    # Six All-to-Alls instead of four, with one more forward of the experts than `compute`.
-    layers_ms = (one["layer_ms"] for one in (none, compute, full))
-    for none_ms, compute_ms, full_ms in zip(*layers_ms, strict=True):
-        assert none_ms < compute_ms < full_ms
 
 
 def test_the_command_reads_sizes_from_a_model(tmp_path, trace, capsys):
@@ -108,9 +88,9 @@ def test_the_command_reads_sizes_from_a_model(tmp_path, trace, capsys):
 
 
 def test_a_workload_takes_the_place_of_a_trace(tmp_path, capsys):
-    words = "--workload W5 --ranks 4 --experts 8 --strategy static --steps 3"
+    words = "--workload W5 --ranks 4 --config mixtral-8x7b-e8k2 --strategy static"
     found = planned(tmp_path, *words.split(), capsys=capsys)
-    expected = "W5 zero expert rank, top-2, 4096 tokens per rank: 3 steps, 1 layers, 3 records"
+    expected = "W5 zero expert rank of mixtral-8x7b-e8k2: 8 steps, 4 layers, 32 records, 8 experts"
     assert expected in found["out"]
     stock = found["rows"][0]
     assert stock["strategy"] == STOCK and abs(stock["mean"] - 2.0) < 0.05
@@ -148,9 +128,9 @@ def test_the_published_trace_is_planned(tmp_path, capsys):
     assert status == 0, err
     written = json.loads((tmp_path / "x.json").read_text())
     rows = {(row["strategy"], row["mode"]): row for row in written["rows"]}
-    assert rows["greedy", "exact"]["load_over_bound"] == 1.0
-    assert rows["greedy", "forecast"]["mean"] < rows["laer", "forecast"]["mean"]
-    assert rows["laer", "forecast"]["mean"] < rows[STOCK, "-"]["mean"]
+    keys = ("greedy", "exact"), ("greedy", "forecast"), ("laer", "forecast"), (STOCK, "-")
+    means = [rows[key]["mean"] for key in keys]
+    assert means == sorted(set(means))
 
 
 OF_THE_RUN = {
@@ -182,12 +162,11 @@ def test_a_trace_is_planned_for_as_the_metrics_beside_it_say(tmp_path, capsys):
         assert str(written[name]) == OF_THE_RUN[name]
 
     # Flags win, and another model is in bf16.
-    words = "--cluster h100-8 --config mixtral-8x7b-e8k2 --capacity 2 --recompute none"
-    more = "--restore-algorithm flat --token-exchange rank --sharding rows"
-    status, text, err = run(trace, *words.split(), *more.split(), *QUICK, out, capsys=capsys)
+    words = "--cluster h100-8 --config mixtral-8x7b-e8k2 --capacity 2 --sharding rows"
+    status, text, err = run(trace, *words.split(), *QUICK, out, capsys=capsys)
     assert (status, err) == (0, "")
     # The recorded nodes belong to the recorded cluster.
-    assert "for 4 ranks in nodes of 4: experts of 4096 x 14336, 2 bytes per number, on h1" in text
+    assert "for 4 ranks in nodes of 4: experts of 4096 x 14336, 2 bytes per number, tok" in text
     written = json.loads(out.read_text())
     assert written["bytes_per_element"] == 2
     assert [row["capacity"] for row in written["rows"]] == [2, 2]
@@ -210,28 +189,6 @@ def test_defaults_take_the_place_of_a_run_that_was_not_described(tmp_path, capsy
     assert status == 0 and "experts of 4096 x 14336, 2 bytes per number, on a100-4x8-ib800" in out
 
 
-def test_metrics_of_another_run_or_damaged_ones_are_refused_and_not_written_over(tmp_path, capsys):
-    folder = tmp_path / "run"
-    record_run(folder)
-    path = folder / "group-0.trace"
-    (folder / "group-0.metrics").rename(tmp_path / "moved")
-    (folder / "group-0.metrics").symlink_to(tmp_path / "moved")
-
-    def refusal(*words):
-        status, _, err = run(path, *words, capsys=capsys)
-        assert status == 2
-        return err
-
-    for name in ("group-0.metrics", "group-3.metrics", "plan.log"):
-        assert "--json" in refusal("--json", folder / name)
-    assert "would write over the input" in refusal("--json", tmp_path / "moved")
-    path.unlink()
-    recording(path, drifting_trace())
-    assert "they are of different runs, so move one away" in refusal()
-    (tmp_path / "moved").write_text("hello\n")
-    assert "group-0.metrics, line 1: it begins with 'hello" in refusal()
-
-
 def test_experts_stay_at_home_as_recorded_or_as_the_flag_says(tmp_path, capsys):
     record_run(tmp_path / "run", run=OF_THE_RUN | {"sharding": "experts"}, cluster=OWN)
     out = tmp_path / "x.json"
@@ -240,7 +197,6 @@ def test_experts_stay_at_home_as_recorded_or_as_the_flag_says(tmp_path, capsys):
         status, text, err = run(tmp_path / "run", *flags, *words, capsys=capsys)
         assert (status, err) == (0, "")
         assert ("experts at home, on my-machine" in text) == (sharding == "experts")
-        assert ("laer leaves no expert at home" in text) == (sharding == "experts")
         written = json.loads(out.read_text())
         assert written["sharding"] == sharding
         stock, static, laer, greedy = written["rows"]

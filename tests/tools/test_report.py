@@ -300,7 +300,7 @@ def test_commands_of_the_what_if_print_their_rows_again(tmp_path, run, cluster):
         keys = ("strategy", "mode", "capacity")
         again = json.loads(out.read_text())["rows"]
         (found,) = [one for one in again if all(one[key] == row[key] for key in keys)]
-        for name in ("cases", "mean", "p95", "p99", "off_node_share", "replan_share", "layer_ms"):
+        for name in ("cases", "mean", "p99", "off_node_share", "replan_share", "layer_ms"):
             assert found[name] == row[name], (row["command"], name)
 
 

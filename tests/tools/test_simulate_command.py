@@ -11,7 +11,6 @@ import pytest
 from benchmarks import home_recipes
 from megatron_laer.choices import Auto
 from megatron_laer.config import FSEPConfig
-from megatron_laer.files.shipped import yaml_file
 from megatron_laer.planner.cluster_files import cluster_text, load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.sharding_choice import choose_geometry
@@ -60,7 +59,7 @@ def test_the_command_prints_and_writes(tmp_path, path, capsys):
         assert 0 < method["mfu"] < 1
 
 
-@pytest.mark.parametrize("order", ["laer stock", "stock laer"])
+@pytest.mark.parametrize("order", ["fsep stock", "stock fsep"])
 def test_memory_has_the_parts_of_all_methods_in_any_order(order, tmp_path, path, capsys):
     words = *TINY, *ENOUGH, "--steps", "1", "--method", *order.split()
     lines = simulated(tmp_path / "x", path, *words, capsys=capsys)["lines"]
@@ -75,10 +74,6 @@ FITS = "{path} --model mixtral-8x7b-e8k2 --node-size 2 --tokens 32768 --steps 1 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (
-            f"{W0} --tokens 512 --sharding rows --memory-gib 10000 --stock-expert-parallel 8",
-            r"^Take stock EP in groups of 8, not FSEP: .*restore takes [\d.]+ s more",
-        ),
         (
             f"{FITS} --cluster h100-8",
             r"(?s)^Nothing fits 78.6 GiB of a rank: the least need is of N=4 .* \d{3} and stock EP "
@@ -95,19 +90,13 @@ FITS = "{path} --model mixtral-8x7b-e8k2 --node-size 2 --tokens 32768 --steps 1 
             r"(?s)^Take stock EP in groups of 8: no setting of FSEP fits 190 GiB; the least need "
             r"is of N=8 .*, 2\d\d GiB\..*\nN=8 G=8 C=2 experts forecast ",
         ),
-        (
-            f"{W0} --ranks 3 --node-size 3 --tokens 64",
-            r"no fsdp\+ep: FSDP\+EP needs E/C groups of ranks",
-        ),
     ],
     ids=[
-        "balanced routing",
         "the card is too small for both",
         "enough memory",
         "stock does not fit",
         "a cluster without a card",
         "layouts of a step do not fit",
-        "a method that cannot run",
     ],
 )
 def test_advice_and_omissions_are_explained(tmp_path, path, capsys, words, said):
@@ -205,7 +194,7 @@ def test_a_recorded_run_has_its_own_cluster(tmp_path, capsys):
 
 
 def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, capsys):
-    words = f"{W0} --ranks 4 --method stock laer fsep --stock-expert-parallel 4 --capacity 3"
+    words = f"{W0} --ranks 4 --stock-expert-parallel 4 --capacity 3"
     found = {}
     for sharding in ("rows", "experts"):
         flags = f"{words} --node-size 2 --sharding {sharding}".split()
@@ -213,8 +202,7 @@ def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, capsys):
         assert f"N=4 G=2 C=3 {sharding} adaptive T=" in written["advice"]
         found[sharding] = written["methods"]
     rows, home = found.values()
-    # The others do not know the sharding.
-    assert (home["stock"], home["laer"]) == (rows["stock"], rows["laer"])
+    assert home["stock"] == rows["stock"]
     assert home["fsep"]["exposed_s"]["restore"] == 0 < rows["fsep"]["exposed_s"]["restore"]
     restored = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (rows, home)]
     # Of three slots, one has no home expert.
@@ -244,37 +232,3 @@ def test_recipes_have_a_share_of_forced_balance_with_the_points_that_they_lack(
 
 # Megatron's combined 1F1B takes no full recompute.
 ALLOWED = (("small", "1F1B"), ("small", "combined"), ("again", "1F1B"))
-
-
-def in_fp8(path, recipe):
-    path.write_text(
-        f"{yaml_file('model', 'tiny-moe').read_text()}\nprecision:\n  bf16: true\n{recipe}"
-    )
-    return f"--workload W1 --ranks 2 --cluster h100-8 --model {path}"
-
-
-def test_a_model_in_fp8_computes_faster_and_holds_a_byte_per_weight(tmp_path, capsys):
-    path = tmp_path / "model.yaml"
-    of_recipe = {"": "  fp8-format: hybrid\n"}
-    in_fp8(path, of_recipe[""])
-    with pytest.raises(ValueError, match=r"delayed with .*Megatron's default.*give --fp8-recipe t"):
-        read_model(str(path))
-    found = {}
-    for recipe in ("tensorwise", "blockwise", "mxfp8", None):
-        flags = "" if recipe is None else f"  fp8-format: e4m3\n  fp8-recipe: {recipe}\n"
-        words = f"{in_fp8(path, flags)} --method stock fsep --sharding experts --capacity 5"
-        for held in ("", " --restore step"):
-            of_command = simulated(tmp_path / "x.json", *f"{words}{held}".split(), capsys=capsys)
-            found[recipe, held] = of_command["methods"]
-    bf16, blockwise = found[None, ""], found["blockwise", ""]
-    for name in ("stock", "fsep"):
-        assert blockwise[name]["memory_bytes"]["quantised_weights"] > 0
-        assert bf16[name]["compute_s"]["attention"] != blockwise[name]["compute_s"]["attention"]
-    slots = {key: of["fsep"]["memory_bytes"]["restored_experts"] for key, of in found.items()}
-    assert slots["blockwise", ""] / slots[None, ""] == pytest.approx(0.5, rel=2e-2)
-    assert slots["tensorwise", ""] < slots["mxfp8", ""] < 1.1 * slots["tensorwise", ""]
-    # Over a step, mxfp8 holds the payloads of both directions.
-    scales = slots["mxfp8", ""] / slots["tensorwise", ""]
-    held = slots["mxfp8", " --restore step"]
-    once = slots["tensorwise", " --restore step"]
-    assert held / once == pytest.approx(2 * scales)

@@ -54,8 +54,7 @@ def test_a_row_is_what_a_plain_loop_over_the_steps_gives(trace):
     row = table(trace, strategies=["greedy"], modes=["forecast"])["greedy", "forecast"]
     assert row.cases == len(ratios) == 2 * 5 * 3
     assert row.mean == pytest.approx(np.mean(ratios))
-    assert row.max == pytest.approx(max(ratios))
-    assert row.p95 == pytest.approx(np.percentile(ratios, 95))
+    assert row.p99 == pytest.approx(np.percentile(ratios, 99))
     assert row.off_node_share == pytest.approx(off_node / tokens)
     assert row.layer_ms == pytest.approx(seconds / len(ratios) * 1e3)
 
@@ -66,7 +65,7 @@ def test_the_papers_planner_sees_the_newest_microbatches_of_its_layer_alone(trac
         if observed is not None:
             before_R = np.flatnonzero((trace.step_R < step) & (trace.layer_R == layer))
             expected_NE = trace.counts_RNE[before_R[-5:]].sum(axis=0)
-            assert (observed.counts_NE(by_newest=True) == expected_NE).all()
+            assert (observed.total_NE(observed.newest) == expected_NE).all()
 
 
 def test_stock_is_megatrons_placement_and_restores_nothing(trace, rows):
@@ -84,22 +83,19 @@ def test_rows_are_in_the_order_that_was_asked_for(rows):
     expected = [(STOCK, "-"), ("static", "forecast"), ("laer", "forecast")]
     expected += [("greedy", mode) for mode in MODES]
     assert list(rows) == expected
-    assert [key for key, row in rows.items() if row.split == "even"] == [expected[0], expected[2]]
     # There is no stock row where experts do not divide.
     assert (STOCK, "-") not in table(drifting_trace(experts=9), modes=["forecast"])
 
 
 def test_modes_do_what_they_promise(rows):
     forecast, exact = rows["greedy", "forecast"], rows["greedy", "exact"]
-    assert exact.load_over_bound == 1.0
-    assert forecast.max > 1.05
+    assert exact.p99 < 1.001 < 1.05 < forecast.p99
     assert forecast.replan_share == 0
     assert exact.replan_share > 0.9
     adaptive = rows["greedy", "adaptive"]
     assert adaptive.layer_ms <= min(forecast.layer_ms, exact.layer_ms)
-    assert rows["greedy", "tolerance"].max <= 1.05
+    assert rows["greedy", "tolerance"].p99 <= 1.05
     assert 0 < rows["greedy", "tolerance"].replan_share < 1
-    assert all(row.time_over_bound >= 1 and row.load_over_bound >= 1 for row in rows.values())
 
 
 def test_a_forward_pass_restores_all_slots_and_what_changed_after_the_gate(rows):

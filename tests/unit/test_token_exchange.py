@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_laer.choices import Auto, Recompute, TokenExchange
+from megatron_laer.choices import Auto, Dispatch, Recompute, TokenExchange
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Link
@@ -21,7 +21,7 @@ from megatron_laer.planner.token_exchange import (
     token_seconds,
     with_token_exchange,
 )
-from megatron_laer.runtime.build import token_exchange
+from megatron_laer.runtime.build import token_dispatch
 from tests.costs import make_costs
 from tests.placed import placed
 
@@ -115,7 +115,7 @@ def test_auto_is_decided_for_the_tokens_of_the_command_line() -> None:
         args = SimpleNamespace(micro_batch_size=2, seq_length=sequence)
         tokens = _tokens(args, model)
         assert tokens == sequence // 4
-        found.append(token_exchange(config, QWEN, geometry, model, tokens))
-    assert found == [RANK, NODE]
+        found.append(token_dispatch(config, QWEN, geometry, model, tokens))
+    assert found == [Dispatch.RANK, Dispatch.NODE]
     model.moe_token_dispatcher_type = "flex"
-    assert token_exchange(config, QWEN, geometry, model, tokens) == RANK
+    assert token_dispatch(config, QWEN, geometry, model, tokens) == Dispatch.FLEX

@@ -7,34 +7,25 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 
-from megatron_laer.choices import Sharding, Unproven
+from megatron_laer.choices import Dispatch, Sharding, Unproven
 from megatron_laer.config import flag_name
 from megatron_laer.files.checks import one_line
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.rules import sharding_for
 from megatron_laer.tools.cli import prediction_input, run_flags
-from megatron_laer.tools.cli.argument_types import (
-    MOST_RANKS,
-    between,
-    describe,
-    option,
-    shared,
-)
+from megatron_laer.tools.cli.argument_types import MOST_RANKS, between, describe, option, shared
 from megatron_laer.tools.cli.megatron_flags import parsed
 from megatron_laer.tools.cli.outputs import bar, write_json
 from megatron_laer.tools.recipes.command_lines import script_flags
 from megatron_laer.tools.simulator.advisor import output
 from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run
 from megatron_laer.tools.simulator.advisor.search import search
-from megatron_laer.tools.simulator.advisor.settings import Dispatch, group_flags, group_sizes
+from megatron_laer.tools.simulator.advisor.settings import group_flags, group_sizes
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.replay import Routing
 from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import NATURAL
-
-# Exit status if nothing fits in memory.
-_NOTHING_FITS = 1
 
 _EXAMPLES = """\
 examples:
@@ -88,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     )
     write_json(args.json, {"title": title} | output.content(asked, results, common))
     print(output.text(one_line(title), asked, results, common))
-    return 0 if results.best.found or results.stocks.found else _NOTHING_FITS
+    return 0 if results.best.found or results.stocks.found else 1  # nothing fits
 
 
 def _allowed(args: argparse.Namespace, asked: Run, words: list[str]) -> tuple[Unproven, ...]:
@@ -128,8 +119,7 @@ def _runs(
     dispatches = [Dispatch.RANK]
     if not settings.moe_permute_fusion:  # training refuses both
         dispatches.append(Dispatch.NODE)
-    stock_flex = settings.moe_token_dispatcher_type != "alltoall"
-    if stock_flex:
+    if settings.moe_token_dispatcher_type != "alltoall":
         dispatches.append(Dispatch.FLEX)
     at_home = model.precision.is_quantised
     if args.flags:
@@ -144,7 +134,6 @@ def _runs(
         tokens=None if trace is None else shape.tokens,
         most_bytes=most_gib * 2**30,
         dispatches=tuple(dispatches),
-        stock_flex=stock_flex,
         flex_backend=settings.moe_flex_dispatcher_backend,
         overlaps=run_flags.overlaps(settings, shape),
         shardings=(Sharding.EXPERTS,) if at_home else tuple(Sharding),

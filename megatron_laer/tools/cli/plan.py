@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, TokenExchange
+from megatron_laer.choices import Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import one_line
-from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.rules import lays_out_freely
 from megatron_laer.tools.cli import plan_homes, prediction_input
 from megatron_laer.tools.cli.argument_types import (
-    MAX_TOKENS,
     MOST_RANKS,
     between,
     describe,
+    named,
     number,
     option,
     refuse_repeated,
@@ -27,10 +25,7 @@ from megatron_laer.tools.cli.argument_types import (
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar, check_outputs, write_json
-from megatron_laer.tools.cli.prediction_input import (
-    DEFAULT_CLUSTER,
-    prediction_settings,
-)
+from megatron_laer.tools.cli.prediction_input import DEFAULT_CLUSTER, prediction_settings
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.recorded import check_same_run
 from megatron_laer.tools.report.run_files import metrics_beside
@@ -40,52 +35,40 @@ from megatron_laer.tools.simulator.comparison import (
     STOCK,
     TOLERANCE,
     PlanRow,
-    chosen_cases,
     simulate,
 )
-from megatron_laer.tools.simulator.output import aligned
+from megatron_laer.tools.simulator.iteration.model_shape import read_model
+from megatron_laer.tools.simulator.output import table
 from megatron_laer.tools.simulator.replay import check_memory
 from megatron_laer.tools.simulator.run_settings import RunSettings
 from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
-from megatron_laer.tools.traces.workloads import TITLES, WorkloadShape
+from megatron_laer.tools.traces.workloads import TITLES
 
 _DEFAULT_TOLERANCE = 0.05
 # Maximum of --every: more than any trace has records.
 _MAX_STRIDE = 10**9
-# Flags of a workload, with the letter of their value, its maximum and default, and help.
-_WORKLOAD_ONLY = {
-    "--topk": ("K", MAX_EXPERTS, 2, "experts of a token"),
-    "--tokens": ("T", MAX_TOKENS, 4096, "tokens of a rank"),
-    "--steps": ("M", 10**5, 32, "steps, of a microbatch each"),
-}
 
 _MIB = 2**20
-_COLUMNS = (
-    ("strategy", lambda row: row.strategy),
-    ("mode", lambda row: row.mode),
-    ("C", lambda row: f"{row.capacity}"),
-    ("split", lambda row: row.split),
-    ("mean", lambda row: f"{row.mean:.4f}"),
-    ("p95", lambda row: f"{row.p95:.4f}"),
-    ("p99", lambda row: f"{row.p99:.4f}"),
-    ("max", lambda row: f"{row.max:.3f}"),
-    ("load/bound", lambda row: f"{row.load_over_bound:.4f}"),
-    ("off-node", lambda row: f"{row.off_node_share:.1%}"),
-    ("replans", lambda row: f"{row.replan_share:.1%}"),
-    ("restored MiB", lambda row: f"{row.restored_bytes / _MIB:.1f}"),
-    ("layer ms", lambda row: f"{row.layer_ms:.3f}"),
-    ("time/bound", lambda row: f"{row.time_over_bound:.3f}"),
-)
-_WORDS = (0, 1, 3)  # columns of text
+_COLUMNS: Mapping[str, Callable[[PlanRow], str]] = {
+    "strategy": lambda row: row.strategy,
+    "mode": lambda row: row.mode,
+    "C": lambda row: f"{row.capacity}",
+    "mean": lambda row: f"{row.mean:.4f}",
+    "p99": lambda row: f"{row.p99:.4f}",
+    "off-node": lambda row: f"{row.off_node_share:.1%}",
+    "replans": lambda row: f"{row.replan_share:.1%}",
+    "restored MiB": lambda row: f"{row.restored_bytes / _MIB:.1f}",
+    "layer ms": lambda row: f"{row.layer_ms:.3f}",
+}
+_WORDS = (0, 1)  # columns of text
 
 _LEGEND = """\
-mean, p95, p99, max: of max/mean tokens per rank. load/bound: largest load / ceil(tokens/N), mean.
-off-node: tokens computed on another node than their own. replans: microbatches whose layout was
-made after the gate. restored MiB: received by the busiest rank in one forward pass. layer ms:
-predicted, forward and backward, with the cost of replans, and of home experts' replicas as far as
-it is not hidden; rows are taken to be restored unseen, and stock's tokens go by rank. time/bound:
-the same / a lower bound for C slots."""
+mean, p99: of max/mean tokens per rank. off-node: tokens computed on another node than their own.
+replans: microbatches whose layout was made after the gate. restored MiB: received by the busiest
+rank in one forward pass. layer ms: predicted, forward and backward, with the cost of replans, and
+of home experts' replicas as far as it is not hidden; rows are taken to be restored unseen, and
+stock's tokens go by rank, or as FSEP's with the flex dispatcher."""
 
 _EXAMPLES = """\
 examples:
@@ -93,7 +76,7 @@ examples:
   %(prog)s traces/group-0.trace --ranks 64 --node-size 8 --capacity 2 3 4
   %(prog)s traces/group-0.trace --cluster my-cluster.yaml --config my-model.yaml --every 97
   %(prog)s traces/group-0.trace --node-size 8 --homes homes.json
-  %(prog)s --workload W6 --ranks 32 --experts 128 --topk 8
+  %(prog)s --workload W6 --ranks 32 --config qwen3-30b-a3b
   %(prog)s traces --strategy greedy --mode forecast adaptive --json plan.json
 """
 
@@ -106,10 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _EXAMPLES,
     )
     prediction_input.add_routing(parser)
-    option(parser, "--experts E", "for workloads", between(1, MAX_EXPERTS))
-    for flag, (letter, high, usual, text) in _WORKLOAD_ONLY.items():
-        text = f"of a workload: {text}; default: {usual}"
-        option(parser, f"{flag} {letter}", text, between(1, high))
+    shared(parser, "--tokens T", "of a workload: a sequence of its model")
     shared(parser, "--ranks N", "as in the trace")
     shared(parser, "--capacity C", "the recorded, else min(E, ceil(E/N) + 1)", nargs="+")
     shared(parser, "--node-size G", "the recorded, else the cluster's, at most N")
@@ -119,17 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         option(parser, flag, text, nargs="+", choices=choices)
     text = "replan where max/mean exceeds 1 + X; of --homes: stock's + X; default: the recorded,"
     option(parser, "--tolerance X", f"{text} else {_DEFAULT_TOLERANCE}", number(0, MOST_RANKS))
-    predicted = "for the predicted time"
-    for flag, words, text in (
-        ("--sharding", [*Sharding], "rows of every expert on each rank, or home experts"),
-        ("--restore-algorithm", [*ExchangeAlgorithm, Auto.AUTO], "how experts are fetched"),
-        ("--token-exchange", [*TokenExchange, Auto.AUTO], f"how tokens travel, {predicted}"),
-        ("--recompute", [*Recompute], f"what backward computes again, {predicted}"),
-    ):
-        text = f"{text}; default: the recorded, else {words[0]}"
-        option(parser, flag, text, choices=[str(word) for word in words])
-    text = "a model, for its experts' sizes; default: the recorded, else those of"
-    option(parser, "--config NAME|YAML", f"{text} mixtral-8x7b-e8k2")
+    text = "rows of every expert on each rank, or home experts; default: the recorded, else"
+    option(parser, "--sharding", f"{text} {Sharding.ROWS}", choices=[*map(str, Sharding)])
+    text = "a model, for its experts' sizes, and for a workload; default: the recorded, else that"
+    option(parser, "--config NAME|YAML", f"{text} of mixtral-8x7b-e8k2")
     text = "only every K-th microbatch, to be quick; a prime number meets all layers; default: 1"
     option(parser, "--every K", text, between(1, _MAX_STRIDE))
     plan_homes.add_arguments(parser)
@@ -140,15 +113,14 @@ def run(args: argparse.Namespace) -> int:
     metrics = None if args.trace is None else metrics_beside(args.trace)
     _check(args, metrics)
     recording = None if metrics is None else read_metrics(metrics)
-    flags = vars(args) | {"top_k": args.topk, "imbalance_tolerance": args.tolerance}
+    flags = vars(args) | {"imbalance_tolerance": args.tolerance}
     settings = prediction_settings(flags, recording, metrics)
     costs, sizes = settings.costs, settings.sizes
-    num_experts = args.experts if args.experts is not None else sizes.num_experts
     tolerance = settings.tolerance if args.homes is None else args.tolerance
     tolerance = _DEFAULT_TOLERANCE if tolerance is None else tolerance
     every = args.every or 1
 
-    source, recorded = _routing(args, num_experts)
+    source, recorded = _routing(args, sizes.num_experts)
     if metrics is not None and recording is not None:
         check_same_run(metrics, recording.shape, args.trace, recorded)
     num_ranks = recorded.num_ranks if args.ranks is None else args.ranks
@@ -165,7 +137,6 @@ def run(args: argparse.Namespace) -> int:
         record_bytes=4 * len(recorded),
         purpose=f"planning {len(recorded)} microbatches for {num_ranks:,} ranks",
     )
-    chosen_cases(recorded, every)  # refuses a trace without any
     trace = recorded.with_ranks(num_ranks)
     priced = settings.priced(trace, geometries)
     strategies = args.strategy or [*BASELINES, FSEPConfig().planner]
@@ -193,23 +164,19 @@ def run(args: argparse.Namespace) -> int:
         "precision": costs.precision,
         "sharding": settings.sharding,
         "restore_algorithm": settings.restore_algorithm,
-        "token_exchange": ", ".join(dict.fromkeys(of.tokens.exchange for of in priced.values())),
+        "token_exchange": settings.dispatch,
         "recompute": costs.recompute,
         "tolerance": tolerance,
         "every": every,
     }
     # The file first: a reader of the table that stops early would end the command.
     write_json(args.json, {**about, "rows": [asdict(row) for row in rows]})
-    print(_text(about, rows, settings, strategies, metrics))
+    print(_text(about, rows, settings, metrics))
     return 0
 
 
 def _text(
-    about: Mapping[str, Any],
-    rows: Sequence[PlanRow],
-    settings: RunSettings,
-    strategies: Sequence[str],
-    metrics: Path | None,
+    about: Mapping[str, Any], rows: Sequence[PlanRow], settings: RunSettings, metrics: Path | None
 ) -> str:
     counts = ", ".join(
         f"{about[name]} {name}" for name in ("steps", "layers", "records", "experts")
@@ -220,24 +187,15 @@ def _text(
         f"{_shortest(rows)}\n",
         one_line(f"{about['trace']}: {counts}, {about['recorded_ranks']} ranks"),
         one_line(f"{planned_for}: {settings.words()}{recorded_in}") + "\n",
-        aligned(
-            [
-                [name for name, _ in _COLUMNS],
-                *([text(row) for _, text in _COLUMNS] for row in rows),
-            ],
-            _WORDS,
-        ),
+        table(_COLUMNS, rows, _WORDS),
         f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts of the counts of "
         "earlier steps.",
-        f"Rows of {' and '.join(BASELINES)} are for comparison, always in mode forecast.",
+        f"Rows of {' and '.join(BASELINES)} are for comparison, always in mode forecast; laer "
+        "splits tokens evenly and leaves no expert at home. Stock EP has a row where its ranks",
+        "have equal numbers of experts.",
+        _LEGEND,
     ]
-    if settings.sharding == Sharding.EXPERTS and any(map(lays_out_freely, strategies)):
-        lines.append("laer leaves no expert at home: its rows are those of --sharding rows.")
-    if about["experts"] % about["ranks"] != 0:
-        lines.append(
-            f"No row for stock EP, which needs {about['experts']} experts / {about['ranks']} ranks."
-        )
-    return "\n".join([*lines, _LEGEND])
+    return "\n".join(lines)
 
 
 def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Trace]:
@@ -245,14 +203,9 @@ def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Tr
         return str(args.trace), read_trace(
             args.trace, num_experts=num_experts, pairs=args.homes is not None
         )
-    assert num_experts is not None
-    topk, tokens, steps = (
-        default if (given := getattr(args, flag.removeprefix("--"))) is None else given
-        for flag, (_, _, default, _) in _WORKLOAD_ONLY.items()
-    )
-    shape = WorkloadShape(args.ranks, num_experts, topk, tokens)
-    name = f"{args.workload} {TITLES[args.workload]}, top-{topk}, {tokens} tokens per rank"
-    return name, prediction_input.drawn(args.workload, shape, steps, way_out="give fewer --steps")
+    model = named("--config", args.config, read_model)
+    trace = prediction_input.workload(model, args.workload, args.ranks, args.tokens)
+    return f"{args.workload} {TITLES[args.workload]} of {args.config}", trace
 
 
 def _check(args: argparse.Namespace, metrics: Path | None) -> None:
@@ -265,11 +218,9 @@ def _check(args: argparse.Namespace, metrics: Path | None) -> None:
     prediction_input.check_routing(args, "plan for")
     plan_homes.check(args)
     if args.workload is None:
-        prediction_input.refuse(args, tuple(_WORKLOAD_ONLY), "add --workload")
-    elif args.experts is None and args.config is None:
-        raise ValueError(
-            f"--workload {args.workload} has no experts of its own; give --experts or --config"
-        )
+        prediction_input.refuse(args, ("--tokens",), "add --workload")
+    elif args.config is None:
+        raise ValueError(f"--workload {args.workload} has no experts of its own; give --config")
     inputs = yaml_inputs(cluster=("cluster", args.cluster), config=("model", args.config))
     outputs = {"--homes": args.homes, "--json": args.json}
     check_outputs(outputs, [*inputs, metrics], args.trace)

@@ -15,13 +15,10 @@ from megatron_laer.tools.cli.argument_types import option, path
 from megatron_laer.tools.cli.outputs import bar, write_json
 from megatron_laer.tools.cli.prediction_input import refuse
 from megatron_laer.tools.simulator.homes import LayerHomes, homes_by_pairs
-from megatron_laer.tools.simulator.output import aligned
+from megatron_laer.tools.simulator.output import table
 from megatron_laer.tools.traces.records import Trace
 
-_NO_EFFECT = (
-    *("--capacity", "--token-exchange", "--recompute", "--restore-algorithm"),
-    *("--strategy", "--mode", "--every"),
-)
+_NO_EFFECT = ("--capacity", "--strategy", "--mode", "--every")
 _COLUMNS: Mapping[str, Callable[[LayerHomes], str]] = {
     "layer": lambda one: one_line(one.layer, 40),
     "rows, stock's": lambda one: f"{one.stock_rows:.3f}",
@@ -74,11 +71,9 @@ def run(
     ]
     write_json(args.json, {"homes": rows})
     print(one_line(f"homes for {num_ranks} ranks in nodes of {node_size}: {args.homes}"))
-    is_counted = all(one.is_counted for one in layers)
-    source = "counted on tokens' experts" if is_counted else "expected from pairs"
-    lines = [[text(one) for text in _COLUMNS.values()] for one in layers]
-    table = aligned([[*_COLUMNS], *lines], (0, len(_COLUMNS) - 1))
-    print(f"\n{table}\n\n{_LEGEND.format(source=source)}")
+    source = "counted on tokens' experts" if trace.sets else "expected from pairs"
+    text = table(_COLUMNS, layers, (0, len(_COLUMNS) - 1))
+    print(f"\n{text}\n\n{_LEGEND.format(source=source)}")
     return 0
 
 

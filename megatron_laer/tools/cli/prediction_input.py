@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, TokenExchange
+from megatron_laer.choices import Auto, Dispatch, ExchangeAlgorithm, Recompute, Sharding
 from megatron_laer.files import memory
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
@@ -126,32 +126,19 @@ def rates_of(model: ModelShape, cluster: Cluster) -> tuple[Rates, ...]:
 
 
 def workload(model: ModelShape, name: str, ranks: int, tokens: int | None) -> Trace:
-    """Make a workload's trace of some steps and layers of a model."""
+    """Make a workload's trace of some steps and layers of a model, unless memory is too small."""
     layers, microbatches = min(_LAYERS, model.moe_layers), 1
     if name in (PAPER, PAPER_FIRST):
         layers, microbatches = model.moe_layers, PAPERS_MICROBATCHES
     shape = WorkloadShape(ranks, model.num_experts, model.topk, tokens or model.sequence)
-    return drawn(name, shape, _STEPS, layers, microbatches, way_out="give fewer --ranks")
-
-
-def drawn(
-    name: str,
-    shape: WorkloadShape,
-    steps: int,
-    layers: int = 1,
-    microbatches: int = 1,
-    *,
-    way_out: str,
-) -> Trace:
-    """Make a workload's trace, unless memory does not suffice."""
     memory.check_enough(
-        _BYTES_PER_COUNT * steps * layers * microbatches * shape.ranks * shape.experts,
-        f"{steps} steps of {shape.ranks} ranks and {shape.experts} experts",
-        way_out,
+        _BYTES_PER_COUNT * _STEPS * layers * microbatches * ranks * model.num_experts,
+        f"{_STEPS} steps of {ranks} ranks and {model.num_experts} experts",
+        "give fewer --ranks",
     )
     progress = bar("drawing", leave=False)
     return workload_trace(
-        name, shape, steps, layers=layers, microbatches=microbatches, progress=progress
+        name, shape, _STEPS, layers=layers, microbatches=microbatches, progress=progress
     )
 
 
@@ -207,8 +194,8 @@ def prediction_settings(
     return RunSettings(
         sizes,
         costs,
-        value("restore_algorithm", _algorithm, ExchangeAlgorithm.FLAT.value),
-        value("token_exchange", TokenExchange, TokenExchange.RANK),
+        value("restore_algorithm", _algorithm, _algorithm(ExchangeAlgorithm.FLAT)),
+        value("token_exchange", Dispatch, Dispatch.RANK),
         sharding,
         value("imbalance_tolerance", number(0, MOST_RANKS), None),
         flags["cluster"] is not None,
@@ -223,8 +210,8 @@ def cluster_by(flag: str | None, recording: MetricsRecording | None) -> Cluster:
     return named("--cluster", flag or DEFAULT_CLUSTER, load_cluster)
 
 
-def _algorithm(text: str) -> str:
-    return text if text == Auto.AUTO else ExchangeAlgorithm(text)
+def _algorithm(text: str) -> ExchangeAlgorithm | Auto:
+    return Auto.AUTO if text == Auto.AUTO else ExchangeAlgorithm(text)
 
 
 def _boolean(text: str) -> bool:

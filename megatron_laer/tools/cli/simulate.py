@@ -1,4 +1,4 @@
-"""The command `simulate` predicts whole iterations of stock EP, FSEP and others on a cluster."""
+"""The command `simulate` predicts whole iterations of stock EP and FSEP on a cluster."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import argparse
 from dataclasses import asdict
 from functools import partial
 
-from tqdm import tqdm
-
-from megatron_laer.choices import (
-    Auto,
-    Recompute,
-    Sharding,
-    TokenExchange,
-)
+from megatron_laer.choices import Auto, Dispatch, Recompute, Restore, Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import one_line
 from megatron_laer.planner.costs import CostModel
@@ -29,22 +22,12 @@ from megatron_laer.tools.cli.argument_types import (
     refuse_repeated,
     shared,
 )
-from megatron_laer.tools.cli.outputs import write_json
+from megatron_laer.tools.cli.outputs import bar, write_json
 from megatron_laer.tools.cli.prediction_input import ROWS_IN_FP8
 from megatron_laer.tools.simulator import output
-from megatron_laer.tools.simulator.iteration.methods import (
-    METHODS,
-    STOCK,
-    Method,
-    MethodSettings,
-    make_method,
-)
+from megatron_laer.tools.simulator.iteration.methods import METHODS, STOCK, MethodSettings
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
-from megatron_laer.tools.simulator.iteration.predict import (
-    Predict,
-    fastest_stock,
-    predict_iterations,
-)
+from megatron_laer.tools.simulator.iteration.predict import fastest_stock, predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.replay import Routing
@@ -52,7 +35,6 @@ from megatron_laer.tools.simulator.run_settings import priced
 from megatron_laer.tools.traces import read_trace
 
 _MAX_COUNT, _MAX_STEPS = 2**16, 10**5
-_FLEX = "flex"
 _AUTO = Auto.AUTO.value
 # Word of --recompute for the module `moe` of Megatron's selective recomputation.
 _ALL_BUT_ATTENTION = "moe"
@@ -69,8 +51,8 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "Time of an iteration of stock EP, FSDP+EP, LAER and FSEP for recorded or made-up routing, "
-        "as a range over the cluster's constants, and whether FSEP is worth it.",
+        "Time of an iteration of stock EP and FSEP for recorded or made-up routing, as a range "
+        "over the cluster's constants, and whether FSEP is worth it.",
         _EXAMPLES,
     )
     prediction_input.add_inputs(parser)
@@ -101,10 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sent = "how stock sends tokens: a row per expert, or once per node"
     for group, flag, words, word, text in (
         (run, "--recompute", [*Recompute, _ALL_BUT_ATTENTION], Recompute.NONE.value, again),
-        (run, "--stock-dispatcher", ["alltoall", _FLEX], _FLEX, sent),
+        (run, "--stock-dispatcher", ["alltoall", Dispatch.FLEX], Dispatch.FLEX.value, sent),
         (ours, "--sharding", [*Sharding, _AUTO], _AUTO, "experts at home, or rows on every rank"),
-        (ours, "--token-exchange", [*TokenExchange, _FLEX, _AUTO], _AUTO, "flex: DeepEP's"),
-        (ours, "--restore", ["layer", "step"], "layer", "as in training"),
+        (ours, "--token-exchange", [*Dispatch, _AUTO], _AUTO, "flex: DeepEP's"),
+        (ours, "--restore", [*Restore], Restore.LAYER.value, "as in training"),
     ):
         text = f"{text}; default: %(default)s"
         option(group, flag, text, choices=[*map(str, words)], default=word)
@@ -118,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     refuse_repeated(args, ["--method"])
-    if args.overlap and args.token_exchange == TokenExchange.NODE:
+    if args.overlap and args.token_exchange == Dispatch.NODE:
         raise ValueError(
             "--overlap with --token-exchange node: inside a node tokens move with the experts' "
             "compute, which hides none of them; give --token-exchange rank or flex"
@@ -160,15 +142,17 @@ def run(args: argparse.Namespace) -> int:
         config,
         stock_group=args.stock_expert_parallel,
         topk=model.topk,
-        flex=args.token_exchange == _FLEX,
-        stock_flex=args.stock_dispatcher == _FLEX,
+        stock_flex=args.stock_dispatcher == Dispatch.FLEX,
         combined=args.overlap,
     )
-    methods, refused = _methods(args, settings, rates, predict, most_bytes)
-    layers = min(routing.layers, model.moe_layers)
-    total = min(args.steps, len(routing.steps())) * layers * shape.microbatches
-    with tqdm(desc=label, total=total, unit="microbatch", disable=None, leave=False) as bar:
-        found = predict(methods, rates, progress=bar.update)
+    methods = [
+        fastest_stock(settings, rates[0], predict, most_bytes)
+        if name == STOCK
+        else METHODS[name](settings, rates[0])
+        for name in args.method
+    ]
+    progress = bar(label, total=args.steps, unit="step", leave=False)
+    found = predict(methods, rates, progress=progress)
     predicted = {prediction.method: prediction for prediction in found}
 
     sentence = output.advice(label, predicted, most_gib)
@@ -186,7 +170,6 @@ def run(args: argparse.Namespace) -> int:
         "not_given": output.not_given(cluster),
         "advice": sentence,
         "methods": {name: output.content(of) for name, of in predicted.items()},
-        "refused": refused,
     }
     write_json(args.json, about)
     limit = "" if most_gib is None else f" with {most_gib:g} GiB each"
@@ -197,9 +180,7 @@ def run(args: argparse.Namespace) -> int:
         + f"\n{label}: {shape.tokens} tokens per rank and microbatch, {shape.microbatches} "
         f"microbatches; pipeline {shape.stages} x {shape.chunks}, {shape.world} ranks in all"
         f"{limit}; recompute {shape.recompute}",
-        "\n".join(
-            [output.methods_text(predicted), *(f"no {name}: {refused[name]}" for name in refused)]
-        ),
+        output.methods_text(predicted),
         output.parts_text(predicted),
         output.LEGEND,
     ]
@@ -222,16 +203,15 @@ def _chosen(
 ) -> Candidate:
     """Return the sharding, slots and prices that training takes."""
     costs = model.costs(rates.cluster, _recompute(args), routing.pairs)
-    exchange = args.token_exchange
-    if exchange == _FLEX:  # whose rows are those of `node`
-        exchange = TokenExchange.NODE
-    elif args.overlap and exchange == Auto.AUTO:  # which hides nothing of `node` inside nodes
-        exchange = TokenExchange.RANK
+    dispatch: Dispatch | Auto = Auto.AUTO
+    if args.token_exchange != Auto.AUTO:
+        dispatch = Dispatch(args.token_exchange)
+    elif args.overlap:  # which hides nothing of `node` inside nodes
+        dispatch = Dispatch.RANK
     tokens = max(round(routing.pairs) // model.topk, 1)
 
     def priced_for(geometry: Geometry) -> CostModel:
-        sizes = geometry, model.topk, tokens
-        return priced(costs, sizes, exchange, Auto.AUTO)
+        return priced(costs, (geometry, model.topk, tokens), dispatch, Auto.AUTO)
 
     shape = asked.num_ranks, asked.num_experts, asked.node_size
     chosen, _ = choose_geometry(config, shape, 1, model.topk, priced_for)
@@ -273,27 +253,3 @@ def _run_shape(
         )
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
     return shape
-
-
-def _methods(
-    args: argparse.Namespace,
-    settings: MethodSettings,
-    rates: tuple[Rates, ...],
-    predict: Predict,
-    most_bytes: float | None,
-) -> tuple[list[Method], dict[str, str]]:
-    """Return the methods, and the reasons of those that cannot run."""
-    methods, refused = [], {}
-    for name in args.method:
-        try:
-            if name == STOCK:
-                methods.append(fastest_stock(settings, rates[0], predict, most_bytes))
-            else:
-                methods.append(make_method(name, settings, rates[0]))
-        except ValueError as error:
-            if name == STOCK and settings.stock_group is not None:
-                raise
-            refused[name] = str(error)
-    if not methods:
-        raise ValueError("; ".join(refused.values()))
-    return methods, refused

@@ -30,7 +30,7 @@ _FOLDER = resources.files("megatron_laer.tools.report") / "page"
 # Values of the assessment and of a what-if row in the page's data.
 _OF_VERDICT = ("kept", "kept_by_stock", "total_s", "imbalance_s", "exchanges_s", "stock_s")
 _OF_ROW = (
-    *("strategy", "mode", "capacity", "cases", "mean", "p95", "p99"),
+    *("strategy", "mode", "capacity", "cases", "mean", "p99"),
     *("off_node_share", "replan_share", "layer_ms"),
 )
 # Another quantity than the verdict's share of balance, of nearly the same name: of MoE layers
@@ -51,8 +51,7 @@ def page(run: RunData, rows: Sequence[WhatIf], predicted_for: str = "") -> str:
         "verdict": {name: getattr(assessment, name) for name in _OF_VERDICT},
         "figures": [vars(figure) for section in shown for figure in section.figures],
         "what_if": [
-            {name: getattr(row.row, name) for name in _OF_ROW}
-            | {"share": row.share, "command": row.command}
+            {name: getattr(row.row, name) for name in _OF_ROW} | {"command": row.command}
             for row in rows
         ],
     }

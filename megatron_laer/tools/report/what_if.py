@@ -5,6 +5,7 @@ Each row has the command that prints it again.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ from dataclasses import dataclass, replace
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES
-from megatron_laer.planner.outcome import balanced_seconds
 from megatron_laer.tools.simulator.comparison import TOLERANCE, PlanRow, chosen_cases, simulate
 from megatron_laer.tools.simulator.run_settings import RunSettings
 from megatron_laer.tools.traces.records import Trace
@@ -24,12 +24,11 @@ _STRATEGY = FSEPConfig().planner
 class WhatIf:
     """Row of `plan`, whose `layer_ms` includes fresh layouts; `command` prints it again.
 
-    `share` is stock's time with forced balance over `layer_ms`. `mode` has the tolerance, if any.
+    `mode` has the tolerance, if any.
     """
 
     row: PlanRow
     mode: str
-    share: float
     command: str
 
 
@@ -49,8 +48,9 @@ def what_if(
     if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) < 2:
         return []
     cases = len(chosen_cases(trace, 1))
-    every = _prime_from(-(-cases // most_cases))
-    every = every if every <= cases else 1
+    every = -(-cases // most_cases)
+    while math.gcd(every, cases) > 1 and every < cases:  # such a stride would miss layers
+        every += 1
     tolerance, homes = settings.tolerance, geometry.home_slots
     least = homes + 1 if homes else -(-geometry.num_experts // geometry.num_ranks)
     around = (geometry.capacity - 1, geometry.capacity, geometry.capacity + 1)
@@ -59,28 +59,20 @@ def what_if(
         for slots in around
         if least <= slots <= geometry.num_experts
     ]
-    priced = settings.priced(trace, shapes)
     rows = simulate(
         trace,
-        priced,
+        settings.priced(trace, shapes),
         [_STRATEGY],
         [mode.value for mode in GUARD_MODES] + [TOLERANCE] * (tolerance is not None),
         tolerance=tolerance or 0.0,
         every=every,
         progress=progress,
     )
-    own = next(of for of in priced if of.capacity == geometry.capacity)
-    balanced_s = [
-        balanced_seconds(priced[own], own, trace.counts_NE(case))
-        for case in chosen_cases(trace, every)
-    ]
-    balanced_ms = sum(balanced_s) / len(balanced_s) * 1e3
     return [
         WhatIf(
             row,
             f"{row.mode} {tolerance}" if row.mode == TOLERANCE else row.mode,
-            balanced_ms / row.layer_ms,
-            _command(path, geometry, settings, flags, every, row),
+            _command(path, geometry, tolerance, flags, every, row),
         )
         for row in rows
     ]
@@ -89,33 +81,24 @@ def what_if(
 def _command(
     path: str,
     geometry: Geometry,
-    settings: RunSettings,
+    tolerance: float | None,
     flags: Sequence[str],
     every: int,
     row: PlanRow,
 ) -> str:
-    """Return the command that prints this row; every command prints stock's row first."""
-    costs, is_stock = settings.costs, row.strategy != _STRATEGY
+    """Return the command that prints this row; every command prints stock's row first.
+
+    It reads the run's other settings from the metrics next to the trace.
+    """
+    is_stock = row.strategy != _STRATEGY
     capacity = geometry.capacity if is_stock else row.capacity
     mode = GUARD_MODES[0].value if is_stock else row.mode
     words = [
         *("python", "-m", "megatron_laer", "plan", path),
         *("--capacity", str(capacity), "--strategy", _STRATEGY, "--mode", mode),
-        *("--ranks", str(geometry.num_ranks), "--node-size", str(geometry.node_size)),
-        *(("--tolerance", str(settings.tolerance)) if mode == TOLERANCE else ()),
+        *("--node-size", str(geometry.node_size)),
+        *(("--tolerance", str(tolerance)) if mode == TOLERANCE else ()),
         *flags,
-        *("--sharding", geometry.sharding),
-        *("--restore-algorithm", settings.restore_algorithm, "--recompute", costs.recompute),
-        *("--token-exchange", settings.token_exchange),
         *(("--every", str(every)) if every > 1 else ()),
     ]
     return shlex.join(words)
-
-
-def _prime_from(number: int) -> int:
-    """Return the first prime from `number` on (1 for 1): such a stride meets all layers."""
-    if number <= 1:
-        return 1
-    while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)):
-        number += 1
-    return number

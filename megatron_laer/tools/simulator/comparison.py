@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -21,7 +22,6 @@ from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.outcome import Outcome, price
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.planner.token_prices import BY_RANK
 from megatron_laer.rules import lays_out_freely
 from megatron_laer.tools.simulator.replay import (
     LayerPolicy,
@@ -29,7 +29,6 @@ from megatron_laer.tools.simulator.replay import (
     busiest_rank,
     changed_traffic,
     layer_steps,
-    restored_bytes,
     walk,
 )
 from megatron_laer.tools.traces.records import Trace
@@ -53,27 +52,22 @@ class PlanRow:
 
     strategy: str
     mode: str
-    split: str
     capacity: int
     cases: int
     mean: float
-    p95: float
     p99: float
-    max: float
-    load_over_bound: float
     off_node_share: float
     replan_share: float
     restored_bytes: float
     layer_ms: float
-    time_over_bound: float
 
 
 class _Planner:
     """Strategy, or stock EP, with its layouts by layer, and the cases of each mode."""
 
-    def __init__(
-        self, name: str, costs: CostModel, geometry: Geometry, guards: Mapping[str, Guard]
-    ) -> None:
+    def __init__(self, name: str, guards: Mapping[str, Guard]) -> None:
+        guard = next(iter(guards.values()))
+        costs, geometry = guard.costs, guard.geometry
         self._name, self._costs, self._geometry, self._guards = name, costs, geometry, guards
         self._cases: dict[str, list[tuple[float, ...]]] = {mode: [] for mode in guards}
         strategy = None
@@ -88,47 +82,38 @@ class _Planner:
         """Plan the layout of a layer's step."""
         self._planned = self._layers[layer].plan(observed)
         if self._name != STOCK:
-            placed = Placed(self._planned, self._geometry)
-            self._ahead_bytes = restored_bytes(placed, self._costs)
+            placed, costs = Placed(self._planned, self._geometry), self._costs
+            ahead = costs.restore_bytes(placed, costs.exchange_of(placed))
+            self._ahead_bytes = busiest_rank(ahead)
 
     def decide(self, counts_NE: Int64) -> None:
         """Decide on a microbatch of that step."""
         for mode, guard in self._guards.items():
             outcome = Outcome(guard.decide(counts_NE, self._planned))
-            decision, tokens_N, of = outcome.decision, outcome.tokens_N, price(guard, outcome)
-            moved_bytes = self._ahead_bytes
+            decision, moved_bytes = outcome.decision, self._ahead_bytes
             if decision.replanned:
                 moved_bytes += busiest_rank(changed_traffic(guard, decision))
-            least = -(-int(tokens_N.sum()) // tokens_N.size)
+            tokens = int(counts_NE.sum()), int(outcome.totals.far_S.sum())
+            layer_s = price(guard, outcome).layer_s
             self._cases[mode].append(
-                (
-                    *(outcome.ratio, int(tokens_N.max()) / least),
-                    *(int(tokens_N.sum()), int(outcome.totals.far_S.sum())),
-                    *(decision.replanned, moved_bytes, of.layer_s, of.bound_s),
-                )
+                (outcome.ratio, *tokens, decision.replanned, moved_bytes, layer_s)
             )
 
     def rows(self) -> Iterator[PlanRow]:
         for mode, cases in self._cases.items():
             by_number = np.array(cases, dtype=np.float64).T
-            ratio, over_bound, tokens, off_node, replanned, moved, layer_s, bound_s = by_number
-            p95, p99 = np.percentile(ratio, [95, 99]).tolist()
+            ratio, tokens, off_node, replanned, moved, layer_s = by_number
             yield PlanRow(
                 strategy=self._name,
                 mode=mode,
-                split=self._guards[mode].split,
                 capacity=self._geometry.capacity,
                 cases=len(cases),
                 mean=float(ratio.mean()),
-                p95=p95,
-                p99=p99,
-                max=float(ratio.max()),
-                load_over_bound=float(over_bound.mean()),
+                p99=float(np.percentile(ratio, 99)),
                 off_node_share=float(off_node.sum() / tokens.sum()),
                 replan_share=float(replanned.mean()),
                 restored_bytes=float(moved.mean()),
                 layer_ms=float(layer_s.mean()) * 1e3,
-                time_over_bound=float(layer_s.sum() / bound_s.sum()),
             )
 
 
@@ -151,12 +136,7 @@ def simulate(
     for geometry in priced:
         geometry.check_counts(trace.counts_RNE.shape[1:])
     cases = chosen_cases(trace, every)
-    planners = [
-        planner
-        for geometry, costs in priced.items()
-        for planner in _planners(geometry, costs, strategies, modes, tolerance)
-    ]
-    planners = [*_stock(*next(iter(priced.items()))), *planners]
+    planners = [*_planners(priced, strategies, modes, tolerance)]
     wanted = set(cases)
     bar = iter(progress(cases))
     for (_, layer, records), observed in walk(trace):
@@ -198,40 +178,27 @@ def chosen_cases(trace: Trace, every: int) -> list[int]:
     return cases[::every]
 
 
-def _stock(geometry: Geometry, costs: CostModel) -> Iterator[_Planner]:
-    if geometry.num_experts % geometry.num_ranks == 0:
-        capacity = geometry.num_experts // geometry.num_ranks
-        stock = replace(geometry, capacity=capacity, sharding=Sharding.ROWS)
-        by_rank = replace(costs, tokens=BY_RANK)
-        guard = Guard(PlanMode.FORECAST, by_rank, stock, split=Split.EVEN)
-        yield _Planner(STOCK, by_rank, stock, {"-": guard})
-
-
 def _planners(
-    geometry: Geometry,
-    costs: CostModel,
+    priced: Mapping[Geometry, CostModel],
     strategies: Sequence[str],
     modes: Sequence[str],
     tolerance: float,
 ) -> Iterator[_Planner]:
-    for name in strategies:
+    geometry, costs = next(iter(priced.items()))
+    if geometry.num_experts % geometry.num_ranks == 0:
+        capacity = geometry.num_experts // geometry.num_ranks
+        stock = replace(geometry, capacity=capacity, sharding=Sharding.ROWS)
+        costs = replace(costs, tokens=costs.tokens.of_stock)
+        yield _Planner(STOCK, {"-": Guard(PlanMode.FORECAST, costs, stock, split=Split.EVEN)})
+    for (geometry, costs), name in product(priced.items(), strategies):
         shape, split = geometry, Split.EXACT
-        is_papers = lays_out_freely(name)
-        if is_papers:
+        if lays_out_freely(name):
             # The paper's strategy assumes even splits, and leaves no expert at home.
             shape, split = replace(geometry, sharding=Sharding.ROWS), Split.EVEN
-        guards = {
-            mode: _guard(mode, costs, shape, split, tolerance)
-            for mode in ([PlanMode.FORECAST.value] if is_papers or name == "static" else modes)
-        }
-        yield _Planner(name, costs, shape, guards)
-
-
-def _guard(
-    mode: str, costs: CostModel, geometry: Geometry, split: Split, tolerance: float
-) -> Guard:
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
-    if mode == TOLERANCE:
-        return Guard(PlanMode.ADAPTIVE, costs, geometry, tolerance, split)
-    return Guard(PlanMode(mode), costs, geometry, split=split)
+        guards = {}
+        is_ahead = split == Split.EVEN or name == "static"
+        for mode in [PlanMode.FORECAST.value] if is_ahead else modes:
+            most = tolerance if mode == TOLERANCE else None
+            of_mode = PlanMode.ADAPTIVE if mode == TOLERANCE else PlanMode(mode)
+            guards[mode] = Guard(of_mode, costs, shape, most, split)
+        yield _Planner(name, guards)

@@ -28,8 +28,7 @@ BY_PAIRS, NO_ROWS, HEAVIER = "by pairs", "stock's: no rows saved", "stock's: a h
 class LayerHomes:
     """Homes of a layer, with rows per token and the heaviest rank's load over the mean.
 
-    `homes` says whether they are those by pairs, or why stock's are kept. With `is_counted` rows
-    are those of tokens' sets, otherwise expected from pairs.
+    `homes` says whether they are those by pairs, or why stock's are kept.
     """
 
     layer: str
@@ -39,7 +38,6 @@ class LayerHomes:
     rows: float
     stock_max_over_mean: float
     max_over_mean: float
-    is_counted: bool
 
     @property
     def saved(self) -> float:
@@ -106,7 +104,6 @@ def _of_layer(trace: Trace, layer: int, geometry: Geometry, tolerance: float) ->
         rows=rows(order_E),
         stock_max_over_mean=stock[1],
         max_over_mean=max_over_mean(order_E),
-        is_counted=bool(sets),
     )
 
 

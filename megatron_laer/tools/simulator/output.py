@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_laer.planner.clusters import Cluster
-from megatron_laer.tools.simulator.iteration.methods import FSDP_EP, FSEP, STOCK
+from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
 
 # Minimum gain: a smaller one is not worth another library, nor beyond the error of constants.
@@ -16,23 +17,6 @@ WORTH = 1.02
 _MEASURE = " At the {} constants it is {}worth it, so measure them."
 
 _GIB = 2**30
-_COLUMNS: Mapping[str, Callable[[IterationPrediction], str]] = {
-    "s/iteration": lambda found: _s(found.iteration_s),
-    "low": lambda found: _s(found.low_s),
-    "high": lambda found: _s(found.high_s),
-    "tokens/s": lambda found: f"{found.tokens_per_s:,.0f}",
-    "MFU": lambda found: f"{found.mfu:.1%}",
-    "max/mean": lambda found: f"{found.max_over_mean:.3f}",
-    "waiting": lambda found: _s(found.waiting_s),
-    "exposed": lambda found: _s(sum(found.exposed_s.values())),
-    "memory GiB": lambda found: f"{found.peak_bytes / _GIB:.2f}",
-}
-# Column of a prediction's speed over stock's.
-_OVER_STOCK = "x stock"
-_SIMULATED = (
-    *("s/iteration", "low", "high", _OVER_STOCK, "tokens/s", "MFU", "max/mean"),
-    *("waiting", "exposed", "memory GiB"),
-)
 
 LEGEND = """\
 s/iteration at the cluster's constants, and from their fastest to their slowest. x stock: how many
@@ -40,6 +24,13 @@ times as fast as stock, with the same range; EP8: its fastest groups, of 8 ranks
 model over the peak's. waiting: for ranks that compute longer; exposed: exchanges, counts and
 bubbles that compute waits for; both are means over ranks. memory: with estimates for CUDA and NCCL,
 without the allocator's loss."""
+
+
+def table[T](
+    columns: Mapping[str, Callable[[T], str]], rows: Iterable[T], left: Collection[int] = (0,)
+) -> str:
+    """Return a table with a line for each row, and columns aligned as by `aligned`."""
+    return aligned([[*columns], *([cell(of) for cell in columns.values()] for of in rows)], left)
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
@@ -64,32 +55,41 @@ def not_given(cluster: Cluster) -> str:
     return f"{cluster.name} has {' and '.join(lacks)}." if lacks else ""
 
 
-def predictions_text(
-    title: str,
-    rows: Mapping[str, IterationPrediction],
-    stock: IterationPrediction | None,
-    columns: Sequence[str],
-    more: Mapping[str, Sequence[str]] | None = None,
-) -> str:
-    """Return a table of predictions by their labels; `more` are the cells of further columns."""
+@dataclass(frozen=True)
+class Option:
+    """A way to train, and its predicted iteration."""
 
-    def over_stock(found: IterationPrediction) -> str:
+    label: str
+    prediction: IterationPrediction
+
+
+def columns(stock: IterationPrediction | None) -> dict[str, Callable[[Option], str]]:
+    """Return the columns that tables of predictions share, with the speed over this stock's."""
+
+    def over_stock(of: Option) -> str:
         # A prediction at the nominal constants alone has no range.
-        if stock is None or len(found.by_rates_s) < len(stock.by_rates_s):
+        if stock is None or len(of.prediction.by_rates_s) < len(stock.by_rates_s):
             return "-"
-        return str(gain(found, stock)).replace(" times", "")
+        return str(gain(of.prediction, stock)).replace(" times", "")
 
-    cells = {**_COLUMNS, _OVER_STOCK: over_stock}
-    by_column = [[title, *rows]]
-    for name in columns:
-        by_column.append([name, *map(cells[name], rows.values())])
-    by_column += [[name, *of_column] for name, of_column in (more or {}).items()]
-    return aligned([*zip(*by_column, strict=True)])
+    return {
+        "s/iteration": lambda of: _s(of.prediction.iteration_s),
+        "low": lambda of: _s(of.prediction.low_s),
+        "high": lambda of: _s(of.prediction.high_s),
+        "x stock": over_stock,
+        "max/mean": lambda of: f"{of.prediction.max_over_mean:.3f}",
+        "memory GiB": lambda of: f"{of.prediction.peak_bytes / _GIB:.2f}",
+    }
 
 
 def methods_text(methods: Mapping[str, IterationPrediction]) -> str:
-    rows = {found.title: found for found in methods.values()}
-    return predictions_text("method", rows, methods.get(STOCK), _SIMULATED)
+    shown: dict[str, Callable[[Option], str]] = {
+        "method": lambda of: of.label,
+        **columns(methods.get(STOCK)),
+        "tokens/s": lambda of: f"{of.prediction.tokens_per_s:,.0f}",
+        "MFU": lambda of: f"{of.prediction.mfu:.1%}",
+    }
+    return table(shown, [Option(found.title, found) for found in methods.values()])
 
 
 def parts_text(methods: Mapping[str, IterationPrediction]) -> str:
@@ -110,22 +110,14 @@ def parts_text(methods: Mapping[str, IterationPrediction]) -> str:
 
 def advice(label: str, methods: Mapping[str, IterationPrediction], most_gib: float | None) -> str:
     """Return the verdict on FSEP, whose settings the label names."""
-    ours, rival = methods.get(FSEP), methods.get(STOCK) or methods.get(FSDP_EP)
-    if ours is None or rival is None:
+    ours, stock = methods.get(FSEP), methods.get(STOCK)
+    if ours is None or stock is None:
         return "No advice: FSEP and stock EP were not both simulated."
-    named = f"stock EP in groups of {rival.group}"
-    both = Option(label, ours), Option("FSDP+EP" if rival.method == FSDP_EP else named, rival)
-    fits = [most_gib is None or of.prediction.peak_bytes <= most_gib * _GIB for of in both]
+    both = Option(label, ours), Option(f"stock EP in groups of {stock.group}", stock)
     least_bytes = [(of.label, of.prediction.peak_bytes) for of in both]
-    mine, theirs = (of if of_fits else None for of, of_fits in zip(both, fits, strict=True))
+    most_bytes = math.inf if most_gib is None else most_gib * _GIB
+    mine, theirs = (of if of.prediction.peak_bytes <= most_bytes else None for of in both)
     return verdict(mine, theirs, least_bytes, most_gib)
-
-
-class Option(NamedTuple):
-    """A way to train, and its predicted iteration."""
-
-    label: str
-    prediction: IterationPrediction
 
 
 @dataclass(frozen=True)
@@ -189,7 +181,7 @@ def verdict(
         more = "" if found.low >= WORTH else _MEASURE.format("worst", "not ")
         return f"Use FSEP ({ours.label}): {compared}{more}"
     more = "" if found.high < WORTH else _MEASURE.format("best", "")
-    fastest = f"of its settings {ours.label} is the fastest, and {compared}{more}"
+    fastest = f"of its settings {ours.label} is the best, and {compared}{more}"
     return f"Take {theirs.label}, not FSEP: {fastest}"
 
 
@@ -198,8 +190,8 @@ def content(found: IterationPrediction) -> dict[str, Any]:
     shown = asdict(found)
     for name in ("method", "tokens", "flops", "peak_flops_per_s"):
         del shown[name]
-    first: dict[str, Any] = {"iteration_s": found.range_s, "by_rates_s": found.by_rates_s}
-    first |= {"tokens_per_s": found.tokens_per_s, "mfu": found.mfu}
+    seconds = {"value": found.iteration_s, "low": found.low_s, "high": found.high_s}
+    first = {"iteration_s": seconds, "tokens_per_s": found.tokens_per_s, "mfu": found.mfu}
     return first | shown | {"peak_bytes": found.peak_bytes}
 
 

@@ -18,7 +18,6 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.files import memory
-from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import WINDOW, SmoothedForecast
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.layout import ExpertLayout
@@ -56,9 +55,6 @@ class Observed(NamedTuple):
     forecast: SmoothedForecast
     newest: tuple[int, ...]
     total_NE: Callable[[Sequence[int]], Int64]
-
-    def counts_NE(self, *, by_newest: bool = False) -> Int64:
-        return self.total_NE(self.newest) if by_newest else self.forecast.counts_NE()
 
 
 def walk(
@@ -107,7 +103,9 @@ class LayerPolicy:
 
     def plan(self, observed: Observed) -> ExpertLayout:
         if self.strategy is not None:
-            counts_NE = observed.counts_NE(by_newest=self.by_newest)
+            counts_NE = observed.forecast.counts_NE()
+            if self.by_newest:
+                counts_NE = observed.total_NE(observed.newest)
             self.layout = self.strategy.plan(counts_NE, self.layout)
         return self.layout
 
@@ -117,11 +115,6 @@ def changed_traffic(guard: Guard, decision: Decision) -> Traffic:
     chosen = Placed(decision.layout, guard.geometry)
     changed_S = chosen.changed_S(Placed(decision.planned_layout, guard.geometry))
     return guard.costs.restore_bytes(chosen, guard.costs.exchange_of(chosen), changed_S)
-
-
-def restored_bytes(placed: Placed, costs: CostModel) -> int:
-    """Return the bytes that the busiest rank receives when all slots are restored once."""
-    return busiest_rank(costs.restore_bytes(placed, costs.exchange_of(placed)))
 
 
 def busiest_rank(traffic: Traffic) -> int:
@@ -147,7 +140,7 @@ class Routing:
         check_memory(trace, num_ranks, record_bytes=0, purpose=purpose)
         trace.check_divides(num_ranks)
         self._trace = trace
-        self.num_ranks, self.num_experts = num_ranks, trace.num_experts
+        self.num_ranks = num_ranks
         self.layers = len(trace.layers)
         total = float(trace.counts_RNE.sum(dtype=np.float64)) / len(trace)
         if total == 0:
@@ -159,13 +152,6 @@ class Routing:
     def tokens(self, topk: int) -> int:
         """Return the mean tokens of a rank and microbatch."""
         return max(round(self.pairs / topk), 1)
-
-    def steps(self) -> dict[int, LayerRecords]:
-        """Return each step's records by layer."""
-        return {
-            number: {layer: records for _, layer, records in of_step}
-            for number, of_step in groupby(layer_steps(self._trace), key=itemgetter(0))
-        }
 
     def counts_NE(self, record: int) -> Int64:
         """Return the counts of one record, int64 [N, E]."""
@@ -180,11 +166,18 @@ class Routing:
     def walk(self, chosen: int, microbatches: int = 1) -> Iterator[Step]:
         """Yield `chosen` steps, spread over the trace, with each layer's forecast at that time.
 
-        Steps without a forecast, or without all layers, are never chosen. A step has
-        `microbatches`, which take its records in turn.
+        Steps without a forecast, or without all layers as where a recording started or stopped in
+        them, are never chosen. A step has `microbatches`, which take its records in turn.
         """
-        steps = self.steps()
-        after = self._forecast_steps(steps)
+        steps = {
+            number: {layer: records for _, layer, records in of_step}
+            for number, of_step in groupby(layer_steps(self._trace), key=itemgetter(0))
+        }
+        after, began = list[int](), set[int]()  # steps whose layers all have a forecast
+        for number, of_layers in steps.items():
+            if len(of_layers) == self.layers == len(began):
+                after.append(number)
+            began |= of_layers.keys()
         if not after:
             raise ValueError(
                 f"the trace holds {len(steps)} step(s), and a forecast takes an earlier one; "
@@ -207,16 +200,3 @@ class Routing:
         total_NE = sum(self.counts_NE(record) for record in records)
         assert not isinstance(total_NE, int)
         return total_NE
-
-    def _forecast_steps(self, steps: Mapping[int, LayerRecords]) -> list[int]:
-        """Return the steps that have all layers, each after a step of every layer.
-
-        A step lacks layers if the recording started or stopped in it.
-        """
-        found: list[int] = []
-        began: set[int] = set()
-        for number, records in steps.items():
-            if len(records) == self.layers == len(began):
-                found.append(number)
-            began |= records.keys()
-        return found

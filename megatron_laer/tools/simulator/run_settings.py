@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from megatron_laer.choices import Auto, ExchangeAlgorithm, Sharding, TokenExchange
+from megatron_laer.choices import Auto, Dispatch, ExchangeAlgorithm, Sharding
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
@@ -19,21 +19,18 @@ from megatron_laer.tools.traces.records import Trace
 
 
 def priced(
-    costs: CostModel, of: tuple[Geometry, int, int], token_exchange: str, restore_algorithm: str
+    costs: CostModel,
+    of: tuple[Geometry, int, int],
+    dispatch: Dispatch | Auto,
+    algorithm: ExchangeAlgorithm | Auto,
 ) -> CostModel:
     """Return the prices of a geometry, top-k and a rank's tokens with the named exchanges.
 
     `auto` stands for the exchange that training takes by itself.
     """
-    exchange = (
-        choose_token_exchange(costs, *of)
-        if token_exchange == Auto.AUTO
-        else TokenExchange(token_exchange)
-    )
-    algorithm = (
-        Auto.AUTO if restore_algorithm == Auto.AUTO else ExchangeAlgorithm(restore_algorithm)
-    )
-    return with_token_exchange(costs, exchange, *of).with_exchange(algorithm, of[0])
+    if isinstance(dispatch, Auto):
+        dispatch = Dispatch(choose_token_exchange(costs, *of).value)
+    return with_token_exchange(costs, dispatch, *of).with_exchange(algorithm, of[0])
 
 
 @dataclass(frozen=True)
@@ -47,15 +44,15 @@ class RunSettings:
 
     sizes: ExpertSizes
     costs: CostModel
-    restore_algorithm: str
-    token_exchange: str
+    restore_algorithm: ExchangeAlgorithm | Auto
+    dispatch: Dispatch
     sharding: Sharding
     tolerance: float | None
     has_flag_cluster: bool
     shape: Shape | None
 
     def words(self) -> str:
-        sent = "" if self.token_exchange == TokenExchange.RANK else ", tokens sent by node"
+        sent = "" if self.dispatch == Dispatch.RANK else f", tokens sent by {self.dispatch}"
         home = ", experts at home" if self.sharding == Sharding.EXPERTS else ""
         numbers = f"{self.costs.bytes_per_element} bytes per number"
         if self.costs.precision.is_quantised:
@@ -66,14 +63,8 @@ class RunSettings:
     def priced(self, trace: Trace, geometries: Iterable[Geometry]) -> dict[Geometry, CostModel]:
         """Return geometries as training plans them, each with its own prices."""
         top_k = min(self.sizes.top_k, trace.num_experts)
-        tokens, exchanges = (
-            trace.tokens_per_rank(top_k),
-            (self.token_exchange, self.restore_algorithm),
-        )
-        return {
-            geometry: priced(self.costs, (geometry, top_k, tokens), *exchanges)
-            for geometry in geometries
-        }
+        tokens, named = trace.tokens_per_rank(top_k), (self.dispatch, self.restore_algorithm)
+        return {of: priced(self.costs, (of, top_k, tokens), *named) for of in geometries}
 
     def geometries(
         self, num_ranks: int, num_experts: int, capacities: Sequence[int], node_size: int | None

@@ -33,9 +33,7 @@ class PairRecords:
 
     @classmethod
     def of_triangles(
-        cls,
-        triangles: Mapping[tuple[int, int], npt.NDArray[np.integer[Any]]],
-        num_experts: int,
+        cls, triangles: Mapping[tuple[int, int], npt.NDArray[np.integer[Any]]], num_experts: int
     ) -> PairRecords | None:
         """Make records from upper triangles, row by row, by step and layer; None without any."""
         if not triangles:

@@ -16,7 +16,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.tools.model_flags import precision_of
-from megatron_laer.tools.simulator.iteration.methods import FSEP, MethodSettings, make_method
+from megatron_laer.tools.simulator.iteration.methods import MethodSettings, fsep
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
@@ -116,7 +116,7 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_priced(
         received = sum(found[total] for found in by_rank) / len(by_rank)
         assert received == pytest.approx(expected, abs=0.5) and received
     # Random layouts fill slots of other ranks with as many experts of a home as they can have.
-    method = make_method(FSEP, MethodSettings(geometry, costs), Rates(cluster, 2))
+    method = fsep(MethodSettings(geometry, costs), Rates(cluster, 2))
     assert [found["payloads"] for found in by_rank] == [method.fixed_bytes["payloads"]] * 2
     of_run = by_rank[0]["costs"]
     assert (of_run.precision, of_run.recompute) == (precision, recompute)

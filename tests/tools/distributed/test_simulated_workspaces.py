@@ -23,7 +23,7 @@ from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.streams import finish
-from megatron_laer.tools.simulator.iteration.methods import FSEP, MethodSettings, make_method
+from megatron_laer.tools.simulator.iteration.methods import MethodSettings, fsep
 from megatron_laer.tools.simulator.iteration.rates import Rates
 
 GEOMETRY = Geometry(8, 16, 4, 2)
@@ -96,7 +96,7 @@ def test_workspaces_are_those_of_the_exchanges(
     costs = replace(COSTS, restore_algorithm=way, precision=precision)
     config = FSEPConfig(restore="step" if holds else "layer")
     settings = MethodSettings(geometry, costs, config)
-    method = make_method(FSEP, settings, Rates(costs.cluster, 2))
+    method = fsep(settings, Rates(costs.cluster, 2))
     (allocated,) = ranks(1).run(allocated_bytes, geometry, way, costs, holds)
     assert allocated == method.fixed_bytes["workspaces"]
 
@@ -104,7 +104,7 @@ def test_workspaces_are_those_of_the_exchanges(
 def test_an_exchange_by_layout_has_the_workspaces_of_the_larger_way() -> None:
     """Both ways use the same buffers, which have the size of the larger one."""
     direct, relay, both = (
-        make_method(FSEP, MethodSettings(HOMES, costs), Rates(costs.cluster, 2)).fixed_bytes
+        fsep(MethodSettings(HOMES, costs), Rates(costs.cluster, 2)).fixed_bytes
         for costs in (
             replace(COSTS, restore_algorithm=ExchangeAlgorithm.FLAT),
             replace(COSTS, restore_algorithm=ExchangeAlgorithm.NODE),
@@ -138,6 +138,6 @@ def test_communicators_take_the_memory_that_is_documented(
     card = costs.cluster.card
     assert card is not None
     geometry = Geometry(ranks, 64, 64 // ranks + 1, 8, sharding)
-    method = make_method(FSEP, MethodSettings(geometry, costs), Rates(costs.cluster, 2))
+    method = fsep(MethodSettings(geometry, costs), Rates(costs.cluster, 2))
     others = card.context_gib * 2**30 + card.communicator_bytes(ranks, 8)
     assert method.fixed_bytes["libraries"] - others == gib * 2**30

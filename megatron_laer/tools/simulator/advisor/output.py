@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from megatron_laer.choices import Dispatch
 from megatron_laer.config import flag_name
+from megatron_laer.tools.simulator import output
 from megatron_laer.tools.simulator.advisor.predictor import Candidate, Run
 from megatron_laer.tools.simulator.advisor.search import Found, Results
 from megatron_laer.tools.simulator.advisor.settings import group_flags
-from megatron_laer.tools.simulator.output import not_given, predictions_text
 
 _GIB, _WIDTH = 2**30, 100
-_COLUMNS = ("s/iteration", "low", "high", "x stock", "max/mean", "memory GiB")
 
 LEGEND = """\
-Each row has the fastest slots, exchange of tokens and restore of its group size and sharding.
-share: time of stock under perfectly balanced counts, in its fastest group that fits, over the row's
-time under the given routing. x stock: how many times as fast as the first stock, with the range
-over the constants. EP: ranks of a group; C: slots per rank; overlap: Megatron's combined 1F1B."""
+Each row has the fastest slots, exchange of tokens and restore of its group size and sharding. Of
+times within 1 % of the fastest, those that leave the most memory free come first. share: time of
+stock under perfectly balanced counts, in its fastest group that fits, over the row's time under the
+given routing. x stock: how many times as fast as the first stock, with the range over the
+constants. EP: ranks of a group; C: slots per rank; overlap: Megatron's combined 1F1B."""
 
 
 def text(title: str, run: Run, results: Results, common: Sequence[str]) -> str:
@@ -41,7 +43,7 @@ def text(title: str, run: Run, results: Results, common: Sequence[str]) -> str:
         parts += [_table(results), LEGEND]
         lines = [f"  {of.label}:\n    {flags(run, of.candidate, common)}" for of in found]
         parts.append("\n".join(["flags of each row:", *lines]))
-    return "\n\n".join([*parts, *filter(None, [_filled(not_given(run.rates[0].cluster))])])
+    return "\n\n".join([*parts, *filter(None, [_filled(output.not_given(run.rates[0].cluster))])])
 
 
 def _numbers(chosen: Found, results: Results, most_gib: float) -> str:
@@ -59,7 +61,8 @@ def flags(run: Run, candidate: Candidate, common: Sequence[str]) -> str:
         allow = [flag_name("allow_unproven"), *map(str, run.allow)] if run.allow else []
         return shlex.join([*common, *candidate.setting.flags, *allow])
     assert candidate.method.group is not None
-    of_group = group_flags(candidate.method.group, run.stock_flex, candidate.combined)
+    is_flex = Dispatch.FLEX in run.dispatches
+    of_group = group_flags(candidate.method.group, is_flex, candidate.combined)
     return shlex.join([*common, *of_group])
 
 
@@ -67,15 +70,8 @@ def content(run: Run, results: Results, common: Sequence[str]) -> dict[str, Any]
     """Return the content of the JSON file."""
 
     def listed(found: Found) -> dict[str, Any]:
-        prediction = found.prediction
-        return {
-            "label": found.label,
-            "flags": flags(run, found.candidate, common),
-            "iteration_s": prediction.range_s,
-            "share": results.share(found),
-            "peak_bytes": prediction.peak_bytes,
-            "max_over_mean": prediction.max_over_mean,
-        }
+        named = {"label": found.label, "flags": flags(run, found.candidate, common)}
+        return named | {"share": results.share(found)} | output.content(found.prediction)
 
     return {
         "takes_fsep": results.takes_fsep,
@@ -90,15 +86,16 @@ def content(run: Run, results: Results, common: Sequence[str]) -> dict[str, Any]
 
 
 def _table(results: Results) -> str:
-    shown = {
-        f"{place}  {found.label}": found for place, found in enumerate(results.best.found, start=1)
+    ours, stock, balanced = results.best.found, results.stocks.first, results.balanced
+    rows = [replace(of, label=f"{place}  {of.label}") for place, of in enumerate(ours, start=1)]
+    rows += [replace(of, label=f"   {of.label}") for of in results.stocks.found]
+    rows.append(replace(balanced, label=f"   {balanced.label}, balanced counts"))
+    shown: dict[str, Callable[[Found], str]] = {
+        "": lambda of: of.label,
+        **output.columns(None if stock is None else stock.prediction),
+        "share": lambda of: f"{results.share(of):.3f}",
     }
-    shown |= {f"   {found.label}": found for found in results.stocks.found}
-    shown[f"   {results.balanced.label}, balanced counts"] = results.balanced
-    rows = {label: found.prediction for label, found in shown.items()}
-    stock = results.stocks.found[0].prediction if results.stocks.found else None
-    shares = [f"{results.share(found):.3f}" for found in shown.values()]
-    return predictions_text("", rows, stock, _COLUMNS, {"share": shares})
+    return output.table(shown, rows)
 
 
 def _filled(words: str) -> str:

@@ -11,18 +11,12 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from megatron_laer.choices import Auto, Sharding, TokenExchange, Unproven
+from megatron_laer.choices import Auto, Dispatch, Sharding, Unproven
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.tools.simulator.advisor.settings import Dispatch, Setting
+from megatron_laer.tools.simulator.advisor.settings import Setting
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
-from megatron_laer.tools.simulator.iteration.methods import (
-    FSEP,
-    STOCK,
-    Method,
-    MethodSettings,
-    make_method,
-)
+from megatron_laer.tools.simulator.iteration.methods import Method, MethodSettings, fsep, stock
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import (
     SPENT,
@@ -64,20 +58,10 @@ class Run:
     tokens: int | None
     most_bytes: float
     dispatches: tuple[Dispatch, ...]
-    stock_flex: bool
     flex_backend: str
     overlaps: tuple[bool, ...]
     shardings: tuple[Sharding, ...] = tuple(Sharding)
     allow: tuple[Unproven, ...] = ()
-
-    def of_group(self, num_ranks: int) -> RunShape:
-        """Return the shape with groups of N ranks."""
-        return replace(
-            self.shape,
-            ranks=num_ranks,
-            node_size=min(self.node_size, num_ranks),
-            replicas=self.shape.ranks // num_ranks,
-        )
 
 
 @dataclass(frozen=True)
@@ -165,29 +149,27 @@ class Predictor:
             self._by_rank(ranks),
             stock_group=group,
             topk=run.model.topk,
-            stock_flex=run.stock_flex,
+            stock_flex=Dispatch.FLEX in run.dispatches,
             combined=combined,
         )
-        return Candidate(ranks, make_method(STOCK, settings, run.rates[0]))
+        return Candidate(ranks, stock(settings, run.rates[0]))
 
     def fsep(self, setting: Setting) -> Candidate:
         geometry = setting.geometry
         settings = MethodSettings(
             geometry,
-            self._costs(geometry, setting.tokens.exchange),
+            self._costs(geometry, setting.tokens),
             setting.config,
             topk=self.run.model.topk,
-            flex=setting.is_flex,
             combined=setting.combined,
         )
-        method = make_method(FSEP, settings, self.run.rates[0])
+        method = fsep(settings, self.run.rates[0])
         return Candidate(geometry.num_ranks, method, setting)
 
     def least_bytes(self, candidate: Candidate) -> float:
         """Return a lower bound on a rank's memory: some rank has the mean tokens."""
         of = self._extent(candidate.num_ranks, False)
-        shape = self.run.of_group(candidate.num_ranks)
-        return sum(memory_bytes(of.model, shape, candidate.method, of.routing.pairs).values())
+        return sum(memory_bytes(of.model, of.shape, candidate.method, of.routing.pairs).values())
 
     def roughly(self, candidate: Candidate) -> float:
         """Return the seconds of an iteration, from a run with fewer layers and stages.
@@ -196,14 +178,10 @@ class Predictor:
         counted wrongly, in all candidates alike.
         """
         of = self._extent(candidate.num_ranks, True)
-        return of.factor * self._predicted(candidate, self.run.rates[:1], rough=True).iteration_s
+        return of.factor * self.predict(candidate, self.run.rates[:1], rough=True).iteration_s
 
-    def fully(self, candidate: Candidate, sets: Sequence[Rates]) -> IterationPrediction:
-        """Predict all layers and stages, and microbatches until further ones are alike."""
-        return self._predicted(candidate, sets, rough=False)
-
-    def _predicted(
-        self, candidate: Candidate, sets: Sequence[Rates], *, rough: bool
+    def predict(
+        self, candidate: Candidate, sets: Sequence[Rates], *, rough: bool = False
     ) -> IterationPrediction:
         """Predict few and many microbatches, and more of them, each of which adds as much."""
         of, method = self._extent(candidate.num_ranks, rough), candidate.method
@@ -228,8 +206,10 @@ class Predictor:
 
     def _new_extent(self, num_ranks: int, rough: bool) -> _Extent:
         """Return the whole run, or a rough one with fewer layers, stages and records."""
-        run, full, trace = self.run, self.run.of_group(num_ranks), self._trace(num_ranks)
-        topk, stages = run.model.topk, full.stages
+        run, trace = self.run, self._trace(num_ranks)
+        topk, stages, replicas = run.model.topk, run.shape.stages, run.shape.ranks // num_ranks
+        node_size = min(run.node_size, num_ranks)
+        full = replace(run.shape, ranks=num_ranks, node_size=node_size, replicas=replicas)
         if rough:
             model, shape, factor = _shortened(run.model, full)
             routing = Routing(_short_trace(trace), num_ranks, topk, run.tokens)
@@ -249,7 +229,7 @@ class Predictor:
         run, pairs = self.run, self._extent(num_ranks, False).routing.pairs
         return run.model.costs(run.rates[0].cluster, run.shape.recompute, pairs)
 
-    def _priced(self, geometry: Geometry, tokens: TokenExchange) -> CostModel:
+    def _priced(self, geometry: Geometry, tokens: Dispatch) -> CostModel:
         """Return prices with training's choice of the exchange of experts."""
         topk = self.run.model.topk
         routing = self._extent(geometry.num_ranks, False).routing

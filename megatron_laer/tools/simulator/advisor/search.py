@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_laer.tools.simulator.advisor.predictor import Candidate, Predictor
 from megatron_laer.tools.simulator.advisor.settings import geometries, settings_of
-from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
 from megatron_laer.tools.simulator.output import WORTH, Option, gain, verdict
 
 # Settings of FSEP and groups of stock that are shown, and shapes of which close ones are predicted
@@ -22,20 +21,19 @@ _SHOWN, _STOCKS, _IN_FULL = 5, 2, 10
 _CLOSE = 1.05
 # Rough times up to this factor count as equal, and the one nearer to training's defaults wins.
 _EQUAL = 1.002
+# Times up to this factor of the best's are less apart than constants are known, and the setting
+# that leaves the most memory free is the first.
+_ALIKE = 1.01
 
 # Wraps items that are worked on, under a title.
 Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
 
 
-class Found(NamedTuple):
-    """A candidate with its prediction."""
+@dataclass(frozen=True)
+class Found(Option):
+    """Prediction of a candidate."""
 
     candidate: Candidate
-    prediction: IterationPrediction
-
-    @property
-    def label(self) -> str:
-        return self.candidate.label
 
     @property
     def seconds(self) -> float:
@@ -44,20 +42,21 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranking:
-    """Fastest candidates that fit in memory, one of each kind, best first.
+    """Candidates that fit in memory, one of each kind, best first.
 
-    `tried` and `too_large` count candidates; `least` has the label and bytes of the smallest.
+    `fastest` is the first by time alone. `tried` and `too_large` count candidates; `least` has the
+    label and bytes of the smallest.
     """
 
     found: tuple[Found, ...]
+    fastest: Found | None
     tried: int
     too_large: int
     least: tuple[str, float]
 
     @property
-    def option(self) -> Option | None:
-        """Return the fastest one; None if none fits."""
-        return Option(self.found[0].label, self.found[0].prediction) if self.found else None
+    def first(self) -> Found | None:
+        return self.found[0] if self.found else None
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Results:
     @property
     def takes_fsep(self) -> bool:
         """Return True if FSEP's best is worth it at the cluster's constants."""
-        ours, theirs = self.best.option, self.stocks.option
+        ours, theirs = self.best.first, self.stocks.first
         if ours is None or theirs is None:
             return ours is not None
         return gain(ours.prediction, theirs.prediction).times >= WORTH
@@ -85,8 +84,16 @@ class Results:
 
     def verdict(self, most_gib: float) -> str:
         """Return the verdict with its reason, in one paragraph."""
+        ours, fastest = self.best.first, self.best.fastest
         least_bytes = self.best.least, self.stocks.least
-        return verdict(self.best.option, self.stocks.option, least_bytes, most_gib)
+        sentence = verdict(ours, self.stocks.first, least_bytes, most_gib)
+        if ours is None or fastest is None or fastest.label == ours.label:
+            return sentence
+        more_gib = (fastest.prediction.peak_bytes - ours.prediction.peak_bytes) / 2**30
+        return (
+            f"{sentence} {fastest.label} takes {1 - fastest.seconds / ours.seconds:.1%} less time, "
+            f"which constants leave open, and {more_gib:.1f} GiB more."
+        )
 
 
 def search(predictor: Predictor, balanced: Predictor, progress: Progress) -> Results:
@@ -102,7 +109,7 @@ def search(predictor: Predictor, balanced: Predictor, progress: Progress) -> Res
         )
     ]
     ours = [predictor.fsep(setting) for setting in settings]
-    best = _rank(predictor, "FSEP", ours, progress, _SHOWN)
+    best = _rank(predictor, "FSEP", ours, progress, _SHOWN, alike=_ALIKE)
     stocks = _rank(predictor, "stock", predictor.stocks(), progress, _STOCKS)
     forced = _rank(balanced, "balanced", balanced.stocks(), progress, 1)
     if not forced.found:
@@ -118,8 +125,12 @@ def _rank(
     progress: Progress,
     shown: int,
     most_bytes: float | None = None,
+    alike: float = 1.0,
 ) -> Ranking:
-    """Rank candidates, training's defaults first: roughly, and in full those close to the best."""
+    """Rank candidates, training's defaults first: roughly, and in full those close to the best.
+
+    Of those within the factor `alike` of the fastest, the smallest is the first.
+    """
     limit = predictor.run.most_bytes if most_bytes is None else most_bytes
     fastest: dict[Hashable, tuple[float, Candidate]] = {}  # roughly, by shape
     least, too_large = ("", math.inf), 0
@@ -134,26 +145,36 @@ def _rank(
         if known is None or seconds * _EQUAL < known[0]:
             fastest[candidate.shape] = seconds, candidate
     order = sorted(fastest.values(), key=lambda of: of[0])
-    found: dict[Hashable, Found] = {}
+    found: list[Found] = []
+    kinds: set[Hashable] = set()
     tried = 0
     for seconds, candidate in progress(f"{title}, in full", order):
         is_close = seconds <= _CLOSE * order[0][0] and tried < _IN_FULL
-        if not is_close and (candidate.kind in found or len(found) >= shown):
+        if not is_close and (candidate.kind in kinds or len(kinds) >= shown):
             continue
-        prediction = predictor.fully(candidate, predictor.run.rates[:1])
+        prediction = predictor.predict(candidate, predictor.run.rates[:1])
         tried += 1
-        known_kind = found.get(candidate.kind)
         if prediction.peak_bytes > limit:
             too_large += 1
-        elif known_kind is None or prediction.iteration_s < known_kind.seconds:
-            found[candidate.kind] = Found(candidate, prediction)
-    ranked = sorted(found.values(), key=lambda each: each.seconds)[:shown]
-    return Ranking(tuple(ranked), len(candidates), too_large, least)
+        else:
+            found.append(Found(candidate.label, prediction, candidate))
+            kinds.add(candidate.kind)
+    first = min(found, key=lambda of: of.seconds, default=None)
+
+    def place(of: Found) -> tuple[bool, float, float]:
+        assert first is not None
+        is_alike = of.seconds <= alike * first.seconds
+        return not is_alike, of.prediction.peak_bytes if is_alike else of.seconds, of.seconds
+
+    ranked: dict[Hashable, Found] = {}
+    for of in sorted(found, key=place):
+        ranked.setdefault(of.candidate.kind, of)
+    return Ranking(tuple(ranked.values())[:shown], first, len(candidates), too_large, least)
 
 
 def _with_ranges(predictor: Predictor, ranking: Ranking, progress: Progress) -> Ranking:
     found = [
-        Found(each.candidate, predictor.fully(each.candidate, predictor.run.rates))
+        replace(each, prediction=predictor.predict(each.candidate, predictor.run.rates))
         for each in progress("ranges", ranking.found)
     ]
     return replace(ranking, found=tuple(found))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from megatron_laer.choices import Choice, Restore, Sharding, TokenExchange
+from megatron_laer.choices import Dispatch, Restore, Sharding, TokenExchange
 from megatron_laer.config import FSEPConfig, setting
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.layout import default_capacity
@@ -19,19 +19,6 @@ from megatron_laer.support.arguments import buffer_problems
 # Slots beyond the least that always allow balance.
 _MORE_SLOTS = 2
 _DEFAULTS = FSEPConfig()
-
-
-class Dispatch(Choice):
-    """Way of tokens: a row per expert, once per node, or once per node by the flex dispatcher."""
-
-    RANK = "rank"
-    NODE = "node"
-    FLEX = "flex"
-
-    @property
-    def exchange(self) -> TokenExchange:
-        """Return the exchange whose rows it sends."""
-        return TokenExchange.RANK if self == Dispatch.RANK else TokenExchange.NODE
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,6 @@ _MOVED_BYTES = 4 * 4 + 3 * 4 + 2
 # Collectives for the gradients' norm and the number of tokens.
 _STEP_COLLECTIVES = 2
 
-# Returns the work of a layer and microbatch; None for dense layers.
-WorkOf = Callable[[int, int], LayerWork | None]
-
 
 @dataclass(frozen=True)
 class Iteration:
@@ -40,15 +37,15 @@ class Iteration:
     spent: Mapping[str, float]
 
 
-def run_iteration(method: Method, timing: Timing, work: WorkOf) -> Iteration:
-    """Run one iteration through all stages."""
-    return _Running(method, timing, work).iteration()
+class Stages:
+    """An iteration's stages, with times of layers that serve all passes with the same work.
 
+    `work` returns that of a layer and microbatch; None for dense layers.
+    """
 
-class _Running:
-    """An iteration's stages, with times of layers that serve all passes with the same work."""
-
-    def __init__(self, method: Method, timing: Timing, work: WorkOf) -> None:
+    def __init__(
+        self, method: Method, timing: Timing, work: Callable[[int, int], LayerWork | None]
+    ) -> None:
         self._method, self._timing, self._work = method, timing, work
         self._model, self._run, self._rates = timing.model, timing.run, timing.rates
         self._by_place = self._run.layers_by_chunk(len(self._model.layer_has_experts))
@@ -67,7 +64,8 @@ class _Running:
             for _ in range(self._run.stages)
         ]
 
-    def iteration(self) -> Iteration:
+    def run(self) -> Iteration:
+        """Run one iteration."""
         stages, run = self._stages, self._run
         for clocks in stages:
             clocks.work("host", self._rates.gap_s)

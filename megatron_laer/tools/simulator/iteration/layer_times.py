@@ -12,9 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from megatron_laer.choices import Recompute
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.schedule import Schedule
@@ -23,7 +20,7 @@ from megatron_laer.tools.simulator.iteration.clocks import INTER, INTRA
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
-from megatron_laer.tools.simulator.iteration.work import LayerWork
+from megatron_laer.tools.simulator.iteration.work import LayerWork, Seconds
 
 # Passes over H elements per token and layer: two norms (a read and a write each) and two residual
 # sums (two reads and a write each).
@@ -113,8 +110,7 @@ class Timing:
         gemm_s = self._gemm(2.0 * model.prediction_heads * model.head_weights, is_linear=False)
         passes = model.prediction_heads * tokens * model.vocabulary * _LOGIT_BYTES
         memory_s = self.rates.layer_memory_seconds(passes / 2)
-        factor = _BACKWARD_GEMMS * self.rates.backward_factor
-        return gemm_s + memory_s, gemm_s * factor + memory_s
+        return gemm_s + memory_s, self._backward(gemm_s) + memory_s
 
     def _host(
         self, work: LayerWork | None, device_s: Sequence[float], by_parts: bool
@@ -143,6 +139,10 @@ class Timing:
         size = run.tokens * self.model.hidden * self.model.bytes_per_element
         return size / link.bytes_per_s + link.latency_s
 
+    def _backward[T: (float, Seconds)](self, gemm_s: T) -> T:
+        """Return the time of backward's GEMMs."""
+        return gemm_s * (_BACKWARD_GEMMS * self.rates.cluster.backward_gemm_factor)
+
     def _gemm(self, flops_per_token: float, *, is_linear: bool = True) -> float:
         tensor = self.run.tensor
         tokens = self.run.tokens * tensor
@@ -160,13 +160,13 @@ class Timing:
         model, rates = self.model, self.rates
         gemm_s = self._gemm(2.0 * model.attention_weights)
         core = model.core_flops_per_token * self.run.tokens / rates.best_flops_per_s
-        backward_s = gemm_s * _BACKWARD_GEMMS * rates.backward_factor
+        backward_s = self._backward(gemm_s)
         if not model.flash_attention:
             # Separate GEMMs over all pairs, not only the causal half, with scores in memory.
             core_s = 2 * core
             scores = self.run.tokens * model.heads * model.sequence * model.bytes_per_element
             pass_s = rates.layer_memory_seconds(scores)
-            backward_s += _BACKWARD_GEMMS * core_s * rates.backward_factor
+            backward_s += self._backward(core_s)
             backward_s += _SCORE_PASSES_BACKWARD * pass_s
             return gemm_s + core_s + _SCORE_PASSES * pass_s, backward_s
         # Backward of the core has five GEMMs for two: flash attention recomputes the scores.
@@ -184,14 +184,13 @@ class Timing:
             width = model.dense_ffn
         elements += (3 if model.gated else 2) * width
         memory_s = rates.layer_memory_seconds(elements * tokens * model.bytes_per_element)
-        backward_s = gemm_s * _BACKWARD_GEMMS * rates.backward_factor
         # Attention's projections, and the FFN.
         inputs, outputs = _ffn_widths(model, width)
         inputs += model.hidden + model.query_width
         outputs += model.query_width + 2 * model.key_value_width + model.hidden
         quantising = self._quantising(inputs, outputs, tokens)
-        forward_s = gemm_s + memory_s + quantising[0]
-        return forward_s, backward_s + _BACKWARD_PASSES * memory_s + quantising[1]
+        backward_s = self._backward(gemm_s) + _BACKWARD_PASSES * memory_s + quantising[1]
+        return gemm_s + memory_s + quantising[0], backward_s
 
     def _tensor(self) -> float:
         run = self.run
@@ -199,7 +198,7 @@ class Timing:
         # An all-gather before attention and a reduce-scatter after it.
         return 2 * self.rates.ring_seconds(size, run.tensor, run.node_size)
 
-    def _tokens(self, work: LayerWork) -> npt.NDArray[np.float64]:
+    def _tokens(self, work: LayerWork) -> Seconds:
         """Return each rank's time of one exchange of tokens."""
         run, rates, passing = self.run, self.rates, work.passing
         cluster = rates.cluster
@@ -211,13 +210,11 @@ class Timing:
         node_size = math.gcd(run.node_size, meets)
         forwards = 2 if run.recompute == Recompute.FULL else 1
         collective_s = rates.collective_seconds(meets, node_size)
-        if passing.pipelined:
-            tokens_N += collective_s
-        else:
-            in_node_s = rates.collective_seconds(node_size, node_size)
-            shape = Geometry(meets, meets, 1, node_size)
-            tokens_N += passing.prices.latency_seconds(shape, collective_s, in_node_s, forwards)
-        return tokens_N
+        if passing.prices.is_flex:
+            return tokens_N + collective_s
+        in_node_s = rates.collective_seconds(node_size, node_size)
+        shape = Geometry(meets, meets, 1, node_size)
+        return tokens_N + passing.prices.latency_seconds(shape, collective_s, in_node_s, forwards)
 
     def _moe(
         self, work: LayerWork, restores: bool, restores_backward: bool, reduces: bool
@@ -231,8 +228,8 @@ class Timing:
         memory_s_N = work.pairs_N * memory_s
         quantising = self._quantising(*_ffn_widths(model, model.expert_ffn), 1.0)
         forward_N = gemm_s_N + memory_s_N + work.pairs_N * quantising[0]
-        backward_N = gemm_s_N * (_BACKWARD_GEMMS * rates.backward_factor)
-        backward_N += _BACKWARD_PASSES * memory_s_N + work.pairs_N * quantising[1]
+        backward_N = self._backward(gemm_s_N) + _BACKWARD_PASSES * memory_s_N
+        backward_N += work.pairs_N * quantising[1]
         if recompute == Recompute.COMPUTE:
             backward_N += forward_N
 
@@ -254,7 +251,7 @@ class Timing:
             backward_restore_s=again_s if directions == 1 else self._restore(first_s, again_s),
             reduce_s=None if reduce is None else reduce.seconds(rates),
             change_s=None if work.change is None else work.change.seconds(rates),
-            group=work.group,
+            group=work.passing.group,
             tokens_link=INTER if work.leaves_nodes else INTRA,
             exchange_link=INTER if work.exchanges_leave_nodes else INTRA,
             directions=directions,
@@ -274,10 +271,10 @@ class Timing:
 
     def _gate(self, work: LayerWork) -> float:
         run, rates, host = self.run, self.rates, self.rates.cluster.host
-        counting = work.group or run.ranks
+        counting = work.passing.group or run.ranks
         seconds = rates.collective_seconds(counting, run.node_size) + work.solve_s
         # Groups have a fixed placement, with nothing to decide.
-        if host is not None and work.group is None:
+        if host is not None and work.passing.group is None:
             seconds += host.gate.seconds(run.ranks, work.slots, self.model.num_experts)
         return seconds
 
@@ -289,8 +286,8 @@ def _operations(work: LayerWork | None) -> float:
     passing, found = work.passing, _DENSE_OPERATIONS + _MOE_OPERATIONS
     found += _SLOT_OPERATIONS * work.used_slots
     if passing.sorts_chunks:
-        found += _RANK_OPERATIONS * (work.group or 0)
-    if passing.prices.in_stages and not passing.pipelined:
+        found += _RANK_OPERATIONS * (work.passing.group or 0)
+    if passing.prices.in_stages and not passing.prices.is_flex:
         found += _NODE_OPERATIONS
     return found
 

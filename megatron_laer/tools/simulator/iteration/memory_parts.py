@@ -6,12 +6,7 @@ The allocator's loss is not included, nor communicators of other groups than the
 from __future__ import annotations
 
 from megatron_laer.choices import Recompute
-from megatron_laer.planner.state_bytes import (
-    GRADIENT_BYTES,
-    RankWeights,
-    StateBytes,
-    state_bytes,
-)
+from megatron_laer.planner.state_bytes import GRADIENT_BYTES, RankWeights, StateBytes, state_bytes
 from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order

@@ -1,7 +1,6 @@
 """Methods of training MoE layers, with their layouts, splits and exchanges.
 
-FSEP has training's strategy, guard, exact split and schedule. The others follow their authors'
-descriptions, with the same rates and overlap.
+FSEP has training's strategy, guard, exact split and schedule, stock the same rates and overlap.
 
 Legend: N ranks, E experts, S slots, X ranks of an expert-parallel group.
 """
@@ -11,19 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import (
-    ExchangeAlgorithm,
-    FixedPlanner,
-    OverlapScheduler,
-    PlanMode,
-    Restore,
-    Sharding,
-    Split,
-    TokenExchange,
-)
+from megatron_laer.choices import Dispatch, OverlapScheduler, PlanMode, Restore, Split
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -33,7 +22,7 @@ from megatron_laer.planner.outcome import Outcome
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_exchange import with_token_exchange
-from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
+from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.schedule import Schedule, make_schedule
@@ -45,23 +34,17 @@ from megatron_laer.tools.simulator.iteration.work import (
     TokenPassing,
     grouped_totals,
 )
-from megatron_laer.tools.simulator.replay import (
-    LayerPolicy,
-    Observed,
-    changed_traffic,
-)
+from megatron_laer.tools.simulator.replay import LayerPolicy, Observed, changed_traffic
 
-STOCK, FSDP_EP, LAER, FSEP = "stock", "fsdp+ep", "laer", "fsep"
+STOCK, FSEP = "stock", "fsep"
 
 
 @dataclass(frozen=True)
 class MethodSettings:
     """Settings that methods are made from; `geometry` is of those that lay out experts.
 
-    The paper's methods have FSEP's without the sharding, and of `config` only the scheduler.
-    `stock_group` is X of stock; None for the largest possible. With `flex` FSEP, with `stock_flex`
-    stock sends a token once per node, pipelined. With `combined` all methods run Megatron's
-    combined 1F1B.
+    `stock_group` is X of stock; None for the largest possible. With `stock_flex` it has the flex
+    dispatcher. With `combined` all methods run Megatron's combined 1F1B.
     """
 
     geometry: Geometry
@@ -69,19 +52,8 @@ class MethodSettings:
     config: FSEPConfig = field(default_factory=FSEPConfig)
     stock_group: int | None = None
     topk: int = 1
-    flex: bool = False
     stock_flex: bool = False
     combined: bool = False
-
-
-class LayerPlanner(Protocol):
-    """Planner of one layer, which keeps its layout from step to step."""
-
-    def begin_step(self, observed: Observed) -> None:
-        """Plan the layer's layout of a step."""
-        ...
-
-    def work(self, counts_NE: Int64) -> LayerWork: ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +70,7 @@ class Method:
     name: str
     schedule: Schedule
     one_stream: bool
-    layer_planner: Callable[[], LayerPlanner]
+    layer_planner: Callable[[], _Grouped | _Relaid]
     experts_held: float
     restored: int
     replicas: int
@@ -107,25 +79,8 @@ class Method:
     form: WireForm | None = None
 
 
-def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
-    """Make a method of `METHODS`, at the nominal rates."""
-    if name != FSEP:
-        settings = replace(
-            settings,
-            geometry=replace(settings.geometry, sharding=Sharding.ROWS),
-            costs=replace(
-                settings.costs,
-                restore_algorithm=ExchangeAlgorithm.FLAT,
-                by_layout=False,
-                tokens=BY_RANK,
-            ),
-            config=FSEPConfig(plan_mode=PlanMode.FORECAST, scheduler=settings.config.scheduler),
-            flex=False,
-        )
-    return METHODS[name](settings, rates)
-
-
-def _stock(settings: MethodSettings, rates: Rates) -> Method:
+def stock(settings: MethodSettings, rates: Rates) -> Method:
+    """Make Megatron's expert parallelism."""
     geometry = settings.geometry
     fits = math.gcd(geometry.num_ranks, geometry.num_experts)
     group = settings.stock_group or fits
@@ -137,7 +92,7 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
     each = geometry.num_experts // group
     passing = TokenPassing(group, sorts_chunks=not settings.stock_flex)
     if settings.stock_flex:
-        passing = replace(passing, prices=_once_per_node(settings, group), pipelined=True)
+        passing = replace(passing, prices=_by_flex(settings, group))
     return Method(
         STOCK,
         make_schedule(overlaps=False, by_parts=settings.combined),
@@ -151,36 +106,13 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
     )
 
 
-def _once_per_node(settings: MethodSettings, group: int) -> TokenPrices:
-    """Return the rows per pair in a group of stock, where a token goes once to each node."""
+def _by_flex(settings: MethodSettings, group: int) -> TokenPrices:
+    """Return the prices of tokens in a group of stock with the flex dispatcher."""
     experts, node_size = settings.geometry.num_experts, math.gcd(settings.geometry.node_size, group)
     placement = Geometry(group, experts, experts // group, node_size)
     costs, topk = settings.costs, settings.topk
     tokens = max((costs.pairs_per_rank or experts) // topk, 1)
-    return with_token_exchange(costs, TokenExchange.NODE, placement, topk, tokens).tokens
-
-
-def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
-    """Make the paper's FSDP+EP: its engine with a layout that never changes."""
-    geometry = settings.geometry
-    num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
-    # Experts per rank: as many as FSEP has slots, or the next smaller number that fits.
-    fits = [
-        each
-        for each in range(geometry.capacity, 0, -1)
-        if num_experts % each == 0 and num_ranks % (num_experts // each) == 0
-    ]
-    if not fits:
-        raise ValueError(
-            f"FSDP+EP needs E/C groups of ranks; {num_experts} experts on {num_ranks} ranks with "
-            f"up to {geometry.capacity} each have none"
-        )
-    settings = replace(settings, geometry=replace(geometry, capacity=fits[0]))
-    return relaid(FSDP_EP, settings, rates, _strategy(FixedPlanner.STATIC, settings))
-
-
-def _strategy(name: str, settings: MethodSettings) -> Strategy:
-    return make_strategy(name, geometry=settings.geometry, costs=settings.costs)
+    return with_token_exchange(costs, Dispatch.FLEX, placement, topk, tokens).tokens
 
 
 def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy) -> Method:
@@ -194,9 +126,9 @@ def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy
     holds_step = config.restore == Restore.STEP
     guard = Guard(config.mode, costs, geometry, split=Split.EXACT if is_ours else Split.EVEN)
 
-    def layer_planner() -> LayerPlanner:
+    def layer_planner() -> _Relaid:
         policy = LayerPolicy(strategy, geometry.static_layout, by_newest=not is_ours)
-        return _Relaid(policy, guard, rates, settings.flex, holds_step)
+        return _Relaid(policy, guard, rates, holds_step)
 
     return Method(
         name,
@@ -217,13 +149,16 @@ def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy
     )
 
 
-# Makers of methods; a comparison with another planner adds its own, by `relaid`.
-METHODS: dict[str, Callable[[MethodSettings, Rates], Method]] = {
-    STOCK: _stock,
-    FSDP_EP: _fsdp,
-    LAER: lambda of, rates: relaid(LAER, of, rates, _strategy("laer", of)),
-    FSEP: lambda of, rates: relaid(FSEP, of, rates, _strategy(of.config.planner, of)),
-}
+def fsep(settings: MethodSettings, rates: Rates) -> Method:
+    """Make ours, with the settings of training."""
+    planner, costs = settings.config.planner, settings.costs
+    strategy = make_strategy(planner, geometry=settings.geometry, costs=costs)
+    return relaid(FSEP, settings, rates, strategy)
+
+
+# Makers of methods, at the nominal rates; a comparison with another planner adds its own, by
+# `relaid`, as `scripts/paper/methods.py` does.
+METHODS: dict[str, Callable[[MethodSettings, Rates], Method]] = {STOCK: stock, FSEP: fsep}
 
 
 @dataclass
@@ -253,7 +188,6 @@ class _Relaid:
     policy: LayerPolicy
     guard: Guard
     rates: Rates
-    pipelined: bool = False
     holds_step: bool = False
     exchanges: tuple[Exchange | None, Exchange | None] = field(init=False)
 
@@ -278,7 +212,7 @@ class _Relaid:
             if guard.mode != PlanMode.EXACT:
                 traffic = changed_traffic(guard, decision)
                 change = self._restore(traffic)
-        passing = TokenPassing(prices=costs.tokens, pipelined=self.pipelined)
+        passing = TokenPassing(prices=costs.tokens)
         node_size = guard.geometry.node_size
         sent = restore, reduce, change
         return LayerWork.of(outcome.totals, self.rates, *sent, solve_s, passing, node_size)

@@ -139,29 +139,31 @@ def read_model(config: str) -> ModelShape:
     experts = sizes.num_experts
     assert experts is not None
     values = model_values(config)
-    layers = _number(values, "--num-layers", most=_MAX_LAYERS, least=1)
-    extra = _number(values, "--mtp-num-layers", 0, _MAX_LAYERS)
-    heads = _number(values, "--num-attention-heads", least=1)
-    head = _number(values, "--kv-channels", max(sizes.hidden // heads, 1))
-    groups = _number(values, "--num-query-groups", heads)
-    topk = _number(values, "--moe-router-topk", 2, MAX_EXPERTS, least=1)
+    layers = whole_number(values, "--num-layers", _MAX_LAYERS, least=1)
+    extra = whole_number(values, "--mtp-num-layers", _MAX_LAYERS, default=0)
+    heads = whole_number(values, "--num-attention-heads", MAX_WIDTH, least=1)
+    head = whole_number(values, "--kv-channels", MAX_WIDTH, default=max(sizes.hidden // heads, 1))
+    groups = whole_number(values, "--num-query-groups", MAX_WIDTH, default=heads)
+    topk = whole_number(values, "--moe-router-topk", MAX_EXPERTS, least=1, default=2)
     if topk > experts:
         raise ValueError(f"--moe-router-topk {topk}: there are {experts} experts")
-    sequence = _number(values, "--seq-length", 4096, least=1)
+    sequence = whole_number(values, "--seq-length", MAX_WIDTH, least=1, default=4096)
     return ModelShape(
         hidden=sizes.hidden,
         layer_has_experts=(*_experts_by_layer(values, layers), *[True] * extra),
         heads=heads,
         query_width=heads * head,
         key_value_width=groups * head,
-        dense_ffn=_number(values, "--ffn-hidden-size", 4 * sizes.hidden),
+        dense_ffn=whole_number(values, "--ffn-hidden-size", MAX_WIDTH, default=4 * sizes.hidden),
         expert_ffn=sizes.ffn,
-        shared_ffn=_number(values, "--moe-shared-expert-intermediate-size", 0),
+        shared_ffn=whole_number(
+            values, "--moe-shared-expert-intermediate-size", MAX_WIDTH, default=0
+        ),
         gated=sizes.gated,
         num_experts=experts,
         topk=topk,
         sequence=sequence,
-        vocabulary=_number(values, "--vocab-size", 32000, 2**24, least=1),
+        vocabulary=whole_number(values, "--vocab-size", 2**24, least=1, default=32000),
         prediction_heads=1 + extra,
         bytes_per_element=2 if "--bf16" in values or "--fp16" in values else 4,
         latent=_latent(values) if "--multi-latent-attention" in values else None,
@@ -171,24 +173,14 @@ def read_model(config: str) -> ModelShape:
     )
 
 
-def _number(
-    values: Mapping[str, str],
-    flag: str,
-    default: int | None = None,
-    most: int = MAX_WIDTH,
-    least: int = 0,
-) -> int:
-    return whole_number(values, flag, most, least=least, default=default)
-
-
 def _latent(values: Mapping[str, str]) -> LatentAttention:
     # Megatron's own defaults.
     return LatentAttention(
-        query_rank=_number(values, "--q-lora-rank", 0),
-        key_value_rank=_number(values, "--kv-lora-rank", 32),
-        head=_number(values, "--qk-head-dim", 128),
-        rotary=_number(values, "--qk-pos-emb-head-dim", 64),
-        value_head=_number(values, "--v-head-dim", 128),
+        query_rank=whole_number(values, "--q-lora-rank", MAX_WIDTH, default=0),
+        key_value_rank=whole_number(values, "--kv-lora-rank", MAX_WIDTH, default=32),
+        head=whole_number(values, "--qk-head-dim", MAX_WIDTH, default=128),
+        rotary=whole_number(values, "--qk-pos-emb-head-dim", MAX_WIDTH, default=64),
+        value_head=whole_number(values, "--v-head-dim", MAX_WIDTH, default=128),
     )
 
 

@@ -14,15 +14,10 @@ from typing import Any
 import numpy as np
 
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING
-from megatron_laer.tools.simulator.iteration.iterate import run_iteration
+from megatron_laer.tools.simulator.iteration.iterate import Stages
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
-from megatron_laer.tools.simulator.iteration.methods import (
-    STOCK,
-    Method,
-    MethodSettings,
-    make_method,
-)
+from megatron_laer.tools.simulator.iteration.methods import STOCK, Method, MethodSettings, stock
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
@@ -44,8 +39,7 @@ class IterationPrediction:
     `by_rates_s` has the time for each set of rates, nominal first. `tokens` are of all ranks, and
     `flops` of a rank, without recompute. `compute_s` and `exposed_s`, by kind, and `waiting_s` for
     slower ranks add up to `iteration_s`.
-    `memory_bytes` are of the rank and stage that need most. `replan_share` is of microbatches that
-    fetched slots after the gate; 0 in mode `exact`. `group` is stock's.
+    `memory_bytes` are of the rank and stage that need most. `group` is stock's.
     """
 
     method: str
@@ -58,7 +52,6 @@ class IterationPrediction:
     waiting_s: float
     memory_bytes: Mapping[str, float]
     max_over_mean: float
-    replan_share: float
     group: int | None = None
 
     @property
@@ -72,11 +65,6 @@ class IterationPrediction:
     @property
     def high_s(self) -> float:
         return max(self.by_rates_s)
-
-    @property
-    def range_s(self) -> dict[str, float]:
-        """Return the iteration's time and its ends, as in JSON."""
-        return {"value": self.iteration_s, "low": self.low_s, "high": self.high_s}
 
     @property
     def tokens_per_s(self) -> float:
@@ -121,11 +109,11 @@ def predict_iterations(
     rate_sets: Sequence[Rates],
     *,
     steps: int = 1,
-    progress: Callable[[int], object] = lambda done: None,
+    progress: Callable[[Iterable[Step]], Iterable[Step]] = iter,
 ) -> list[IterationPrediction]:
     """Replay steps of a trace, and price iterations of all methods with their work."""
-    walked = routing.walk(steps, run.microbatches)
-    replayed = replay_steps(routing, walked, model, methods, run.microbatches, progress)
+    walked = progress(routing.walk(steps, run.microbatches))
+    replayed = replay_steps(routing, walked, model, methods, run.microbatches)
     return price_steps(replayed, model, run, methods, rate_sets)
 
 
@@ -135,12 +123,8 @@ def replay_steps(
     model: ModelShape,
     methods: Sequence[Method],
     microbatches: int,
-    progress: Callable[[int], object] = lambda done: None,
 ) -> Iterator[StepWorks]:
-    """Yield the work of each method in steps of `routing.walk`.
-
-    `progress` gets the number of newly planned microbatches.
-    """
+    """Yield the work of each method in steps of `routing.walk`."""
     recorded = _recorded_layers(model, routing.layers)
     planners = {
         layer: {method.name: method.layer_planner() for method in methods}
@@ -156,7 +140,6 @@ def replay_steps(
                 counts_NE = routing.counts_NE(record)
                 for name, planner in of_methods.items():
                     works[name].setdefault(layer, []).append(planner.work(counts_NE))
-                progress(1)
         yield StepWorks(recorded, works)
 
 
@@ -174,8 +157,7 @@ def price_steps(
         for method in methods:
             found[method.name].append(_of_step(method, works, timings))
     return [
-        weighted(of, [1 / len(of)] * len(of), (*SPENT, "max_over_mean", "replan_share"))
-        for of in found.values()
+        weighted(of, [1 / len(of)] * len(of), (*SPENT, "max_over_mean")) for of in found.values()
     ]
 
 
@@ -200,7 +182,7 @@ def weighted(
 def _of_step(method: Method, works: StepWorks, timings: Sequence[Timing]) -> IterationPrediction:
     """Predict an iteration with the work of one step."""
     model, run, work = timings[0].model, timings[0].run, partial(works.at, method.name)
-    iterations = [run_iteration(method, timing, work) for timing in timings]
+    iterations = [Stages(method, timing, work).run() for timing in timings]
     spent, tokens = iterations[0].spent, run.tokens * run.microbatches * run.ranks * run.replicas
     done = [each for of in works.of[method.name].values() for each in of[: run.microbatches]]
     most_pairs = max(int(each.pairs_N.max()) for each in done)
@@ -215,7 +197,6 @@ def _of_step(method: Method, works: StepWorks, timings: Sequence[Timing]) -> Ite
         waiting_s=spent[WAITING],
         memory_bytes=memory_bytes(model, run, method, most_pairs),
         max_over_mean=float(np.mean([each.max_over_mean for each in done])),
-        replan_share=float(np.mean([each.change is not None for each in done])),
         group=method.group,
     )
 
@@ -250,7 +231,7 @@ def fastest_stock(
         groups = [size for size in groups if size >= in_node]
     if settings.stock_group is not None:
         groups = [settings.stock_group]
-    made = [make_method(STOCK, replace(settings, stock_group=group), rates) for group in groups]
+    made = [stock(replace(settings, stock_group=group), rates) for group in groups]
     if len(made) == 1:
         return made[0]
     found = predict([replace(method, name=f"{STOCK} EP{method.group}") for method in made], [rates])

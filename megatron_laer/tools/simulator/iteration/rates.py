@@ -11,7 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from megatron_laer.planner.clusters import CONSTANTS, Cluster
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.precision import Precision
 
@@ -44,11 +44,6 @@ class Rates:
     gap_s: float = 0.0
     overhead: float = 0.0
     precision: Precision = Precision.PARAMETERS
-
-    @property
-    def backward_factor(self) -> float:
-        """Return the time of a FLOP in backward GEMMs over that in forward GEMMs."""
-        return self.cluster.backward_gemm_factor
 
     @property
     def linear_gemm(self) -> GemmCurve:
@@ -110,7 +105,10 @@ def rate_sets(rates: Rates) -> tuple[Rates, ...]:
 
     Four corners are needed: exchanges are exposed most where compute is fast and links are slow.
     """
-    ends = ends_of(rates.cluster)
+    ends = {name: (spread.low, spread.high) for name, spread in rates.cluster.spreads}
+    for name, (low, high) in _GUESSED.items():
+        if name not in ends and (value := rates.cluster.constant(name)) is not None:
+            ends[name] = low * value, high * value
     found = [rates]
     for fast_compute in (True, False):
         for fast_links in (True, False):
@@ -120,14 +118,3 @@ def rate_sets(rates: Rates) -> tuple[Rates, ...]:
                 values[name] = high if fast == (name in _RATES) else low
             found.append(replace(rates, cluster=rates.cluster.with_constants(values)))
     return tuple(found)
-
-
-def ends_of(cluster: Cluster) -> dict[str, tuple[float, float]]:
-    """Return both ends of each constant's spread, guessed for GEMMs and links without one."""
-    told = {name: (spread.low, spread.high) for name, spread in cluster.spreads}
-    for name in CONSTANTS:
-        value = cluster.constant(name)
-        if name in _GUESSED and name not in told and value is not None:
-            low, high = _GUESSED[name]
-            told[name] = low * value, high * value
-    return told

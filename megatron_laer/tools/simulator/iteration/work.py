@@ -69,13 +69,11 @@ class TokenPassing:
     """Way of a method's tokens between ranks.
 
     `group` is the number of neighbours that exchange tokens and counts; None for all ranks. With
-    `pipelined` both link classes work at once, as in DeepEP, although a row passes one after the
-    other. With `sorts_chunks` rows are put in order by Megatron's All-to-All dispatcher.
+    `sorts_chunks` rows are put in order by Megatron's All-to-All dispatcher.
     """
 
     group: int | None = None
     prices: TokenPrices = BY_RANK
-    pipelined: bool = False
     sorts_chunks: bool = False
 
     def seconds(self, work: LayerWork, token_bytes: int, cluster: Cluster) -> Seconds:
@@ -83,7 +81,7 @@ class TokenPassing:
         intra_bytes, inter_bytes = self.prices.pair_bytes(token_bytes)
         intra_s_N = work.intra_N * (intra_bytes / cluster.intra.bytes_per_s)
         inter_s_N = work.inter_N * (inter_bytes / cluster.inter.bytes_per_s)
-        if self.prices.in_stages and not self.pipelined:
+        if self.prices.in_stages and not self.prices.is_flex:
             seconds_N: Seconds = np.add(intra_s_N, inter_s_N, dtype=np.float64)
         else:
             seconds_N = np.maximum(intra_s_N, inter_s_N, dtype=np.float64)
@@ -112,10 +110,6 @@ class LayerWork:
     slots: int
     used_slots: int
     passing: TokenPassing
-
-    @property
-    def group(self) -> int | None:
-        return self.passing.group
 
     @property
     def leaves_nodes(self) -> bool:
