@@ -26,7 +26,7 @@ def make(folder: Path) -> None:
 
 def _traces(folder: Path) -> None:
     path = folder / "good.trace"
-    write_recording(path, some_counts(0, 4, microbatches=1, ranks=4, experts=8))
+    write_recording(path, some_counts(0, 4, microbatches=1, ranks=4, experts=8, most=99))
     good = path.read_bytes()
     first = good.index(b"\n") + 1
     folder_of_one = folder / "traces"

@@ -22,7 +22,7 @@ from tests.bad_inputs.forks import WALL_S, Ended, Job, run_all
 CASES = every_case()
 DAILY = [case for case in CASES if not case.nightly]
 NIGHTLY = [case for case in CASES if case.nightly]
-LEAST = 500
+LEAST = 400
 
 Tried = tuple[list[Ended], set[str]]
 
