@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.training import Probe, Record, train
+from megatron_laer.cpu.training import Record, train
 from tests.distributed.conftest import Trainings
 from tests.parity.compare import identical
 from tests.parity.row import AT_HOME, FSEP, HOMES
@@ -43,7 +43,8 @@ class Held:
     layers: tuple[int, int]
 
 
-def held_buffers(command: list[str], more: Probe = lambda _: None) -> tuple[Held, Record]:
+def held_buffers(command: list[str]) -> tuple[Held, Record]:
+    """Return the buffers of a run, and its record; the probe counts restores."""
     from megatron.core.models.gpt import GPTModel
 
     from megatron_laer.runtime.comm.buffers import Workspace
@@ -58,8 +59,7 @@ def held_buffers(command: list[str], more: Probe = lambda _: None) -> tuple[Held
         held.after_forward.append(coordinator.streams.weights.in_use)
         return output
 
-    def look(model: list[torch.nn.Module]) -> None:
-        more(model)
+    def look(_: object) -> int:
         coordinator = running()
         streams = coordinator.streams
         held.after_step.append((streams.weights.in_use, streams.grads.in_use))
@@ -73,23 +73,11 @@ def held_buffers(command: list[str], more: Probe = lambda _: None) -> tuple[Held
         schedule = Schedule.of(coordinator.experts.kinds)
         layers = len(coordinator.layers)
         held.layers = (schedule.restored_layers(layers), schedule.gradient_layers(layers))
+        return streams.exchange.count.restores
 
     with mock.patch.object(GPTModel, "forward", observed_forward):
         record = train(command, look)
     return held, record
-
-
-def kept_weights(command: list[str]) -> tuple[Held, Record, int]:
-    """Return the buffers of a run, its record, and the number of restores."""
-    restores = 0
-
-    def look(_: object) -> None:
-        nonlocal restores
-        coordinator = running()
-        restores = coordinator.streams.exchange.count.restores
-
-    held, record = held_buffers(command, look)
-    return held, record, restores
 
 
 VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2"
@@ -104,13 +92,13 @@ def test_weights_that_fit_stay_until_backward_and_change_no_bit(
     trained: Trainings, size: int, layers: int, extra: str
 ) -> None:
     flags = f"{FSEP}{RANDOM}{extra} --fsep-capacity 8 --num-layers {layers}"
-    plain, record, restores = trained(flags, by=kept_weights, size=size)
+    plain, record = trained(flags, by=held_buffers, size=size)
     gib = 1.5 * plain.layer_bytes / 2**30  # of one layer, not of two
     keeping = f"{flags} --fsep-restore"
-    held, same, fewer = trained(f"{keeping} {gib}", by=kept_weights, size=size)
+    held, same = trained(f"{keeping} {gib}", by=held_buffers, size=size)
     assert identical(same, record)
-    assert restores - fewer >= len(record.losses)
-    for result in trained.ends(f"{keeping} {gib / 2}", by=kept_weights, size=size):
+    assert record.probes[-1] - same.probes[-1] >= len(record.losses)
+    for result in trained.ends(f"{keeping} {gib / 2}", by=held_buffers, size=size):
         assert f"--fsep-restore {gib / 2}: keeps no layer's" in result.message
     assert set(held.after_step) == {(0, 0)}
     most = plain.layers[0] + 1
