@@ -118,8 +118,9 @@ class Quantiser:
         is_mx = device is None and block_scaling_dim is None
         assert rowwise and amax_epsilon == (None if is_mx else 0.0)
         assert force_pow_2_scales == (None if is_mx else device is None)
-        self.kind, self.dimensions = fp8_dtype, block_scaling_dim
-        self.is_mx, self.is_whole = is_mx, device is not None
+        self.kind, self.is_mx, self.is_whole = fp8_dtype, is_mx, device is not None
+        by_rows = _SQUARE if block_scaling_dim == 2 else fp8.MX_ROWS if is_mx else (1, 128)
+        self.blocks = {"rowwise": by_rows, "columnwise": by_rows[::-1]}
         self.rowwise, self.columnwise = rowwise, columnwise
 
     def set_usage(self, *, rowwise: bool, columnwise: bool) -> None:
@@ -145,26 +146,15 @@ class Quantiser:
             assert not any(size % fp8.MX_BLOCK for size in matrix.shape)
             named["with_gemm_swizzled_scales"] = False
         else:
-            named["is_2D_scaled"] = self.dimensions == 2
+            named["is_2D_scaled"] = self.blocks["rowwise"] == _SQUARE
         parts: dict[str, Any] = {}
         for name, asked in (("rowwise", self.rowwise), ("columnwise", self.columnwise)):
             if asked:
-                values, scales = self._direction(matrix, by_columns=name == "columnwise")
-                parts |= {f"{name}_data": values, f"{name}_scale_inv": scales}
+                values, scales = fp8.quantised(matrix, kind, self.blocks[name])
+                padded = scales.new_full(_padded(scales.shape, self.blocks[name]), UNDEFINED)
+                padded[tuple(map(slice, scales.shape))] = scales
+                parts |= {f"{name}_data": values.view(torch.uint8), f"{name}_scale_inv": padded}
         return Tensor(**parts, **named)
-
-    def _direction(
-        self, matrix: torch.Tensor, *, by_columns: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return bytes and padded scales along rows or columns."""
-        along = (128, 1) if by_columns else (1, 128)
-        block = _SQUARE if self.dimensions == 2 else along
-        if self.is_mx:
-            block = fp8.MX_COLUMNS if by_columns else fp8.MX_ROWS
-        values, scales = fp8.quantised(matrix, KINDS[self.kind], block)
-        padded = scales.new_full(_padded(scales.shape, block), UNDEFINED)
-        padded[tuple(map(slice, scales.shape))] = scales
-        return values.view(torch.uint8), padded
 
 
 def grouped_gemm(
