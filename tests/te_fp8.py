@@ -19,6 +19,8 @@ import torch
 from megatron_laer.layer.experts.fp8 import te
 from megatron_laer.precision import Precision, recipe_of
 from tests.doubles import fp8
+from tests.doubles.fp8_experts import fp8_replaced
+from tests.doubles.fp8_parameters import Fp8Parameter
 
 KINDS = {"e4m3": fp8.E4M3, "e5m2": fp8.E5M2}
 UNDEFINED = 255  # NaN as a scale of mxfp8
@@ -227,4 +229,14 @@ def replaced() -> Iterator[None]:
         mock.patch.object(te.grouped, "grouped_gemm", lambda: grouped_gemm),
         mock.patch.object(fp8_utils, "get_fp8_recipe", settings_of),
     ):
+        yield
+
+
+Tensor.register(Fp8Parameter)
+
+
+@contextlib.contextmanager
+def replaced_on_cpu() -> Iterator[None]:
+    """Compute experts in fp8 in this context, in stock, at home and in replicas."""
+    with fp8_replaced(), replaced(), mock.patch.object(te, "problem", lambda *_: None):
         yield

@@ -38,15 +38,14 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
     """Compute every expert at home and as a replica, on the same tokens; compare all bits."""
     import torch.distributed as dist
 
-    from tests import one_layer
-    from tests.doubles.fp8_experts import fp8_replaced
+    from tests import one_layer, te_fp8
     from tests.doubles.fp8_parameters import Fp8Parameter
 
     of_fp8 = {"fp8": fp8_format, "fp8_recipe": recipe, "gated_linear_unit": True}
     of_fp8 |= {"fp8_param": fp8_param}
     settings = {"sharding": "experts", "allow_unproven": ["fp8-experts"], "planner": "random"}
     one_layer.MODELS["fp8"] = of_fp8
-    with fp8_replaced(), one_layer.one_layer("gloo", "fp8", **settings) as wrapped:
+    with te_fp8.replaced_on_cpu(), one_layer.one_layer("gloo", "fp8", **settings) as wrapped:
         layer, coordinator = wrapped.module, running()
         rank, home = dist.get_rank(), coordinator.geometry.home_slots
         assert (home, coordinator.geometry.replica_slots) == (2, 2)

@@ -1,9 +1,9 @@
-"""Replacement of Transformer Engine's fp8 in experts on the CPU, at home and in replicas.
+"""Replacement of Transformer Engine's fp8 in experts on the CPU, in stock and at home.
 
 Operands are quantised by the definitions in `fp8.py`, given back in float32, and multiplied there.
 Megatron's own linear layers of experts do that in place of Transformer Engine's, with FSEP and
-without. Replicas compute by FSEP's own calls of Transformer Engine, on the replacements of
-`tests/te_fp8.py`. Other layers compute as without fp8.
+without. Other layers compute as without fp8. Replicas compute by FSEP's own calls of Transformer
+Engine, on the replacements of `tests/te_fp8.py`.
 
 Legend: R rows of a matrix (output features), K columns, n tokens of one expert.
 """
@@ -20,9 +20,7 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.layer.experts.fp8 import te
 from megatron_laer.precision import recipe_of
-from tests import te_fp8
 from tests.doubles import fp8
 from tests.doubles.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
 
@@ -107,7 +105,7 @@ class Fp8Linear(torch.autograd.Function):
 
 @contextlib.contextmanager
 def fp8_replaced() -> Iterator[None]:
-    """Compute experts in fp8 without Transformer Engine in this context, in FSEP and in stock."""
+    """Compute stock's experts in fp8 without Transformer Engine in this context."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
     from megatron.core.models.gpt import gpt_model  # imports all that recomputes
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -141,14 +139,12 @@ def fp8_replaced() -> Iterator[None]:
     assert gpt_model
     with contextlib.ExitStack() as replacements:
         replacements.enter_context(fp8_parameters())
-        replacements.enter_context(te_fp8.replaced())
         for layer in stock:
             replacements.enter_context(mock.patch.object(layer, "__init__", built(layer)))
             replacements.enter_context(mock.patch.object(layer, "_forward_impl", replaced(layer)))
         for owner, name, replacement in (
             # Megatron asks for a release of Transformer Engine before it takes fp8.
             (transformer_config, "is_te_min_version", lambda *_, **__: True),
-            (te, "problem", lambda *_: None),
             *((owner, "get_fp8_context", context) for owner in _with("get_fp8_context")),
             *((owner, "te_checkpoint", _checkpoint) for owner in _with("te_checkpoint")),
             # Of layers after a norm that is recomputed, which are not in fp8 here.

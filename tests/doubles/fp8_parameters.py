@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tests import te_fp8
 from tests.doubles import fp8
 
 _ATEN = torch.ops.aten
@@ -100,9 +99,6 @@ class Fp8Parameter(torch.Tensor):
 
 class Mxfp8Parameter(Fp8Parameter):
     """That of mxfp8, which Megatron tells from the others."""
-
-
-te_fp8.Tensor.register(Fp8Parameter)
 
 
 @contextlib.contextmanager

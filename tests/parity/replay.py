@@ -33,9 +33,9 @@ def train_row(
     with contextlib.ExitStack() as replaced:
         graphs = replaced.enter_context(graphs_replaced()) if GRAPHED in flags else []
         if FP8 in flags:
-            from tests.doubles.fp8_experts import fp8_replaced
+            from tests import te_fp8
 
-            replaced.enter_context(fp8_replaced())
+            replaced.enter_context(te_fp8.replaced_on_cpu())
         if not FLAGS.keys().isdisjoint(flags):
             replaced.enter_context(delayed_weights())
         if REPLAY in flags:
