@@ -73,7 +73,6 @@ def frozen_on_rank_1(model: torch.nn.Module) -> None:
 
 FSEP = " --expert-parallel-mode fsep --fsep-sharding "
 DELAYED = "--overlap-dispatch-backward-with-experts-wgrad"
-IN_FP8 = " --bf16 --fp8-format e4m3 --fp8-recipe blockwise --fsep-allow-unproven fp8-experts"
 WAY_OUT = "give as targets layers of attention alone"
 
 
@@ -115,7 +114,6 @@ CASES = {
     "shared on a rank": Case(
         shared_on_a_rank_alone, "experts", ("set share_expert_adapters=False",), grouped=True
     ),
-    "fp8": Case(adapt_experts, "experts" + IN_FP8, ("fp8 experts have them",)),
     "delayed weights": Case(
         adapt_experts, f"experts {DELAYED}", (f"with {DELAYED}: no test proves adapters",)
     ),

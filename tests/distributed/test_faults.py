@@ -32,10 +32,7 @@ from tests.parity.row import FP32_BOUND, FSEP, HOMES
 STATIC = FSEP + " --fsep-planner static"
 EXACT = FSEP + " --fsep-plan-mode exact"
 WAIT = FSEP + " --fsep-planner greedy --fsep-late-plan wait"
-VERSIONS = (
-    "layer 1: rank 2 (place 2 in the group) holds version 1",
-    "the others hold version 0",
-)
+VERSIONS = ("rank 2 (place 2 in the group) holds version 1", "the others hold version 0")
 STEPS = 8
 
 

@@ -50,15 +50,6 @@ def test_what_cannot_work_is_refused_on_every_rank(trained: Trainings, case: str
     assert [part for part in parts if part not in message] == [], message
 
 
-def train_without_experts(flags: list[str]) -> object:
-    at = flags.index("--num-experts")
-    return train([*flags[:at], *flags[at + 2 :]])
-
-
-def test_fsep_without_experts_is_refused(trained: Trainings) -> None:
-    assert "--num-experts" in trained.refused(FSEP, by=train_without_experts, steps=1)
-
-
 def train_told(flags: list[str], variables: dict[str, str]) -> object:
     with mock.patch.dict(os.environ, variables):
         return train(flags)
