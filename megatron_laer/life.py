@@ -53,7 +53,6 @@ class Event(Enum):
     OUTPUT_GRAD = "gradient of the output"
     INPUT_GRAD = "gradient of the inputs"
     WEIGHT_GRADS = "gradient of the weights"
-    BACKWARD_DW = "`backward_dw`"
     DISPATCH_GRAD = "gradient of the dispatch"
     WAIT = "the wait's turn"
 
@@ -76,7 +75,7 @@ class Action(Enum):
     DROP_WAITS = "drop waits"
     JOIN_WAIT = "join the wait to the tokens"
     COMPUTE = "compute"
-    DELAY = "leave it to `backward_dw`"
+    DELAY = "leave that to `backward_dw`"
     SEND = "start the reduce"
     SUM = "add to the step's, send the last"
     FINISH = "wait for the reduce"
@@ -158,7 +157,6 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(): (_A.FREE_BACKWARD,),
     },
     Event.WEIGHT_GRADS: {_of(_K.DELAYED): (_A.DELAY,), _of(): (_A.COMPUTE,)},
-    Event.BACKWARD_DW: {_of(_K.DELAYED): (_A.COMPUTE,)},
     # Gradients of the weights leave after those of the tokens.
     Event.DISPATCH_GRAD: {
         _of(_K.FROZEN): (),

@@ -42,14 +42,13 @@ from megatron_laer.runtime.comm.exchange import Exchange, wire_dtype
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
-from megatron_laer.runtime.layer_experts import LayerExperts
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams, KeptWeights
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.support.model import goes_through_nodes, slots_multiple
 
 logger = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ def build_coordinator(
         make_exchange(config, groups, chosen, geometry),
         parameters=make_comm_stream("parameters", device, overlaps=overlaps),
         gradients=make_comm_stream("gradients", device, overlaps=overlaps),
-        kept=KeptWeights(config.kept_gib * 2**30),
+        most_kept_bytes=config.kept_gib * 2**30,
     )
     homes = _common_homes(config, groups, geometry.num_experts)
     layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device, homes)
@@ -125,19 +124,18 @@ def build_coordinator(
         if config.mode == PlanMode.ANNOUNCED
         else PassLayouts(guard, layouts, groups, one_per_step=Kind.STEP in kinds)
     )
-    experts = LayerExperts(streams, device, geometry, kinds)
     sampled = -(-(config.sampled_sets or 0) // groups.size)
     return Coordinator(
         config=config,
         groups=groups,
         device=device,
         seed=seed,
+        kinds=kinds,
         guard=guard,
         streams=streams,
-        experts=experts,
         layouts=layouts,
         pass_layouts=pass_layouts,
-        scheduler=Scheduler(kinds, streams, experts, pass_layouts),
+        scheduler=Scheduler(kinds, streams, pass_layouts),
         recorder=MetricsRecorder(guard, device, streams.parameters.times.clock),
         pairs=PairCounts(groups, device, geometry.num_experts, config.pairs_interval, sampled),
         token_sizes=TokenSizesExchange(groups, device) if by_node else None,

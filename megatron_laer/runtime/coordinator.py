@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_laer.config import FSEPConfig
+from megatron_laer.life import Kind, Kinds
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.runtime.comm import agreement
@@ -21,6 +22,7 @@ from megatron_laer.runtime.layer_state import (
     adapters_in,
     check_no_plan_is_left,
     frozen_in,
+    kept_problem,
     name_of_layer,
     what_changed,
 )
@@ -28,7 +30,6 @@ from megatron_laer.runtime.metrics_recorder import metrics_writer
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.runtime.planning.planner_rank import run_of_group
 from megatron_laer.runtime.weights.exchange_launches import launch_exchange_kernels
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ class Coordinator(MicrobatchPlanner):
     """
 
     config: FSEPConfig
+    kinds: Kinds
     guard: Guard
-    streams: ExchangeStreams
     priced: Mapping[str, int]
     seed: int
     layers: list[LayerState] = field(default_factory=list)
@@ -60,7 +61,16 @@ class Coordinator(MicrobatchPlanner):
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
         home = self.layouts.add_layer(name, quantised=described.get("quantised", True))
         state = LayerState(
-            index=len(self.layers), name=name, number=number, is_mtp=is_mtp, home=home, **described
+            index=len(self.layers),
+            name=name,
+            number=number,
+            is_mtp=is_mtp,
+            home=home,
+            geometry=self.geometry,
+            streams=self.streams,
+            device=self.device,
+            kinds=self.kinds,
+            **described,
         )
         self.layers.append(state)
         return state
@@ -81,11 +91,10 @@ class Coordinator(MicrobatchPlanner):
         summary = agreement.summarise(self.config, self.geometry, self.guard.costs, self.seed)
         summary["frozen experts"] = frozen_in(self.layers)
         summary["adapters of experts"] = adapters_in(self.layers)
-        slots, kept_gib = self.geometry.replica_slots, self.config.kept_gib
         problem = (
             agreement.difference(summary, self.groups)
             or self.problem_of_model()
-            or self.experts.memory_problem(self.layers, slots, kept_gib)
+            or kept_problem(self.layers, self.config.kept_gib)
         )
         if problem is not None:
             return problem
@@ -122,7 +131,7 @@ class Coordinator(MicrobatchPlanner):
             layer.launch_kernels()
             launch_exchange_kernels(
                 layer.share,
-                holds_step=self.experts.holds_step,
+                holds_step=Kind.STEP in self.kinds,
                 wire_dtype=wire_dtype(self.config),
             )
 
@@ -147,19 +156,17 @@ class Coordinator(MicrobatchPlanner):
             layer.begin_step(expected)
         self.pairs.begin_step(step, len(self.layers))
         known = self.pass_layouts.known([layer.next_pass(training=True) for layer in self.layers])
-        layouts = [(self.layers[at], layout) for at, layout in known.items()]
-        for layer, layout in layouts:
-            self.tag(layer, layout)  # upload it now
-        self.experts.begin_step(layouts, num_microbatches)
+        for at, layout in known.items():
+            self.layers[at].tag(self.layouts.version, layout)  # upload it now
+            self.layers[at].begin_layout(layout, num_microbatches)
 
     def end_step(self) -> None:
         check_no_plan_is_left(self.layers)
         self.scheduler.end_step()
         self.pairs.end_step()
         for layer in self.layers:
-            layer.on_step_end()
+            layer.end_step()
         self.layouts.end_step()
-        self.experts.end_step()
         self._unreported_steps += 1
         received_bytes = self.streams.exchange.received_bytes - self._received_before
         self._unreported_bytes += received_bytes

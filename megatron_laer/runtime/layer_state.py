@@ -1,4 +1,10 @@
-"""State of one MoE layer on this rank: description, plans, counts and statistics."""
+"""State of one MoE layer on this rank: its experts, plans, counts and statistics.
+
+With M microbatches `--fsep-restore step` lets a layer's exchanges fall from 3·M to 2, or to 3 where
+payloads serve one direction. In return a rank holds the restored matrices of every layer, and
+float32 sums of their gradients, as long as the step runs. With experts at home these are replicas;
+the homes' own gradients are stock's, microbatch by microbatch.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +17,18 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
+from megatron_laer.life import Kind, Kinds
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.outcome import Outcome
+from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm.collectives import LayoutTag
+from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.planning.pass_layouts import LayerPass
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.share import Share
 from megatron_laer.runtime.weights.slot_grads import LateGrads
 
@@ -102,6 +114,7 @@ class LayerState:
         what_changed: describes changes to the experts since construction; None if there are none.
         on_step_end: called at the end of a training step.
         launch_kernels: called before the first step, to launch what the layer's own code launches.
+        kinds: of the run.
         passes: of each microbatch through the layer; several where Megatron repeats it.
         quantised: whether home experts travel as payloads.
     """
@@ -111,6 +124,10 @@ class LayerState:
     number: int
     is_mtp: bool
     home: HomeOrder
+    geometry: Geometry
+    streams: ExchangeStreams
+    device: torch.device
+    kinds: Kinds
     find_share: Callable[[], Share]
     adapters: Callable[[], str]
     what_changed: Callable[[], str | None]
@@ -125,6 +142,8 @@ class LayerState:
     _num_microbatches: int | None = None
     _counts_NE: Int64 | None = None
     _tag: tuple[LayoutTag, torch.Tensor] | None = None
+    _layout_index: LayoutIndex | None = None
+    _held: RestoredExperts | None = None  # over a step
 
     def __post_init__(self) -> None:
         self.reruns = RerunPlans(self.passes)
@@ -135,6 +154,45 @@ class LayerState:
 
     def begin_step(self, num_microbatches: int | None) -> None:
         self._routed, self._num_microbatches = 0, num_microbatches
+
+    def begin_layout(self, layout: ExpertLayout, num_microbatches: int | None) -> None:
+        """Upload a step's layout, and begin to hold the layer's experts if the run does."""
+        index = self._index_of(layout)
+        if Kind.STEP not in self.kinds:
+            return
+        if num_microbatches is None:
+            raise ValueError(
+                "--fsep-restore step must know the microbatches of a step: give "
+                "training_step(step, num_microbatches), or take --fsep-restore layer"
+            )
+        if self._held is None:
+            check_main_grads(self.name, self.share)
+            self._held = self._experts(index, self.kinds)
+        self._held.begin_step(index, num_microbatches * self.passes)
+
+    def end_step(self) -> None:
+        self.on_step_end()
+        if self._held is not None:
+            self._held.free()
+
+    def experts_of_pass(self, layout: ExpertLayout, *, training: bool) -> RestoredExperts:
+        """Return new restored experts, or in training those that are held over the step."""
+        if training and self._held is not None:
+            return self._held
+        restored = self._experts(self._index_of(layout), self.kinds - {Kind.STEP})
+        if not training:
+            restored.expect_no_backward()
+        return restored
+
+    def _experts(self, index: LayoutIndex, kinds: Kinds) -> RestoredExperts:
+        return RestoredExperts(self.name, self.share, index, self.streams, kinds, self.late)
+
+    def _index_of(self, layout: ExpertLayout) -> LayoutIndex:
+        index = self._layout_index
+        if index is None or index.placed.layout != layout:
+            index = layout_index(Placed(layout, self.geometry, self.quantised), self.device)
+            self._layout_index = index
+        return index
 
     def next_pass(self, *, training: bool) -> LayerPass:
         """Return the next pass; Megatron's rerun state machine repeats steps."""
@@ -158,10 +216,10 @@ class LayerState:
         self._counts_NE = summed_NE
         return None
 
-    def tag(self, version: int, layout: ExpertLayout, device: torch.device) -> torch.Tensor:
+    def tag(self, version: int, layout: ExpertLayout) -> torch.Tensor:
         tag = LayoutTag(version, layout.digest)
         if self._tag is None or self._tag[0] != tag:
-            self._tag = (tag, tag.tensor(device))
+            self._tag = (tag, tag.tensor(self.device))
         return self._tag[1]
 
 
@@ -189,6 +247,31 @@ def what_changed(layers: Sequence[LayerState]) -> str | None:
     """Describe the first layer whose experts were replaced; None if none was."""
     found = ((layer.name, layer.what_changed()) for layer in layers)
     return next((f"{name}: {change}" for name, change in found if change), None)
+
+
+def check_main_grads(name: str, share: Share) -> None:
+    """Refuse to hold a step's sums without main gradients: a bfloat16 `grad` would round them."""
+    if not share.have_main_grads:
+        raise ValueError(
+            f"--fsep-restore step, {name}: adds gradients to Megatron's main gradients, and "
+            "these parameters have none; wrap the model in Megatron's DistributedDataParallel, "
+            "or take --fsep-restore layer"
+        )
+
+
+def kept_problem(layers: Sequence[LayerState], kept_gib: float) -> str | None:
+    """Describe why no layer's weights fit into the memory to keep them; None if they do."""
+    if kept_gib == 0:
+        return None
+    sizes = [layer.share.restored_bytes(layer.geometry.replica_slots) for layer in layers]
+    least = min(sizes, default=0)
+    if kept_gib * 2**30 >= least:
+        return None
+    return (
+        f"--fsep-restore {kept_gib}: keeps no layer's restored experts, which take "
+        f"{least / 2**30:.6f} GiB; give as much for each layer and microbatch in flight, or "
+        "leave it out"
+    )
 
 
 def check_no_plan_is_left(layers: Sequence[LayerState]) -> None:

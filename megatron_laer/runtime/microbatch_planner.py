@@ -8,22 +8,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.guard import Decision
-from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.outcome import Outcome
 from megatron_laer.runtime.comm.collectives import (
     CountsExchange,
     TokenSizesExchange,
     decision_digest,
 )
+from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.layer_experts import LayerExperts
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -31,6 +30,7 @@ from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,9 @@ class MicrobatchPlanner:
 
     groups: FSEPGroups
     device: torch.device
+    streams: ExchangeStreams
     layouts: LayoutsInForce
     pass_layouts: PassLayouts
-    experts: LayerExperts
     scheduler: Scheduler
     recorder: MetricsRecorder
     pairs: PairCounts
@@ -60,9 +60,6 @@ class MicrobatchPlanner:
 
     def __post_init__(self) -> None:
         self._counts = CountsExchange(self.groups, self.device)
-
-    def tag(self, layer: LayerState, layout: ExpertLayout) -> torch.Tensor:
-        return layer.tag(self.layouts.version, layout, self.device)
 
     def start_pass(
         self,
@@ -100,7 +97,7 @@ class MicrobatchPlanner:
         restored = self.scheduler.enter(layer, training)
         read_counts = self._counts.start(
             counts_E,
-            self.tag(layer, restored.index.placed.layout),
+            layer.tag(self.layouts.version, restored.index.placed.layout),
             self._last_decision,
             layer.name,
         )
@@ -119,7 +116,7 @@ class MicrobatchPlanner:
         training: bool,
     ) -> MicrobatchPlan:
         counts_NE = read_counts()
-        self.scheduler.go_on()
+        self.streams.parameters.go_on()  # a restore started before the previous layer's experts
         start_s = time.perf_counter()
         decision = self.pass_layouts.decide(
             layer.next_pass(training=training), counts_NE, restored.index.placed.layout
@@ -127,7 +124,8 @@ class MicrobatchPlanner:
         self._last_decision = decision_digest(decision.layout, solved=decision.solved)
         decide_s = time.perf_counter() - start_s
         if decision.replanned:
-            self.experts.change(restored, decision.layout)
+            placed = replace(restored.index.placed, layout=decision.layout)
+            restored.change(layout_index(placed, self.device))
         self.scheduler.decided(restored)
         plan = MicrobatchPlan(restored=restored, quotas=decision.rank_quotas)
         if training:
@@ -150,7 +148,7 @@ class MicrobatchPlanner:
 
     def _warn_without_steps(self) -> None:
         """Warn once about training without steps, which a backward before this forward reveals."""
-        if not self.needs_steps or not self.scheduler.backward_has_run:
+        if not self.needs_steps or not self.streams.exchange.count.backwards:
             return
         self.needs_steps = False
         if self.groups.rank == 0 and self.groups.index == 0:  # the same on all ranks

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from megatron_laer.life import Action, Cell, Event, Kinds, column
-from megatron_laer.runtime.layer_experts import LayerExperts
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.operations import Operation, OperationOrder
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts, Replayed
@@ -73,16 +72,9 @@ class _Forward:
 class Scheduler:
     """Scheduler of one rank's exchanges of experts, in a run of these kinds."""
 
-    def __init__(
-        self,
-        kinds: Kinds,
-        streams: ExchangeStreams,
-        experts: LayerExperts,
-        pass_layouts: PassLayouts,
-    ) -> None:
+    def __init__(self, kinds: Kinds, streams: ExchangeStreams, pass_layouts: PassLayouts) -> None:
         self._life = column(kinds)
         self._streams = streams
-        self._experts = experts
         self._pass_layouts = pass_layouts
         self._chunks: list[Chunk] = []
         self._hooks: list[Any] = []
@@ -138,10 +130,6 @@ class Scheduler:
     def replays_routing(self) -> bool:
         return any(chunk.replayed is not None for chunk in self._chunks)
 
-    @property
-    def backward_has_run(self) -> bool:
-        return self._streams.exchange.count.backwards > 0
-
     def begin_step(self, num_microbatches: int | None) -> None:
         self._forget_operations()
         num_chunks = sum(bool(chunk.layers) for chunk in self._chunks)
@@ -187,13 +175,9 @@ class Scheduler:
             elif forward.operation is not None:
                 self._fetch_following(forward.entered[-1].weights)
 
-    def go_on(self) -> None:
-        """Launch what follows in restores that started before the previous layer's experts."""
-        self._streams.parameters.go_on()
-
     def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:
         layout = self._pass_layouts.layout_for(layer.next_pass(training=training))
-        return self._experts.of_pass(layer, layout, training=training)
+        return layer.experts_of_pass(layout, training=training)
 
     def _prepare(
         self, position: int, training: bool, fetched: RestoredExperts | None = None
@@ -281,7 +265,8 @@ class Scheduler:
         for chunk in self._chunks:
             for layer in chunk.layers:
                 layer.late.computes.clear()  # left by a step that an error ended
-        self._streams.kept.release()
+        for weights in [*self._streams.kept]:
+            weights.free()  # their backward did not come
         self._take_fetched(None)
         self._awaits_backward.clear()
 

@@ -85,8 +85,8 @@ def train_on_rollouts(mode: str | None, announces: str, at_home: bool = False) -
     import megatron_laer
     from megatron_laer.planner.guard import Guard
     from megatron_laer.plugin.metrics_tracker import collect
-    from megatron_laer.runtime.layer_experts import LayerExperts
     from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
+    from megatron_laer.runtime.weights.restored import RestoredExperts
     from megatron_laer.session import current_coordinator
 
     seen, functions = Seen(), page()
@@ -134,7 +134,7 @@ def train_on_rollouts(mode: str | None, announces: str, at_home: bool = False) -
                 watching(
                     (Guard, "decide", decide),
                     (MicrobatchPlanner, "_plan", plan),
-                    (LayerExperts, "change", change),
+                    (RestoredExperts, "change", change),
                 ),
                 megatron_laer.training_step(step, known, model),
             ):

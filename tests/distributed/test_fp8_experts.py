@@ -77,7 +77,7 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
         wrapped.zero_grad_buffer()
 
         layout = ExpertLayout.from_slots(2, 4, 4, [0, 1, 2, 3, 2, 3, 0, 1])
-        restored = coordinator.experts.of_pass(layer.state, layout, training=True)
+        restored = layer.state.experts_of_pass(layout, training=True)
         compute = layer._home_experts._compute
         with_replicas = run(
             others,

@@ -131,11 +131,11 @@ def held_after_a_step(flags: list[str]) -> bool:
     """Return True if replicas that are held over a step are gone at its end."""
 
     def end(_: list[torch.nn.Module]) -> bool:
-        experts_of_run = running().experts
-        held = [*experts_of_run._of_step.values()]
-        assert any(experts.weights.are_here for experts in held)
-        experts_of_run.end_step()
-        return not any(experts.weights.are_here for experts in held)
+        layers = running().layers
+        assert any(layer._held.weights.are_here for layer in layers)
+        for layer in layers:
+            layer.end_step()
+        return not any(layer._held.weights.are_here for layer in layers)
 
     found: bool = train(flags, end).probes[0]
     return found

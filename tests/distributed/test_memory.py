@@ -70,7 +70,7 @@ def held_buffers(command: list[str]) -> tuple[Held, Record]:
             rows * columns * like.element_size()
             for rows, columns, like in zip(share.rows, share.columns, share.likes, strict=True)
         )
-        schedule = Schedule.of(coordinator.experts.kinds)
+        schedule = Schedule.of(coordinator.kinds)
         layers = len(coordinator.layers)
         held.layers = (schedule.restored_layers(layers), schedule.gradient_layers(layers))
         return streams.exchange.count.restores

@@ -73,7 +73,7 @@ def test_of_a_step_that_is_cut_short_or_repeated_no_more_is_learned(
 def test_a_chunks_first_weights_are_fetched_once_megatron_has_gathered_them(
     number: int, gathers: bool, fetches: bool
 ) -> None:
-    scheduler = Scheduler(frozenset(), mock.Mock(), mock.Mock(), mock.Mock())
+    scheduler = Scheduler(frozenset(), mock.MagicMock(), mock.Mock())
     chunk = mock.Mock(layers=[mock.Mock()], blocks=[], gathers_weights=lambda: gathers)
     scheduler.attach([chunk])
     assert (scheduler._first_of(Operation(True, 0, number)) is not None) == fetches

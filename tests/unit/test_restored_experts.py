@@ -6,8 +6,6 @@ import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,9 +14,9 @@ from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from megatron_laer.runtime.layer_experts import check_main_grads
+from megatron_laer.runtime.layer_state import check_main_grads
 from megatron_laer.runtime.weights.autograd import placeholder
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams, KeptWeights
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.share import Share
 from megatron_laer.runtime.weights.slot_grads import LateGrads
@@ -300,19 +298,32 @@ def test_parameters_without_main_gradients_are_refused(streams: ExchangeStreams)
         check_main_grads("layer 1", share)
 
 
-def test_weights_are_kept_up_to_the_last_byte_and_their_memory_is_given_back() -> None:
-    kept, one, other = KeptWeights(5), Mock(), Mock()
-    one.free, other.free = (partial(kept.give_back, weights) for weights in (one, other))
-    assert [kept.take(one, 6), kept.take(one, 3), kept.take(other, 3)] == [False, True, False]
-    kept.give_back(one)
-    kept.give_back(one)
-    assert [kept.take(other, 2), kept.take(one, 3), kept.take(one, 1)] == [True, True, False]
-    kept.release()
-    assert kept.take(one, 5)
+def test_weights_are_kept_up_to_the_last_byte_and_their_memory_is_given_back(
+    streams: ExchangeStreams,
+) -> None:
+    def kept(most_bytes: int) -> list[bool]:
+        """Return whether weights stay of a second pass, and of a third after a backward."""
+        of_run = replace(streams, most_kept_bytes=most_bytes)
+        passes = [restored_experts(of_run) for _ in range(3)]
+        outputs = []
+        for restored in passes:
+            outputs.append(compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum())
+            if restored is passes[1]:
+                outputs[0].backward()
+        stayed = [restored.weights.are_here for restored in passes[1:]]
+        for output in outputs[1:]:
+            output.backward()
+        assert streams.weights.in_use == 0 and not streams.kept
+        return stayed
+
+    size = restored_experts(streams).share.restored_bytes(2)
+    assert kept(size - 1) == [False, False]
+    assert kept(size) == [False, True]
+    assert kept(2 * size) == [True, True]
 
 
 def test_weights_that_are_handed_on_are_not_kept_as_well(streams: ExchangeStreams) -> None:
-    streams = replace(streams, kept=KeptWeights(2**20))
+    streams = replace(streams, most_kept_bytes=2**20)
     first = restored_experts(streams)
     second = RestoredExperts("layer 1", first.share, first.index, streams)
     first.weights.hand_on(second.weights)
@@ -321,7 +332,8 @@ def test_weights_that_are_handed_on_are_not_kept_as_well(streams: ExchangeStream
     compute(second, ones(needs_grad=True), ones(needs_grad=True))
     assert second.weights.are_here, "nothing follows, and they fit"
     assert (streams.weights.in_use, streams.exchange.count.restores) == (1, 1)
-    streams.kept.release()
+    for weights in [*streams.kept]:
+        weights.free()
     assert streams.weights.in_use == 0
 
 

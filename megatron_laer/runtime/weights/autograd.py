@@ -64,18 +64,16 @@ def join_wait(tokens: torch.Tensor, wait: torch.Tensor) -> torch.Tensor:
 
 
 def whole_matrices(
-    on_grads: Callable[[tuple[torch.Tensor, ...]], None],
-    likes: Sequence[torch.Tensor],
-    shapes: Sequence[tuple[int, ...]],
+    on_grads: Callable[[tuple[torch.Tensor, ...]], None], placeholders: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
-    """Return placeholders of whole matrices; `on_grads` receives their gradients `[C, R, K]`."""
+    """Return placeholders that need gradients; `on_grads` receives these, `[C, R, K]` each."""
 
     def back(*grads: torch.Tensor) -> Gradients:
         on_grads(grads)
         return (None,)
 
     made: tuple[torch.Tensor, ...] = _Node.apply(
-        lambda _: tuple(map(placeholder, likes, shapes)), back, unused(likes[0])
+        lambda _: _views(*placeholders), back, unused(placeholders[0])
     )
     return made
 

@@ -41,7 +41,7 @@ def launch_exchange_kernels(
     weights = share.weights()
     _copy(
         table,
-        _row(share.form.columns, share.form.dtype, device),
+        torch.empty(1, share.form.columns, dtype=share.form.dtype, device=device),
         [
             _row_like(weights[at])
             for at in range(len(weights))
@@ -53,9 +53,9 @@ def launch_exchange_kernels(
     form, targets = share.grads_form, share.sums_in_rows(share.new_sums())
     grads = {form.dtype, torch.float32} if holds_step else {form.dtype}
     wire = wire_dtype or form.dtype
-    between = _row(form.columns, wire, device)
+    between = torch.empty(1, form.columns, dtype=wire, device=device)
     for dtype in {*grads, wire}:
-        part = _row(form.columns, dtype, device)
+        part = torch.empty(1, form.columns, dtype=dtype, device=device)
         if dtype in grads:
             _copy(table, part, [])
         table.add(_ROW, part, [between], adds=False)
@@ -71,12 +71,7 @@ def _copy(table: Table, slots: torch.Tensor, owned: Sequence[torch.Tensor]) -> N
         table.unpack(_ROW, held, [buffer])
 
 
-def _row(columns: int, dtype: torch.dtype, device: torch.device, offset: int = 0) -> torch.Tensor:
-    """Return an uninitialised row, [1, K], this number of bytes behind an aligned address."""
-    first = offset // dtype.itemsize
-    return torch.empty(first + columns, dtype=dtype, device=device)[first:].unsqueeze(0)
-
-
 def _row_like(rows: torch.Tensor) -> torch.Tensor:
-    """Return an uninitialised row, aligned as the first one of these."""
-    return _row(rows.shape[1], rows.dtype, rows.device, rows.data_ptr() % _ALIGNMENT)
+    """Return an uninitialised row, [1, K], aligned as the first one of these."""
+    first = rows.data_ptr() % _ALIGNMENT // rows.element_size()
+    return rows.new_empty(first + rows.shape[1])[first:].unsqueeze(0)

@@ -169,16 +169,17 @@ class RestoredExperts:
         return run_on_backward(partial(self.grads.let_go, sums=Action.SUM in leaves), tokens)[0]
 
     def weight_placeholders(self) -> tuple[torch.Tensor, ...]:
-        shapes, share = self.weights.shapes, self.share
-        weights = dict(enumerate(map(placeholder, share.likes, shapes)))
+        share, slots = self.share, self.weights.replica_slots
+        weights = [
+            placeholder(like, (slots, own.rows, own.columns))
+            for like, own in zip(share.likes, share.own, strict=True)
+        ]
         if self._trains:
-            trained = whole_matrices(
-                partial(self._grads_computed, self.life),
-                [share.likes[at] for at in share.trained_at],
-                [shapes[at] for at in share.trained_at],
-            )
-            weights |= zip(share.trained_at, trained, strict=True)
-        return tuple(weights.values())
+            computed = partial(self._grads_computed, self.life)
+            trained = whole_matrices(computed, [weights[at] for at in share.trained_at])
+            for at, matrix in zip(share.trained_at, trained, strict=True):
+                weights[at] = matrix
+        return tuple(weights)
 
     def before_compute(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Mark the restored experts' inputs, whose gradients' arrival ends the weights' use."""

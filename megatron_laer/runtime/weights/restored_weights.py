@@ -19,9 +19,9 @@ from megatron_laer.telemetry.activities import Activity, Kind
 class RestoredWeights:
     """Matrices `[C, R, K]` of one layer's replica slots.
 
-    They have the form in which they are carried, and lie expert by expert in one buffer; `shapes`
-    are those of their gradients. Without a replica in the layout nothing is fetched, and no memory
-    is taken. Where payloads serve one direction, a pass has two of these, whose shares differ.
+    They have the form in which they are carried, and lie expert by expert in one buffer. Without a
+    replica in the layout nothing is fetched, and no memory is taken. Where payloads serve one
+    direction, a pass has two of these, whose shares differ.
     """
 
     def __init__(
@@ -43,13 +43,6 @@ class RestoredWeights:
     @property
     def replica_slots(self) -> int:
         return self.index.placed.geometry.replica_slots
-
-    @property
-    def shapes(self) -> tuple[tuple[int, int, int], ...]:
-        return tuple(
-            (self.replica_slots, rows, columns)
-            for rows, columns in zip(self.share.rows, self.share.columns, strict=True)
-        )
 
     def start_restore(self) -> None:
         """Start to fetch the slots' experts, unless already started. Collective over the group."""
@@ -100,9 +93,11 @@ class RestoredWeights:
 
     def keep(self) -> None:
         """Keep the weights for this pass's backward if they fit, unless they are handed on."""
+        streams = self._streams
         if self._heir is None and self.are_here:
             num_bytes = self.share.restored_bytes(self.replica_slots)
-            if self._streams.kept.take(self, num_bytes):
+            if sum(streams.kept.values()) + num_bytes <= streams.most_kept_bytes:
+                streams.kept[self] = num_bytes
                 self._heir = self
 
     def used(self) -> None:
@@ -127,7 +122,7 @@ class RestoredWeights:
 
     def _leave(self) -> None:
         self._pending, self._matrices = None, []
-        self._streams.kept.give_back(self)
+        self._streams.kept.pop(self, None)
 
     def _submit(self, exchange: Steps, kind: Kind) -> None:
         activity = Activity(kind, self.name)
