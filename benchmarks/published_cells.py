@@ -34,11 +34,12 @@ from benchmarks.published_files import (
     tokens_path,
 )
 from megatron_laer.choices import Recompute
+from megatron_laer.life import Kind
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster, Contention
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import Link
-from megatron_laer.schedule import Schedule, make_schedule
+from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.iterate import Stages
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.methods import Method
@@ -150,7 +151,7 @@ class Published:
             scale *= constants.kappa
         works = _works(model, run, tokens_LMN, scale, self._rates, restores=not is_megatron)
         timing = Timing(model, run, rates, self._rates)
-        schedule = make_schedule(overlaps=not is_megatron)
+        schedule = Schedule.of({Kind.ALONE} if is_megatron else {Kind.SYNCHRONISED})
         of_method = _method(model, schedule, is_megatron, family)
         # As many whole iterations as the known microbatches allow.
         known = tokens_LMN.shape[1]

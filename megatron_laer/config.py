@@ -33,6 +33,7 @@ from megatron_laer.choices import (
     WireDtype,
 )
 from megatron_laer.files.checks import numbered
+from megatron_laer.life import Kind, Kinds, kinds_of
 from megatron_laer.rules import (
     LAER_PLANNER,
     RULES,
@@ -242,6 +243,17 @@ class FSEPConfig:
         is_fixed = self.planner in FixedPlanner
         is_kept = self.split == Split.EVEN or self.restore == Restore.STEP
         return PlanMode.FORECAST if is_fixed or is_kept else PlanMode.ADAPTIVE
+
+    @property
+    def kinds(self) -> Kinds:
+        """Return the kinds that these settings give to all passes of a run."""
+        return kinds_of(
+            {
+                Kind.ALONE: self.scheduler != OverlapScheduler.ON,
+                Kind.FRESH: self.mode == PlanMode.EXACT,
+                Kind.STEP: self.restore == Restore.STEP,
+            }
+        )
 
     @property
     def makes_plans(self) -> bool:

@@ -5,9 +5,10 @@ Training looks up the same cells of `life.py`. This file imports neither torch n
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_laer.life import Action, Event, Kind, Kinds, column, kinds_of
+from megatron_laer.life import Action, Event, Kind, column
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Schedule:
     delays_gradients: bool
 
     @classmethod
-    def of(cls, kinds: Kinds) -> Schedule:
-        life = column(kinds)
+    def of(cls, kinds: Collection[Kind]) -> Schedule:
+        life = column(frozenset(kinds))
         prepared = life[Event.PREPARED]
         return cls(
             holds_step=Kind.STEP in kinds,
@@ -69,21 +70,3 @@ class Schedule:
         """
         follow = self.delays_gradients and not self.holds_step and not self.by_parts
         return min(2 if follow else 1, num_layers)
-
-
-def make_schedule(
-    *,
-    overlaps: bool,
-    after_gate: bool = False,
-    holds_step: bool = False,
-    restores_following: bool = False,
-    by_parts: bool = False,
-) -> Schedule:
-    found = {
-        Kind.ALONE: not overlaps,
-        Kind.FRESH: after_gate,
-        Kind.STEP: holds_step,
-        Kind.PARTS: by_parts,
-        Kind.SYNCHRONISED: not restores_following,
-    }
-    return Schedule.of(kinds_of(found))

@@ -15,9 +15,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_laer.cpu.training import Adapt, train
+from megatron_laer.life import Kind
 from megatron_laer.planner.state_bytes import RankWeights, state_bytes
 from megatron_laer.rules import STRATEGIES
-from megatron_laer.schedule import make_schedule
+from megatron_laer.schedule import Schedule
 from tests.parity.bridge_lora import lora_on_experts_under_recompute
 from tests.parity.flags import command_line
 from tests.parity.rows import DIST_OPT, FSDP
@@ -107,7 +108,7 @@ class Setting:
             frozen=frozen,
         )
         holds = STEP in self.flags
-        schedule = make_schedule(overlaps=True, holds_step=holds)
+        schedule = Schedule.of({Kind.STEP} if holds else ())
         weights, gradients = self.replicas_bytes
         # Under a checkpoint a layer's gradients arrive before its own backward ends.
         again = FULL in self.flags

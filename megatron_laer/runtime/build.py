@@ -16,7 +16,6 @@ from megatron_laer.choices import (
     OverlapScheduler,
     PlanMode,
     Recompute,
-    Restore,
     TokenExchange,
 )
 from megatron_laer.config import FSEPConfig, flag_name
@@ -226,16 +225,12 @@ def kinds_of_run(config: FSEPConfig, transformer_config: Any) -> Kinds:
     delays = transformer_config.delay_wgrad_compute or getattr(
         transformer_config, "overlap_dispatch_backward_with_experts_wgrad", False
     )
-    return kinds_of(
-        {
-            Kind.ALONE: config.scheduler != OverlapScheduler.ON,
-            Kind.FRESH: config.mode == PlanMode.EXACT,
-            Kind.STEP: config.restore == Restore.STEP,
-            Kind.PARTS: transformer_config.overlap_moe_expert_parallel_comm,
-            Kind.DELAYED: delays,
-            Kind.SYNCHRONISED: _synchronises(transformer_config),
-        }
-    )
+    found = {
+        Kind.PARTS: transformer_config.overlap_moe_expert_parallel_comm,
+        Kind.DELAYED: delays,
+        Kind.SYNCHRONISED: _synchronises(transformer_config),
+    }
+    return config.kinds | kinds_of(found)
 
 
 def _synchronises(transformer_config: Any) -> bool:

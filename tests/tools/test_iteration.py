@@ -11,7 +11,8 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from megatron_laer.schedule import make_schedule
+from megatron_laer.life import Kind
+from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.chunk import Following, LayerTimes, MoETimes, Pass
 from megatron_laer.tools.simulator.iteration.chunk import run as run_parts
 from megatron_laer.tools.simulator.iteration.clocks import (
@@ -34,11 +35,11 @@ def backward(*args, **settings):
     return Pass(*args, is_backward=True, **settings).parts()
 
 
-OVERLAPPED = make_schedule(overlaps=True)
-ALONE = make_schedule(overlaps=False)
-AFTER_GATE = make_schedule(overlaps=True, after_gate=True)
-FOLLOWING = make_schedule(overlaps=True, restores_following=True)
-EXACT = make_schedule(overlaps=True, after_gate=True, restores_following=True)
+OVERLAPPED = Schedule.of({Kind.SYNCHRONISED})
+ALONE = Schedule.of({Kind.ALONE})
+AFTER_GATE = Schedule.of({Kind.FRESH, Kind.SYNCHRONISED})
+FOLLOWING = Schedule.of(())
+EXACT = Schedule.of({Kind.FRESH})
 
 
 def layer(forward_N, backward_N=None, restore_s=None, reduce_s=None, **more):
@@ -324,7 +325,7 @@ def test_passes_that_run_together_are_of_two_microbatches(stages, chunks, microb
         assert in_flight(of) == min(in_flight(alone) + 1, total)
 
 
-BY_PARTS = make_schedule(overlaps=True, by_parts=True)
+BY_PARTS = Schedule.of({Kind.PARTS})
 
 
 def together_ran(forwards, backwards, **of_clocks):

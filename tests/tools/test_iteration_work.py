@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_laer.choices import ExchangeAlgorithm, Recompute, Sharding, TokenExchange
 from megatron_laer.config import FSEPConfig
+from megatron_laer.life import Kind
 from megatron_laer.planner.balance import stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
@@ -24,7 +25,7 @@ from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.precision import Precision
-from megatron_laer.schedule import make_schedule
+from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.methods import FSEP, METHODS, STOCK, MethodSettings
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
@@ -47,7 +48,7 @@ CLUSTER = load_cluster("a100-4x8-ib800")
 TINY = replace(read_model("mixtral-8x7b-e8k2"), layer_has_experts=(True,) * 4)
 H100 = replace(load_cluster("h100-8"), spreads=())
 RATES = Rates(CLUSTER, 2)
-ALONE = make_schedule(overlaps=False)
+ALONE = Schedule.of({Kind.ALONE})
 
 
 def predicted(trace, model=TINY, names=METHODS, rates=(RATES,), mode="adaptive", **run):

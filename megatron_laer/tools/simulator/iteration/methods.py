@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Dispatch, OverlapScheduler, PlanMode, Restore, Split
+from megatron_laer.choices import Dispatch, PlanMode, Restore, Split
 from megatron_laer.config import FSEPConfig
+from megatron_laer.life import Kind, kinds_of
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
@@ -25,7 +26,7 @@ from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.planner.wire_form import WireForm
-from megatron_laer.schedule import Schedule, make_schedule
+from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.buffers import SUM_BYTES, buffers, library_bytes
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.work import (
@@ -95,7 +96,7 @@ def stock(settings: MethodSettings, rates: Rates) -> Method:
         passing = replace(passing, prices=_by_flex(settings, group))
     return Method(
         STOCK,
-        make_schedule(overlaps=False, by_parts=settings.combined),
+        Schedule.of(kinds_of({Kind.ALONE: True, Kind.PARTS: settings.combined})),
         one_stream=False,
         layer_planner=lambda: _Grouped(passing, geometry.node_size, rates),
         experts_held=each,
@@ -126,19 +127,15 @@ def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy
     holds_step = config.restore == Restore.STEP
     guard = Guard(config.mode, costs, geometry, split=Split.EXACT if is_ours else Split.EVEN)
 
+    more = {Kind.PARTS: settings.combined, Kind.SYNCHRONISED: not is_ours}
+
     def layer_planner() -> _Relaid:
         policy = LayerPolicy(strategy, geometry.static_layout, by_newest=not is_ours)
         return _Relaid(policy, guard, rates, holds_step)
 
     return Method(
         name,
-        make_schedule(
-            overlaps=config.scheduler == OverlapScheduler.ON,
-            after_gate=config.mode == PlanMode.EXACT,
-            holds_step=holds_step,
-            restores_following=is_ours,
-            by_parts=settings.combined,
-        ),
+        Schedule.of(config.kinds | kinds_of(more)),
         one_stream=not is_ours,
         layer_planner=layer_planner,
         experts_held=geometry.num_experts / geometry.num_ranks,
