@@ -37,14 +37,14 @@ def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def wait_for_grads(
-    finish_reduce: Callable[[], Gradients], like: torch.Tensor, parameters: Sequence[torch.Tensor]
+    finish_reduce: Callable[[], Gradients], parameters: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """Return a placeholder of the parameters; its backward waits for their gradients.
 
     `finish_reduce` waits, and returns autograd's gradients for them.
     """
     wait: torch.Tensor = _Node.apply(
-        lambda *_: placeholder(like), lambda _: finish_reduce(), *parameters
+        lambda *given: placeholder(given[0]), lambda _: finish_reduce(), *parameters
     )
     return wait
 

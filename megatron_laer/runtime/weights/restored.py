@@ -137,7 +137,7 @@ class RestoredExperts:
             if self._late.report is None:
                 raise ValueError(_NO_MODEL)
             parameters = (unused(share.likes[0]),)
-        self._waits.append(wait_for_grads(self._finish, share.trained[0], parameters))
+        self._waits.append(wait_for_grads(self._finish, parameters))
 
     # Called by the layer.
 
