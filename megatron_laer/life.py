@@ -72,7 +72,7 @@ class Action(Enum):
     FETCH = "fetch the previous layer's"
     RESTORE_LAST = "restore the last layer's"
     MAKE_WAIT = "make the wait"
-    DROP_WAITS = "drop waits"
+    DROP_WAIT = "drop the wait"
     JOIN_WAIT = "join the wait to the tokens"
     COMPUTE = "compute"
     DELAY = "leave that to `backward_dw`"
@@ -112,9 +112,9 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
     },
     # In backward these tokens' gradient follows the dispatch's, hence the start of the reduce.
     Event.GATE: {
-        _of(_K.FROZEN): (_A.DROP_WAITS,),
+        _of(_K.FROZEN): (_A.DROP_WAIT,),
         _of(_K.PARTS): (_A.JOIN_WAIT,),
-        _of(_K.EMPTY): (_A.DROP_WAITS,),
+        _of(_K.EMPTY): (_A.DROP_WAIT,),
         _of(): (_A.JOIN_WAIT,),
     },
     Event.TOKENS: {_of(_K.PARTS): (), _of(): (_A.PREPARE,)},

@@ -112,7 +112,7 @@ def test_gradients_leave_once_after_the_tokens_and_are_waited_for_after_that() -
 def test_a_wait_is_joined_or_dropped_at_the_gate() -> None:
     for kinds in PASSES:
         joins = Kind.FROZEN not in kinds and (Kind.PARTS in kinds or Kind.EMPTY not in kinds)
-        expected = Action.JOIN_WAIT if joins else Action.DROP_WAITS
+        expected = Action.JOIN_WAIT if joins else Action.DROP_WAIT
         assert column(kinds)[Event.GATE] == (expected,), kinds
 
 

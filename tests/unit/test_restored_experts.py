@@ -282,12 +282,12 @@ def test_gradients_that_leave_too_early_or_too_late_are_named(streams: ExchangeS
 
 
 def test_a_pass_without_replicas_leaves_no_wait_behind(streams: ExchangeStreams) -> None:
-    """Experts that are held over a step would keep one per microbatch."""
+    """Experts that are held over a step would take it for their next pass."""
     restored = restored_experts(streams)
     restored.weights.index = layout_index(placed(ExpertLayout.at_home(2, 2, 2), at_home=True), CPU)
     restored.make_wait()
     restored.gate(torch.ones(2, requires_grad=True))
-    assert not restored._waits
+    assert restored._wait is None
 
 
 def test_parameters_without_main_gradients_are_refused(streams: ExchangeStreams) -> None:

@@ -18,7 +18,6 @@ Legend: C slots per rank, R rows of a matrix, K columns.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -77,8 +76,7 @@ class RestoredExperts:
         self._late = late or LateGrads()
         self.previous: RestoredExperts | None = None
         self.ends_backward: Callable[[RestoredWeights], None] | None = None
-        # Created ahead, one per coming pass; step-held experts can queue two.
-        self._waits: deque[torch.Tensor] = deque()
+        self._wait: torch.Tensor | None = None  # of the coming pass
         self._kinds = kinds
         self._become({Kind.HOMES: share.at_home, Kind.DIRECTIONS: has_directions})
 
@@ -137,7 +135,7 @@ class RestoredExperts:
             if self._late.report is None:
                 raise ValueError(_NO_MODEL)
             parameters = (unused(share.likes[0]),)
-        self._waits.append(wait_for_grads(self._finish, parameters))
+        self._wait = wait_for_grads(self._finish, parameters)
 
     # Called by the layer.
 
@@ -155,12 +153,11 @@ class RestoredExperts:
                 Kind.FROZEN: not self._trains,
             }
         )
-        if Action.JOIN_WAIT not in self.life[Event.GATE]:
-            self._waits.clear()  # step-held experts would keep those of every pass
-            return tokens
-        if not self._waits:
+        joins = Action.JOIN_WAIT in self.life[Event.GATE]
+        if joins and self._wait is None:
             self.make_wait()
-        return join_wait(tokens, self._waits.popleft())
+        wait, self._wait = self._wait, None
+        return join_wait(tokens, wait) if joins and wait is not None else tokens
 
     def dispatch(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mark the tokens to dispatch: with their gradient the weights' gradients leave."""
