@@ -18,6 +18,7 @@ from megatron_laer.runtime.comm import streams
 from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.support import arguments, triton_needs
+from megatron_laer.telemetry.activities import Activity, Kind
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
     assert [call["pg_options"] for call in made] == (wanted if on_nccl else [None] * 4)
 
 
-def test_the_result_of_a_thread_is_waited_for() -> None:
+def test_the_result_of_a_thread_is_waited_for_and_its_error_raised_there() -> None:
     stream = streams.make_comm_stream("parameters", torch.device("cpu"), overlaps=True)
     may_work = threading.Event()
 
@@ -141,16 +142,11 @@ def test_the_result_of_a_thread_is_waited_for() -> None:
         may_work.wait()
         return torch.ones(3)
 
-    pending = stream.submit(work, "late")
+    late = stream.submit(work, Activity(Kind.RESTORE))
+    wrong = stream.submit(lambda: torch.ones(1, 2).view(3), Activity(Kind.RESTORE))
     # Fires during `wait` below; without waiting, it would return None at once.
     threading.Timer(0.2, may_work.set).start()
-    assert torch.equal(pending.wait(), torch.ones(3))
-    stream.close()
-
-
-def test_an_error_of_a_thread_is_raised_where_it_is_waited_for() -> None:
-    stream = streams.make_comm_stream("parameters", torch.device("cpu"), overlaps=True)
-    pending = stream.submit(lambda: torch.ones(1, 2).view(3), "wrong")
+    assert torch.equal(late.wait(), torch.ones(3))
     with pytest.raises(RuntimeError, match="shape"):
-        pending.wait()
+        wrong.wait()
     stream.close()
