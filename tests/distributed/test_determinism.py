@@ -16,23 +16,13 @@ from tests.probes import layouts_in_force
 STEPS = 6
 
 
-@pytest.mark.parametrize(
-    "planner",
-    [
-        "greedy",
-        "greedy --fsep-node-size 1 --fsep-token-exchange node",
-        "greedy" + HOMES,
-    ],
-)
+@pytest.mark.parametrize("extra", [" --fsep-node-size 1 --fsep-token-exchange node", HOMES])
 def test_a_run_that_waits_for_plans_is_bitwise_the_same_with_evaluations(
-    trained: Trainings, planner: str
+    trained: Trainings, extra: str
 ) -> None:
+    flags = f"{FSEP} --fsep-late-plan wait --fsep-planner greedy{extra}"
     plain, evaluated = (
-        trained(
-            f"{FSEP} --fsep-late-plan wait --fsep-planner {planner}{more}",
-            layouts_in_force,
-            steps=STEPS,
-        )
+        trained(flags + more, layouts_in_force, steps=STEPS)
         for more in ("", " --eval-interval 3 --eval-iters 2")
     )
     assert plain.probes[-1][0] == STEPS - 1, (

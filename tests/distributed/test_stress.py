@@ -55,17 +55,15 @@ def reordered_seeds(disturbed: list[Trace], steady: list[Trace]) -> int:
 
 def differing_steps(disturbed: list[Trace], steady: list[Trace]) -> list[tuple[int, int]]:
     """Return (rank, step) wherever a bit of weights, gradients, loss or gradient norm differs."""
-    return [
-        (rank, step)
-        for rank, (mine, other) in enumerate(zip(disturbed, steady, strict=True))
-        for step, (ours, theirs) in enumerate(zip(_results(mine), _results(other), strict=True))
-        if ours != theirs
-    ]
-
-
-def _results(trace: Trace) -> list[tuple[str, float, float]]:
-    record = trace.record
-    return list(zip(trace.digests, record.losses, record.grad_norms, strict=True))
+    found = []
+    for rank, traces in enumerate(zip(disturbed, steady, strict=True)):
+        mine, other = (
+            zip(trace.digests, trace.record.losses, trace.record.grad_norms, strict=True)
+            for trace in traces
+        )
+        steps = enumerate(zip(mine, other, strict=True))
+        found += [(rank, step) for step, (ours, theirs) in steps if ours != theirs]
+    return found
 
 
 @pytest.mark.parametrize("seeds", [5, pytest.param(200, marks=pytest.mark.nightly)])
