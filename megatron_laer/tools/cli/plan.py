@@ -190,9 +190,8 @@ def _text(
         table(_COLUMNS, rows, _WORDS),
         f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts of the counts of "
         "earlier steps.",
-        f"Rows of {' and '.join(BASELINES)} are for comparison, always in mode forecast; laer "
-        "splits tokens evenly and leaves no expert at home. Stock EP has a row where its ranks",
-        "have equal numbers of experts.",
+        f"Rows of {' and '.join(BASELINES)} are for comparison, always in mode forecast; laer",
+        "splits tokens evenly and leaves no expert at home. Stock EP has a row where N divides E.",
         _LEGEND,
     ]
     return "\n".join(lines)
