@@ -1,7 +1,4 @@
-"""The convergence benchmark measures the stated quantities, in a run too short to learn much.
-
-Each day `tests/convergence/test_convergence.py` trains both ways by Megatron's own loop.
-"""
+"""The convergence benchmark measures the stated quantities, in a run too short to learn much."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from benchmarks.convergence_runs import FSEP, NO_AUX, POINTS, STOCK, Text, comma
 from megatron_laer.tools.data import default_text_sources, prepare_data
 
 
-@pytest.mark.nightly
 def test_stock_and_fsep_are_measured_alike(ranks, tmp_path):
     sources = default_text_sources()
     short = min(sources, key=lambda path: abs(path.stat().st_size - 1500))
