@@ -16,6 +16,17 @@ from tests.fake_cuda.observing import effects
 from tests.fake_cuda.streams import Stream, current_stream
 
 
+def test_streams_may_read_together_and_write_other_bytes() -> None:
+    with observed() as device:
+        other, tensor = Stream(), torch.zeros(4, 4, device="cuda")
+        other.wait_stream(current_stream())
+        with torch.cuda.stream(other):  # type: ignore[arg-type]
+            tensor[2:].add_(1)
+            tensor[:2].sum()
+        tensor[:2].sum()
+    assert device.checker.races == []
+
+
 def test_memory_that_another_stream_reads_must_be_recorded_or_waited_for_before_it_is_freed() -> (
     None
 ):
