@@ -8,7 +8,7 @@ its others. Other settings and pairs, which no published recipe has, are left to
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import combinations
@@ -80,12 +80,13 @@ def daily() -> frozenset[str]:
     Then drop rows that others make redundant, those with a stock run of their own first.
     """
     parts = {row.id: needed(row) for row in ALL_ROWS}
-    runs = {row.id: stock_run(row) for row in ALL_ROWS}
+    runs = {row.id: _stock_run(_short(row)) for row in ALL_ROWS}
     chosen = [row for row in ALL_ROWS if row.releases]
     left = all_needed(ALL_ROWS) - all_needed(chosen)
     while left:
         there = {runs[row.id] for row in chosen}
-        chosen.append(max(ALL_ROWS, key=lambda row: len(parts[row.id] & left) / _cost(row, there)))
+        costs = {row.id: _ranks(row, runs[row.id] in there) for row in ALL_ROWS}
+        chosen.append(max(ALL_ROWS, key=lambda row: len(parts[row.id] & left) / costs[row.id]))
         left -= parts[chosen[-1].id]
     times = Counter(part for row in chosen for part in parts[row.id])
     rows_of = Counter(runs[row.id] for row in chosen)
@@ -119,11 +120,6 @@ def sharing() -> dict[str, str]:
     return {case.id: first.setdefault(_stock_run(case.row), case.id) for case in cases()}
 
 
-def stock_run(row: Row) -> StockRun:
-    """Return what distinguishes the row's reference by day."""
-    return _stock_run(_short(row))
-
-
 def _stock_run(row: Row) -> StockRun:
     ranks, command = row.reference("DATA")
     return ranks, " ".join(command), row.adapt
@@ -134,5 +130,5 @@ def _short(row: Row) -> Row:
     return row if row.evaluations else replace(row, steps=min(row.steps, STEPS_BY_DAY))
 
 
-def _cost(row: Row, there: Collection[StockRun]) -> int:
-    return row.ranks + (0 if stock_run(row) in there else row.reference_ranks or row.ranks)
+def _ranks(row: Row, has_reference: bool) -> int:
+    return row.ranks + (0 if has_reference else row.reference_ranks or row.ranks)

@@ -54,7 +54,8 @@ class StockRuns:
     def __init__(self, ranks: RankPools, data: str, folder: Path) -> None:
         self.made = 0
         self._ranks, self._data = ranks, data
-        causes = [*environment(), *_data_digests(data)]
+        text = [Path(f"{data}{suffix}") for suffix in (".bin", ".idx")]
+        causes = [*environment(), *_contents(text, Path(data).parent)]
         self._folder = folder / digest_of(causes)
         self._records: dict[str, Record] = {}
         _forget_old(folder, keep=self._folder)
@@ -123,11 +124,6 @@ def processor() -> list[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         kinds += sorted({line for line in lines if line.startswith(("model name", "flags"))})
     return kinds
-
-
-def _data_digests(prefix: str) -> list[str]:
-    paths = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx")]
-    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
 
 
 def _forget_old(folder: Path, keep: Path) -> None:
