@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, lru_cache
 
-from megatron_laer.choices import ExchangeAlgorithm, Sharding
+from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
 
@@ -59,14 +59,10 @@ class Way:
     geometry: Geometry
     widths: tuple[int, ...]
 
-    @property
-    def at_home(self) -> bool:
-        return self.geometry.sharding == Sharding.EXPERTS
-
-    @property
+    @cached_property
     def is_direct(self) -> bool:
         """Return whether whole experts go from their homes to the slots."""
-        return self.at_home and len(self.widths) == 2
+        return self.geometry.home_slots > 0 and len(self.widths) == 2
 
     @cached_property
     def links(self) -> tuple[Link, ...]:
@@ -87,10 +83,10 @@ class Way:
 @lru_cache(maxsize=256)
 def way_of(geometry: Geometry, algorithm: ExchangeAlgorithm) -> Way:
     """Return the chain by which an algorithm moves experts in a geometry."""
-    ranks, at_home = geometry.num_ranks, geometry.sharding == Sharding.EXPERTS
-    owners = 1 if at_home else ranks
+    ranks, home_slots = geometry.num_ranks, geometry.home_slots
+    owners = 1 if home_slots else ranks
     if algorithm == ExchangeAlgorithm.FLAT:
         return Way(geometry, (owners, 1))
-    spread = (ranks,) if at_home else ()
+    spread = (ranks,) if home_slots else ()
     nodes = (geometry.node_size,) if geometry.num_nodes > 1 else ()
     return Way(geometry, (owners, *spread, *nodes, 1))

@@ -126,7 +126,7 @@ def rows_into_nodes(case: Case, step: int, before: int | None) -> list[int]:
                 found[node] += case.rows - inside[node]
             elif expert // geometry.home_slots not in members:
                 found[node] += case.rows
-    for expert in spread if way.at_home and not way.is_direct else ():
+    for expert in spread if geometry.home_slots and not way.is_direct else ():
         home = expert // geometry.home_slots // geometry.node_size
         for node in {*range(geometry.num_nodes)} - {home}:
             found[node] += inside[node]
@@ -188,7 +188,7 @@ def test_restores_updates_and_reduces_are_exact_and_move_the_bytes_of_their_hops
             totals = case.owned_by(rank, (before_ERK.float() + sums_ERK).to(case.main))
             for found, total in zip(results[rank], totals, strict=True):
                 assert torch.equal(found, total), case
-        ways[case.way.at_home, len(case.way.widths)] += 1
+        ways[case.geometry.home_slots > 0, len(case.way.widths)] += 1
     assert compared > 10 * CASES
     assert len(ways) == 5, "direct, flat, node, relay, and relay by node"
 
