@@ -255,7 +255,7 @@ class CostModel:
         return [way_of(geometry, algorithm) for algorithm in self.algorithms]
 
     def exchange_of(self, placed: Placed) -> ExchangeAlgorithm:
-        """Return the exchange that fetches a layout: the fastest, of equals the first."""
+        """Return the exchange of a layout: the fastest whose buffers have room, then the first."""
         if not self.by_layout:
             return self.restore_algorithm
         costs, slots_S = self.for_native(placed.geometry), placed.layout.slot_expert_S

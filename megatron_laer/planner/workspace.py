@@ -19,8 +19,8 @@ def restore_workspace(way: Way, matrices: _Matrices, row_bytes: int) -> dict[str
     """Return the bytes of each buffer that restores need under any layout.
 
     A hop sends from one buffer and receives into the other, so the largest hops give the peak next
-    to the result. Only a home that sends directly can need more: its buffer has a copy of an expert
-    for each replica.
+    to the result. A home that sends directly has a copy of an expert for each replica. So the costs
+    prefer a relay where its buffers would not hold these.
     """
     most = _most(way, matrices, row_bytes, row_bytes)
     return dict(zip(("send", "receive"), most, strict=True))
@@ -44,7 +44,8 @@ def _most(way: Way, matrices: _Matrices, row_bytes: int, of_slots: int) -> tuple
 
     A place of w ranks wants at most min(E, w·C) experts, and each of its ranks has at most
     min(N/w·⌈R/N⌉, R) rows of a matrix. A place of v ≥ w ranks serves v/w such places. A home sends
-    each of its experts once to a place of all ranks. Rows of slots have `of_slots` bytes.
+    each of its experts once to a place of all ranks, or directly all other ranks' replicas. Rows of
+    slots have `of_slots` bytes.
     """
     geometry = way.geometry
 
@@ -61,7 +62,9 @@ def _most(way: Way, matrices: _Matrices, row_bytes: int, of_slots: int) -> tuple
             continue
         experts = min(geometry.num_experts, wanting * geometry.replica_slots)
         served = min(experts, geometry.home_slots)
-        if width >= wanting:
+        if way.is_direct:
+            served = (geometry.num_ranks - 1) * geometry.replica_slots
+        elif width >= wanting:
             served = width // wanting * experts
         most_sent = max(most_sent, served * rows_of(width) * each[at])
         if not (way.is_direct and geometry.replica_slots == 1):  # else in place

@@ -84,14 +84,19 @@ def exposed_seconds(costs: CostModel, placed: Placed, beside_s: float) -> tuple[
 
 
 def way_of(costs: CostModel, placed: Placed) -> ExchangeAlgorithm:
-    """Return the way of a layout: by itself the fastest one, of equals the first."""
+    """Return the way of a layout: by itself the fastest one with room, of equals the first."""
     restores = 1 + costs.backward_restores(placed.geometry.sharding)
 
     def whole_s(way: ExchangeAlgorithm) -> float:
         restore_s = restore_seconds(costs, placed, way)
         return restores * restore_s + reduce_seconds(costs, placed, way)
 
-    return min(costs.algorithms, key=whole_s)
+    geometry, ways = placed.geometry, costs.algorithms
+    if costs.by_layout and geometry.home_slots:
+        copies_N = np.bincount(placed.replica_expert_S[placed.filled_S] // geometry.home_slots)
+        most = max(geometry.home_slots, geometry.replica_slots)
+        ways = ways[int(copies_N.max(initial=0) > most) :]
+    return min(ways, key=whole_s)
 
 
 def restore_seconds(

@@ -224,11 +224,11 @@ def test_a_home_sends_directly_as_many_copies_as_it_has_replicas() -> None:
     for way in ("restored", "reduced"):
         spaces = [getattr(exchange, way).workspace for exchange in group.exchanges]
         assert [space.num_bytes for space in spaces] == [3 * one, 0, 0, 0]
-    # The bound is that of one replica for each slot, where a single one is in place.
+    # A single replica slot is in place.
     row_bytes = COLUMNS * 4
-    bound = {"send": one, "receive": 0}
+    bound = {"send": 3 * one, "receive": 0}
     assert restore_workspace(case.way, case.matrices, row_bytes) == bound
-    bound = {"receive": one, "send": 0}
+    bound = {"receive": 3 * one, "send": 0}
     assert reduce_workspace(case.way, case.matrices, row_bytes, row_bytes) == bound
 
 

@@ -171,11 +171,26 @@ double least_fetch_seconds(const CostModel& costs) {
   return least_s;
 }
 
-// Of equally fast ways the first one.
+namespace {
+
+// Whether homes send at most as many experts as they have, or as a rank fetches: their buffers have
+// a copy of each, and a relay's are as large in any case.
+bool has_room(const Shape& shape, const Hop& first) {
+  if (shape.home == 0) return true;
+  std::vector<int> sent_N(shape.ranks, 0);
+  for (const Transfer& transfer : first.transfers) ++sent_N[transfer.source.place];
+  return *std::max_element(sent_N.begin(), sent_N.end()) <=
+         std::max(shape.home, shape.capacity - shape.home);
+}
+
+}  // namespace
+
+// Of several ways the fastest with room, of equally fast ones the first.
 Exchanges exchange_seconds(const CostModel& costs, const int16_t* slots_S) {
   Exchanges fastest{};
   for (const PricedWay& of : costs.ways) {
     const std::vector<Hop> found = hops(of.way, slots_S, nullptr);
+    if (costs.ways.size() > 1 && !has_room(of.way.shape, found[0])) continue;
     const double restore_s = exchange_seconds(of, costs.weights, found);
     const double reduce_s =
         costs.is_alike ? restore_s : exchange_seconds(of, costs.grads, found);

@@ -8,7 +8,7 @@ from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.clusters import Card
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import Way, way_of
+from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 
 # Bytes of an element of gradients that are summed over a step.
@@ -25,12 +25,13 @@ def buffers(
     """
     num_ranks, node_size = geometry.num_ranks, geometry.node_size
     ways = [way_of(geometry, algorithm) for algorithm in costs.algorithms]
-    by_way = [_workspaces(way, costs, SUM_BYTES if holds_step else None) for way in ways]
-    workspaces = sum(
-        max(of_way[name] for of_way in of_ways)
-        for of_ways in zip(*by_way, strict=True)
-        for name in ("send", "receive")
-    )
+    form, grads = costs.weights_form(geometry.sharding), costs.grads_form
+    sums = SUM_BYTES if holds_step else grads.bytes_per_element
+    # Of two ways the first is taken where the buffers of the second, a relay, have room.
+    wire = sums if costs.by_layout else grads.bytes_per_element
+    restores = restore_workspace(ways[-1], form.matrices, form.bytes_per_element)
+    reduces = reduce_workspace(ways[-1], grads.matrices, sums, wire)
+    workspaces = sum(restores.values()) + sum(reduces.values())
     peers = [link.peers(geometry) for link in {link for way in ways for link in way.links}]
     # Besides tokens'; NCCL takes memory at first use.
     exchanges = [(1 + near + far, 1 + near) for near, far in peers] * 2
@@ -38,8 +39,7 @@ def buffers(
     if 1 < node_size < num_ranks and costs.tokens.exchange == TokenExchange.NODE:
         tokens += [(node_size, node_size), (geometry.num_nodes, 1)]
     found = {"workspaces": workspaces, **library_bytes(card, tokens, exchanges)}
-    form = costs.weights_form(geometry.sharding)
-    if form != costs.grads_form:
+    if form != grads:
         sent = min(geometry.home_slots, (num_ranks - 1) * geometry.replica_slots)
         found["payloads"] = sent * form.expert_bytes
     return found
@@ -56,17 +56,3 @@ def library_bytes(
     nccl = sum(card.communicator_bytes(*group) for group in groups)
     nccl += sum(card.communicator_bytes(*group, of_exchange=True) for group in of_exchanges)
     return {"libraries": card.context_gib * 2**30 + nccl}
-
-
-def _workspaces(way: Way, costs: CostModel, sum_bytes: int | None) -> list[dict[str, int]]:
-    """Return the bytes by buffer of restores, and of reduces, by one way.
-
-    Gradients have `sum_bytes` where they are summed over a step, except between hops. A home that
-    sends directly is assumed to send as many experts as it has replica slots.
-    """
-    weights, grads = costs.weights_form(way.geometry.sharding), costs.grads_form
-    wire = grads.bytes_per_element
-    return [
-        restore_workspace(way, weights.matrices, weights.bytes_per_element),
-        reduce_workspace(way, grads.matrices, sum_bytes or wire, wire),
-    ]
