@@ -22,15 +22,23 @@ def test_kernels_equal_torch_in_tritons_interpreter(module: str, cases: int) -> 
     assert printed.strip() == f"{cases} cases"
 
 
-def compile_for(capability: int, kernel: Any, types: dict[str, str], given: dict[str, int]) -> None:
+def compile_for(capability: int, kernel: Any, types: dict[str, str], given: dict[str, int]) -> str:
+    """Compile the kernel for pointers to aligned memory; return its code."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     given = {name: value for name, value in given.items() if name in kernel.arg_names}
     types = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(given, "constexpr")
-    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, given)
-    assert compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+    types = {name: types[name] for name in kernel.arg_names}
+    aligned = {
+        (at,): [["tt.divisibility", 16]] for at, of in enumerate(types.values()) if of[0] == "*"
+    }
+    source = ASTSource(kernel, types, given, aligned)
+    made = compile(source, target=GPUTarget("cuda", capability, 32))
+    assert made.asm["cubin"]
+    code: str = made.asm["ptx"]
+    return code
 
 
 # Each day every type for one of both cards.
@@ -59,7 +67,9 @@ def test_kernels_compile_for_cards_that_are_not_here(
     ):
         compile_for(capability, kernel, types, {"BLOCK": 256})
     types = {"table": "*i64", "wire": f"*{parts}"}
-    for value in (False, True):
-        given = {"PACKS": value, "ADDS": value, "BLOCK": 1024}
-        compile_for(capability, exchanges._copy_segments, types | {"held": f"*{parts}"}, given)
-        compile_for(capability, exchanges._sum_segments, types | {"held": f"*{out}"}, given)
+    # Rows of 16 bytes are moved at once; those of a bias's elements are not.
+    for value, columns, is_wide in ((False, 8, True), (True, 8, True), (True, 1, False)):
+        given = {"COLUMNS": columns, "PACKS": value, "ADDS": value, "BLOCK": 1024}
+        for kernel, held in ((exchanges._copy_segments, parts), (exchanges._sum_segments, out)):
+            code = compile_for(capability, kernel, types | {"held": f"*{held}"}, given)
+            assert ("ld.global.v4.b32" in code) == is_wide

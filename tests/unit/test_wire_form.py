@@ -134,13 +134,13 @@ def new_share(*, at_home: bool) -> Share:
 def test_payloads_and_biases_of_an_expert_travel_and_lie_as_bytes() -> None:
     share = new_share(at_home=True)
     (matrices, biases), rows = share.matrices, [*share.weights()]
-    assert share.form.dtype == torch.uint8 and share.form.columns == 2
+    assert share.form.dtype == torch.uint8 and share.form.columns == 4
     slots_CRK = torch.stack([torch.cat(rows[at::2]) for at in (1, 0)])
     assert slots_CRK.shape[1:] == share.form.shape
     payloads, lying = share.form.split(slots_CRK)
     for slot, home in enumerate((1, 0)):
         assert torch.equal(payloads[slot], Bytes().pack(matrices[home].detach()))
-        assert torch.equal(lying[slot].squeeze(1), biases[home])
+        assert torch.equal(lying[slot].squeeze(0), biases[home])
 
 
 def test_trained_matrices_of_several_dtypes_are_refused() -> None:
@@ -159,7 +159,7 @@ def test_sums_go_to_main_gradients_of_any_dtype_or_to_autograd(at_home: bool) ->
     share = new_share(at_home=at_home)
     sums = share.new_sums()
     for rows in share.sums_in_rows(sums):
-        assert rows.dtype == torch.bfloat16 and rows.shape[1] == share.grads_form.columns == 1
+        assert rows.dtype == torch.bfloat16 and rows.shape[1] == (2 if at_home else 1)
         rows.add_(1)
     assert all(grad is one for grad, one in zip(share.reduced(sums), sums, strict=True))
     assert all((one == 1).all() for one in sums)

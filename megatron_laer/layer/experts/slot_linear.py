@@ -37,14 +37,14 @@ def slot_linear(
 def slot_bias(
     output_TR: torch.Tensor,
     scale_T: torch.Tensor | None,
-    placeholder_CR1: torch.Tensor,
+    placeholder_CR: torch.Tensor,
     experts: RestoredExperts,
     position: int,
     tokens_C: Sequence[int],
 ) -> torch.Tensor:
     """Add each slot's bias, times `scale_T` if given, to its tokens' output, in place."""
     biased_TR: torch.Tensor = _SlotBias.apply(
-        output_TR, scale_T, placeholder_CR1, experts, position, tokens_C
+        output_TR, scale_T, placeholder_CR, experts, position, tokens_C
     )
     return biased_TR
 
@@ -99,7 +99,7 @@ class _SlotBias(torch.autograd.Function):
         ctx: Any,
         output_TR: torch.Tensor,
         scale_T: torch.Tensor | None,
-        placeholder_CR1: torch.Tensor,
+        placeholder_CR: torch.Tensor,
         experts: RestoredExperts,
         position: int,
         tokens_C: Sequence[int],
@@ -107,13 +107,12 @@ class _SlotBias(torch.autograd.Function):
         ctx.save_for_backward(scale_T)
         ctx.experts, ctx.position, ctx.tokens_C = experts, position, tokens_C
         ctx.mark_dirty(output_TR)
-        for output_nR, bias_R1, scale_n1 in zip(
+        for output_nR, bias_R, scale_n1 in zip(
             output_TR.split(list(tokens_C)),
-            experts.weights.matrix(position),
+            experts.weights.matrix(position).flatten(1),
             _scales(scale_T, tokens_C),
             strict=True,
         ):
-            bias_R = bias_R1.squeeze(1)
             output_nR += bias_R if scale_n1 is None else bias_R * scale_n1
         return output_TR
 
@@ -123,22 +122,22 @@ class _SlotBias(torch.autograd.Function):
         experts, position, tokens_C = ctx.experts, ctx.position, ctx.tokens_C
         _, scale_needs, bias_needs = ctx.needs_input_grad[:3]
         grads = grad_TR.split(list(tokens_C))
-        grad_scale_T = grad_bias_CR1 = None
+        grad_scale_T = grad_bias_CR = None
         if scale_needs:
-            bias_CR1 = experts.backward_weights.matrix(position).to(scale_T.dtype)
+            bias_CR1 = experts.backward_weights.matrix(position).flatten(1).unsqueeze(2)
             products = (
-                grad_nR.to(scale_T.dtype) @ bias_R1
+                grad_nR.to(scale_T.dtype) @ bias_R1.to(scale_T.dtype)
                 for grad_nR, bias_R1 in zip(grads, bias_CR1, strict=True)
             )
             grad_scale_T = torch.cat(list(products)).squeeze(1)
         if bias_needs:
-            grad_bias_CR1 = experts.grads.new(position)
-            for out_R1, grad_nR, scale_n1 in zip(
-                grad_bias_CR1, grads, _scales(scale_T, tokens_C), strict=True
+            grad_bias_CR = experts.grads.new(position)
+            for out_R, grad_nR, scale_n1 in zip(
+                grad_bias_CR.flatten(1), grads, _scales(scale_T, tokens_C), strict=True
             ):
                 scaled_nR = grad_nR if scale_n1 is None else grad_nR * scale_n1
-                out_R1.squeeze(1).copy_(scaled_nR.sum(0, dtype=torch.float32))
-        return grad_TR, grad_scale_T, grad_bias_CR1, None, None, None
+                out_R.copy_(scaled_nR.sum(0, dtype=torch.float32))
+        return grad_TR, grad_scale_T, grad_bias_CR, None, None, None
 
 
 def _scales(scale_T: torch.Tensor | None, tokens_C: Sequence[int]) -> Sequence[torch.Tensor | None]:

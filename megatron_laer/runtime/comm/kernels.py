@@ -2,7 +2,8 @@
 
 Every result has one writer, so nothing is atomic and bits never depend on timing. Programs share
 the elements of one segment, whose start is computed in 64 bits. Numbers that change with layouts
-are not specialised, so that no kernel is compiled again during training.
+are not specialised, so that no kernel is compiled again during training. Columns are: programs move
+as many bytes at once as these are aligned to.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def copy_segments(
     columns = held.shape[1]
     assert held.is_contiguous() and wire.is_contiguous()
     programs = triton.cdiv(segments.most_rows * columns, _BLOCK_COPIED)
-    numbers = segments.at + 3 * part.first, programs, columns
+    numbers = segments.at + 3 * part.first, programs
     _copy_segments[(programs * part.segments,)](
-        held, wire, table, *numbers, PACKS=packs, BLOCK=_BLOCK_COPIED
+        held, wire, table, *numbers, COLUMNS=columns, PACKS=packs, BLOCK=_BLOCK_COPIED
     )
 
 
@@ -50,22 +51,22 @@ def sum_segments(
     assert held.is_contiguous() and wire.is_contiguous()
     programs = triton.cdiv(segments.most_rows * columns, _BLOCK_SUMMED)
     first_sum = segments.at + 3 * segments.number + part.first_sum
-    numbers = segments.at, first_sum, programs, columns
+    numbers = segments.at, first_sum, programs
     _sum_segments[(programs * part.sums,)](
-        wire, held, table, *numbers, ADDS=adds, BLOCK=_BLOCK_SUMMED
+        wire, held, table, *numbers, COLUMNS=columns, ADDS=adds, BLOCK=_BLOCK_SUMMED
     )
 
 
 @triton.jit(do_not_specialize=["at", "programs"])
 def _copy_segments(
-    held, wire, table, at, programs, columns, PACKS: tl.constexpr, BLOCK: tl.constexpr
+    held, wire, table, at, programs, COLUMNS: tl.constexpr, PACKS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Copy a block of one segment."""
     segment = table + at + 3 * (tl.program_id(0) // programs)
     element = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
-    inside = element < tl.load(segment + 2) * columns
-    in_held = held + tl.load(segment) * columns + element
-    in_wire = wire + tl.load(segment + 1) * columns + element
+    inside = element < tl.load(segment + 2) * COLUMNS
+    in_held = held + tl.load(segment) * COLUMNS + element
+    in_wire = wire + tl.load(segment + 1) * COLUMNS + element
     if PACKS:
         tl.store(in_wire, tl.load(in_held, mask=inside), mask=inside)
     else:
@@ -80,7 +81,7 @@ def _sum_segments(
     at,
     first_sum,
     programs,
-    columns,
+    COLUMNS: tl.constexpr,
     ADDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -88,13 +89,13 @@ def _sum_segments(
     first = table + first_sum + tl.program_id(0) // programs
     segment = table + at + 3 * tl.load(first)
     element = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
-    inside = element < tl.load(segment + 2) * columns
-    part = wire + tl.load(segment + 1) * columns + element
+    inside = element < tl.load(segment + 2) * COLUMNS
+    part = wire + tl.load(segment + 1) * COLUMNS + element
     total = tl.load(part, mask=inside, other=0.0).to(tl.float32)
     for other in range(tl.load(first) + 1, tl.load(first + 1)):
-        part = wire + tl.load(table + at + 3 * other + 1) * columns + element
+        part = wire + tl.load(table + at + 3 * other + 1) * COLUMNS + element
         total += tl.load(part, mask=inside, other=0.0).to(tl.float32)
-    target = held + tl.load(segment) * columns + element
+    target = held + tl.load(segment) * COLUMNS + element
     if ADDS:
         total = tl.load(target, mask=inside, other=0.0).to(tl.float32) + total
     tl.store(target, total.to(held.dtype.element_ty), mask=inside)

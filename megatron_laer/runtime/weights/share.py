@@ -84,11 +84,14 @@ Packers = tuple[Packer, Packer]
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's share of a layer's experts for exchanges: a bias is a matrix with K = 1.
+    """A rank's share of a layer's experts for exchanges.
 
     Slices are rows of every expert (`layer/experts/slices.py` initialises and saves them). Homes
     are whole experts, the parameters of stock's modules: stock computes with them and adds their
     gradients. Only sums over replicas are added here, to the main gradients or in autograd.
+
+    A bias is a matrix with K = 1, and at home with R = 1: else all rows on the wire would be as
+    short as the bias's, which kernels copy one by one.
 
     Attributes:
         matrices: for each matrix, its slice `[E, r, K]`, of a bias `[E·r]`; or the parameters of
@@ -113,7 +116,8 @@ class Share:
         homes: Sequence[tuple[torch.nn.Parameter, ...]],
         packers: Sequence[Packers | None] = (),
     ) -> Self:
-        rows = tuple(matrix[0].shape[max(matrix[0].dim() - 2, 0)] for matrix in homes)
+        shapes = (matrix[0].shape for matrix in homes)
+        rows = tuple(shape[-2] if len(shape) > 1 else 1 for shape in shapes)
         return cls(tuple(homes), rows, len(homes[0]), tuple(packers) or (None,) * len(homes))
 
     @property
@@ -134,7 +138,7 @@ class Share:
 
     @cached_property
     def columns(self) -> tuple[int, ...]:
-        return tuple(like.shape[-1] if like.dim() > 1 else 1 for like in self.likes)
+        return tuple(like.shape[-1] if self.at_home or like.dim() > 1 else 1 for like in self.likes)
 
     @cached_property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
