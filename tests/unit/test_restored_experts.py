@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -288,6 +289,25 @@ def test_a_pass_without_replicas_leaves_no_wait_behind(streams: ExchangeStreams)
     restored.make_wait()
     restored.gate(torch.ones(2, requires_grad=True))
     assert restored._wait is None
+
+
+def test_a_layer_that_follows_itself_waits_for_each_pass_of_a_held_step(
+    streams: ExchangeStreams,
+) -> None:
+    """The scheduler makes the second pass's wait while the first one's experts compute."""
+    held = restored_experts(streams, kinds=(Kind.STEP,))
+    held.begin_step(held.index, 2)
+    tokens = ones(needs_grad=True)
+    with mock.patch.object(held.grads, "finish_reduce", wraps=held.grads.finish_reduce) as finish:
+        held.make_wait()
+        first = held.dispatch(held.gate(tokens))
+        held.make_wait()
+        middle = experts(held, first, ones(needs_grad=True))
+        second = held.dispatch(held.gate(middle))
+        experts(held, second, ones(needs_grad=True)).sum().backward()
+    assert finish.call_count == 2 and streams.exchange.count.reduces == 1
+    held.free()
+    assert is_over(held)
 
 
 def test_parameters_without_main_gradients_are_refused(streams: ExchangeStreams) -> None:
