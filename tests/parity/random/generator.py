@@ -7,11 +7,11 @@ Legend: N ranks of an FSEP group, E experts.
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 from bisect import bisect_right
 from collections.abc import Container, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import TypeVar
 import numpy as np
 
 from megatron_laer.cpu.training import Adapt
-from megatron_laer.files.writing import InUseError
 from megatron_laer.planner.homes_file import write_homes
 from tests.parity.adapted import frozen_in_part, lora_on_attention
 from tests.parity.bridge_lora import lora_on_experts_under_recompute
@@ -339,7 +338,7 @@ def _homes(sizes: _Sizes) -> Path:
     rng = np.random.default_rng((ranks, experts))
     names = [f"{kind} {number}" for kind in ("layer", "mtp") for number in range(1, 13)]
     names += [f"{name} #{number}" for name in names for number in (2, 3)]
-    path = Path(tempfile.gettempdir()) / f"homes-of-{experts}-on-{ranks}.json"
-    with suppress(InUseError):  # another worker of the tests writes the same
-        write_homes(path, ranks, {name: rng.permutation(experts) for name in names})
+    # Other workers and checkouts have files of their own, since ranks read while they would write.
+    path = Path(tempfile.gettempdir()) / f"homes-of-{experts}-on-{ranks}-{os.getpid()}.json"
+    write_homes(path, ranks, {name: rng.permutation(experts) for name in names})
     return path
