@@ -6,6 +6,7 @@ Legend: N ranks, E experts, C slots per rank, G ranks per node.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -40,12 +41,12 @@ class Geometry:
         if self.sharding == Sharding.EXPERTS:
             check_home(self.num_ranks, self.capacity, self.num_experts)
 
-    @property
+    @cached_property
     def home_slots(self) -> int:
         """Return E/N where experts have a home, else 0: every slot is a replica slot."""
         return self.num_experts // self.num_ranks if self.sharding == Sharding.EXPERTS else 0
 
-    @property
+    @cached_property
     def replica_slots(self) -> int:
         """Return the number of a rank's slots whose experts are fetched."""
         return self.capacity - self.home_slots

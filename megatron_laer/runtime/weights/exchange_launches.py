@@ -10,6 +10,7 @@ Legend: K columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -44,8 +45,8 @@ def launch_exchange_kernels(
         torch.empty(1, share.form.columns, dtype=share.form.dtype, device=device),
         [
             _row_like(weights[at])
-            for at in range(len(weights))
-            if share.packers[at // share.tensors] is None  # a payload's memory is aligned as any
+            for at, one in enumerate(chain(*share.owned))
+            if one.packer is None  # a payload's memory is aligned as any
         ],
     )
     if not share.trained_at:

@@ -6,9 +6,10 @@ Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns, h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
@@ -82,6 +83,22 @@ class Packer(Protocol):
 Packers = tuple[Packer, Packer]
 
 
+class Owned(NamedTuple):
+    """A tensor that exchanges carry: a parameter, or one expert in that of all home experts."""
+
+    parameter: torch.nn.Parameter
+    expert: int | None
+    packer: Packer | None
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return this tensor's part of one that belongs to the parameter."""
+        return whole if self.expert is None else whole[self.expert]
+
+    def weight(self) -> torch.Tensor:
+        weight = self.part(self.parameter)
+        return weight if self.packer is None else self.packer.pack(weight.detach())
+
+
 @dataclass(frozen=True)
 class Share:
     """A rank's share of a layer's experts for exchanges.
@@ -125,10 +142,17 @@ class Share:
         """Whether parameters are stock's, whose gradients and hooks come from its own backward."""
         return self.num_home > 0
 
-    @property
-    def tensors(self) -> int:
-        """Return the number of tensors that exchanges carry of each matrix."""
-        return max(1, self.num_home)
+    @cached_property
+    def owned(self) -> tuple[tuple[Owned, ...], ...]:
+        """Return the tensors that exchanges carry of each matrix."""
+
+        def of(parts: Sequence[torch.nn.Parameter], packer: Packer | None) -> Iterator[Owned]:
+            for at in range(max(1, self.num_home)):
+                whole = len(parts) < self.num_home
+                yield Owned(parts[0], at, packer) if whole else Owned(parts[at], None, packer)
+
+        pairs = zip(self.matrices, self.packers, strict=True)
+        return tuple(tuple(of(parts, packers and packers[0])) for parts, packers in pairs)
 
     @cached_property  # passes through one layer hand on weights of one share
     def for_backward(self) -> Share:
@@ -197,18 +221,8 @@ class Share:
         return replica_slots * sum(carried.num_bytes for carried in self.carried)
 
     def weights(self) -> Sequence[torch.Tensor]:
-        """Return the weights from which an exchange restores, in rows."""
-        form = self.form
-
-        def made(at: int) -> torch.Tensor:
-            position, number = divmod(at, self.tensors)
-            part = self._tensor(position, number, torch.Tensor.detach)
-            if (packers := self.packers[position]) is not None:
-                part = packers[0].pack(part)
-            part = part if part.dtype == form.dtype else part.view(form.dtype)
-            return part.view(-1, form.columns)
-
-        return _Owned(made, len(self.matrices) * self.tensors)
+        """Return the weights from which an exchange restores, in rows; read without gradients."""
+        return _InRows(Owned.weight, self.owned, self.form.columns, self.form.dtype)
 
     def new_sums(self) -> tuple[torch.Tensor, ...]:
         """Return zeros for the sums of `trained`, or nothing where main gradients take them."""
@@ -216,16 +230,11 @@ class Share:
 
     def sums_in_rows(self, sums: tuple[torch.Tensor, ...]) -> Sequence[torch.Tensor]:
         """Return what a reduce adds to, in rows: the new sums, or else the main gradients."""
-        columns, positions = self.grads_form.columns, self.trained_at
-        of: Any = main_grads.main_grad_of
+        of: Callable[[torch.nn.Parameter], torch.Tensor] = main_grads.main_grad_of
         if sums:
-            of = dict(zip(self.trained, sums, strict=True)).get
-
-        def made(at: int) -> torch.Tensor:
-            matrix, number = divmod(at, self.tensors)
-            return self._tensor(positions[matrix], number, of).view(-1, columns)
-
-        return _Owned(made, len(positions) * self.tensors)
+            of = dict(zip(self.trained, sums, strict=True)).__getitem__
+        trained = [self.owned[at] for at in self.trained_at]
+        return _InRows(lambda one: one.part(of(one.parameter)), trained, self.grads_form.columns)
 
     def reduced(self, sums: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
         """Return autograd's gradients of `trained`, with these new sums, if there are any."""
@@ -244,30 +253,28 @@ class Share:
             return (None,) * len(self.trained)
         return tuple(map(main_grads.mark_added, self.trained))
 
-    def _tensor(self, position: int, number: int, of: Callable[[Any], Any]) -> torch.Tensor:
-        """Return one of a matrix's tensors, of what `of` returns for its parameter."""
-        parts = self.matrices[position]
-        tensor: torch.Tensor = (
-            of(parts[number]) if len(parts) == self.tensors else of(parts[0])[number]
-        )
-        return tensor
 
+class _InRows(Sequence[torch.Tensor]):
+    """Tensors of this rank's experts in one exchange, each made when it is read.
 
-class _Owned(Sequence[torch.Tensor]):
-    """Tensors of this rank's experts in one exchange, each made when it is first read.
-
-    Most exchanges read few. Payloads are made anew for each exchange, so that none can outlive an
-    update of the weights.
+    An exchange reads few, and each once. So no payload can outlive an update of the weights.
     """
 
-    def __init__(self, make: Callable[[int], torch.Tensor], number: int) -> None:
-        self._make, self._number = make, number
-        self._made: dict[int, torch.Tensor] = {}
+    def __init__(
+        self,
+        make: Callable[[Owned], torch.Tensor],
+        owned: Sequence[Sequence[Owned]],
+        columns: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._make, self._owned = make, [*chain(*owned)]
+        self._columns, self._dtype = columns, dtype
 
     def __len__(self) -> int:
-        return self._number
+        return len(self._owned)
 
     def __getitem__(self, at: Any) -> Any:
-        if at not in self._made:
-            self._made[at] = self._make(at)
-        return self._made[at]
+        tensor = self._make(self._owned[at])
+        if self._dtype not in (None, tensor.dtype):
+            tensor = tensor.view(self._dtype)
+        return tensor.view(-1, self._columns)
