@@ -232,9 +232,9 @@ def _strip(chunk: Any) -> None:
         chunk.grad_accs.clear()
         for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
             vars(group).clear()
-    for hooks in getattr(chunk.module, "grad_acc_hooks", {}).values():  # Megatron-FSDP's
-        hooks.remove()
     for module in chunk.modules():
+        for hook in getattr(module, "grad_acc_hooks", {}).values():  # Megatron-FSDP's
+            hook.remove()
         for name, value in list(vars(module).items()):
             if name == "token_dispatcher" or isinstance(
                 value, dist.ProcessGroup | ProcessGroupCollection
