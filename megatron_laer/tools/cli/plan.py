@@ -27,7 +27,6 @@ from megatron_laer.tools.cli.argument_types import (
 from megatron_laer.tools.cli.outputs import bar, check_outputs, write_json
 from megatron_laer.tools.cli.prediction_input import DEFAULT_CLUSTER, prediction_settings
 from megatron_laer.tools.report.metrics_recording import read_metrics
-from megatron_laer.tools.report.recorded import check_same_run
 from megatron_laer.tools.report.run_files import metrics_beside
 from megatron_laer.tools.simulator.comparison import (
     BASELINES,
@@ -121,8 +120,6 @@ def run(args: argparse.Namespace) -> int:
     every = args.every or 1
 
     source, recorded = _routing(args, sizes.num_experts)
-    if metrics is not None and recording is not None:
-        check_same_run(metrics, recording.shape, args.trace, recorded)
     num_ranks = recorded.num_ranks if args.ranks is None else args.ranks
     recorded.check_divides(num_ranks)
     geometries = settings.geometries(

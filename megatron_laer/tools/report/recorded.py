@@ -20,12 +20,9 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.planning.layout_recording import read_layouts
 from megatron_laer.telemetry.log import LOSS, read_log
-from megatron_laer.telemetry.metrics_file import Shape
 from megatron_laer.tools.report.metrics_recording import Float64, MetricsRecording
 from megatron_laer.tools.report.run_files import RunFiles
 from megatron_laer.tools.traces.records import Trace
-
-_OTHER_RUNS = "they are of different runs, so move one away"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -88,14 +85,13 @@ def recorded_run(
 ) -> RunData:
     """Read the rest of a run with recorded metrics.
 
-    Raises ValueError for a damaged line or files of different runs, OSError for unreadable files.
+    Raises ValueError for a damaged line, OSError for unreadable files.
     """
     if len(recording.steps_T) == 0:
         raise ValueError(f"{files.metrics} holds no step yet; wait for the first one")
     loss, experts_TLE = _loss(files.logs), None
     notes = [*_notes(files, recording, loss)]
     if trace is not None:
-        check_same_run(files.metrics, recording.shape, files.trace, trace)
         experts_TLE = _expert_tokens_TLE(trace, recording.steps_T)
     else:
         notes.append("Without --fsep-record DIR trace there are no experts, and no what-if.")
@@ -104,7 +100,7 @@ def recorded_run(
         **vars(recording),
         name=files.name,
         experts_TLE=experts_TLE,
-        layouts=_layouts(files, recording.shape),
+        layouts=[] if files.layouts is None else list(read_layouts(files.layouts)),
         loss=loss,
         recorded=f"recorded until {written:%Y-%m-%d %H:%M} UTC",
         notes=notes,
@@ -120,32 +116,6 @@ def _expert_tokens_TLE(trace: Trace, steps_T: Int64) -> Int64:
     experts_TLE = np.zeros((len(steps_T), len(trace.layers), trace.num_experts), dtype=np.int64)
     np.add.at(experts_TLE, (at_R, trace.layer_R[is_known_R]), tokens_RE[is_known_R])
     return experts_TLE
-
-
-def check_same_run(metrics: Path, shape: Shape, path: Path | None, trace: Trace) -> None:
-    """Raise ValueError for a trace whose sizes differ from those of the metrics."""
-    of_trace = (trace.num_ranks, trace.num_experts, trace.layers)
-    of_metrics = (shape.num_ranks, shape.num_experts, shape.layers)
-    if of_trace != of_metrics:
-        texts = [
-            f"{ranks} ranks, {experts} experts and {len(layers)} layers"
-            for ranks, experts, layers in (of_trace, of_metrics)
-        ]
-        raise ValueError(f"{path} is of {texts[0]}, {metrics} of {texts[1]}; {_OTHER_RUNS}")
-
-
-def _layouts(files: RunFiles, shape: Shape) -> list[tuple[int, list[ExpertLayout]]]:
-    if files.layouts is None:
-        return []
-    found = list(read_layouts(files.layouts))
-    expected = (shape.num_ranks, shape.capacity, shape.num_experts, len(shape.layers))
-    for _, layouts in found:
-        if (sizes := (*layouts[0].shape, len(layouts))) != expected:
-            raise ValueError(
-                f"{files.layouts} is of (ranks, capacity, experts, layers) = {sizes}, "
-                f"{files.metrics} of {expected}; {_OTHER_RUNS}"
-            )
-    return found
 
 
 def _loss(logs: tuple[Path, ...]) -> list[tuple[int, float]]:
