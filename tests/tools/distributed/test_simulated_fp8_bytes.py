@@ -115,7 +115,6 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_priced(
             expected += traffic.intra_N.mean() * (factor if extra == HELD else 1)
         received = sum(found[total] for found in by_rank) / len(by_rank)
         assert received == pytest.approx(expected, abs=0.5) and received
-    # Random layouts fill slots of other ranks with as many experts of a home as they can have.
     method = fsep(MethodSettings(geometry, costs), Rates(cluster, 2))
     assert [found["payloads"] for found in by_rank] == [method.fixed_bytes["payloads"]] * 2
     of_run = by_rank[0]["costs"]

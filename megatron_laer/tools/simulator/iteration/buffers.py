@@ -20,8 +20,8 @@ def buffers(
 ) -> dict[str, float]:
     """Return the bytes of workspaces and payloads, and of libraries with FSEP's communicators.
 
-    Homes make payloads of their replicated experts for the time of an exchange. With `holds_step`
-    gradients are sums.
+    Homes make the payload of a matrix as they pack it, while the one before is still there. With
+    `holds_step` gradients are sums.
     """
     num_ranks, node_size = geometry.num_ranks, geometry.node_size
     ways = [way_of(geometry, algorithm) for algorithm in costs.algorithms]
@@ -40,8 +40,8 @@ def buffers(
         tokens += [(node_size, node_size), (geometry.num_nodes, 1)]
     found = {"workspaces": workspaces, **library_bytes(card, tokens, exchanges)}
     if form != grads:
-        sent = min(geometry.home_slots, (num_ranks - 1) * geometry.replica_slots)
-        found["payloads"] = sent * form.expert_bytes
+        largest = max(rows * columns for rows, columns in form.matrices) * form.bytes_per_element
+        found["payloads"] = 2 * largest if geometry.replica_slots else 0
     return found
 
 
