@@ -113,6 +113,14 @@ def test_ranks_of_a_node_hand_out_what_it_kept_in_turn() -> None:
     assert len({*sent_N[:4].tolist()}) == 1 and sent_N[0] > 0 == sent_N[5:].sum()
 
 
+def test_slots_that_change_to_an_expert_are_fetched_and_emptied_ones_are_not() -> None:
+    before, after = (
+        placed(ExpertLayout.from_slots(2, 3, 3, slots))
+        for slots in ([0, 1, 2, 0, 1, 2], [0, 1, EMPTY, 2, 1, EMPTY])
+    )
+    assert after.changed_S(before).nonzero()[0].tolist() == [3]
+
+
 def test_wrong_arguments_are_refused_with_what_works() -> None:
     layout = ExpertLayout.static(4, 2, 4)
     with pytest.raises(ValueError, match=r"'tree'.*flat, node"):
