@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+from megatron.core.tensor_parallel.layers import (
+    param_is_not_tensor_parallel_duplicate as counts_in_norm,
+)
 
 from megatron_laer.layer.experts.slices import SliceSpec, initialise, sharded_slice
 
@@ -29,6 +34,7 @@ def test_blocks_tile_the_matrix(rows: int, num_ranks: int, is_bias: bool) -> Non
             )
             spec = spec.of_bias() if is_bias else spec
             slice_ErK = spec.new_parameter(torch.float32, torch.device("cpu"))
+            assert counts_in_norm(slice_ErK, mock.Mock(rank=lambda: 1)), "of each tensor rank"
             factory = sharded_slice(slice_ErK, spec, "key", ((0, layer, LAYERS),), (0, 0, 0))
             shard = factory.build()
             assert shard.global_shape == tuple(covered.shape)
