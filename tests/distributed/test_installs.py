@@ -154,7 +154,7 @@ def installed(folder: Path, dependencies: Path, wheel: Path) -> Environment:
 
 @pytest.fixture(scope="module")
 def checkout(folder: Path) -> Path:
-    return new_checkout(folder / "checkout-beside-wheel")
+    return new_checkout(folder / "checkout-next-to-wheel")
 
 
 @pytest.fixture
