@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Auto, Sharding, TokenExchange
+from megatron_laer.choices import Auto, Dispatch, Sharding
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
@@ -81,7 +81,7 @@ def _counts_NE(case: Case, rng: np.random.Generator) -> Int64:
 
 def _priced(case: Case, geometry: Geometry, counts_NE: Int64) -> dict[str, float]:
     costs = CostModel(load_cluster(case.cluster), case.hidden, case.ffn, True, _BYTES)
-    costs = with_token_exchange(costs, TokenExchange.RANK, geometry, case.topk, case.tokens)
+    costs = with_token_exchange(costs, Dispatch.RANK, geometry, case.topk, case.tokens)
     costs = costs.with_exchange(Auto.AUTO, geometry)
     layout = GreedyStrategy(geometry, costs).plan(counts_NE, geometry.static_layout)
     placed = Placed(layout, geometry)

@@ -40,7 +40,7 @@ def token_seconds(
     """
     cluster, seconds = costs.cluster, {}
     for exchange, rows in _crossings(geometry, top_k, tokens).items():
-        prices = TokenPrices(exchange)
+        prices = TokenPrices(Dispatch(exchange))
         intra_s = rows.intra * (costs.token_bytes / cluster.intra.bytes_per_s)
         inter_s = rows.inter * (costs.token_bytes / cluster.inter.bytes_per_s)
         pass_s = intra_s + inter_s if prices.in_stages else max(intra_s, inter_s)
@@ -50,23 +50,18 @@ def token_seconds(
 
 
 def with_token_exchange(
-    costs: CostModel,
-    dispatch: Dispatch | TokenExchange,
-    geometry: Geometry,
-    top_k: int,
-    tokens: int,
+    costs: CostModel, dispatch: Dispatch, geometry: Geometry, top_k: int, tokens: int
 ) -> CostModel:
     """Return the cost model with the token prices of this dispatch, and the number of pairs."""
     prices = BY_RANK
-    if dispatch.value != Dispatch.RANK:
+    if dispatch != Dispatch.RANK:
         crossings = _crossings(geometry, top_k, tokens)
         pairs, rows = crossings[TokenExchange.RANK], crossings[TokenExchange.NODE]
         leaving_pairs = pairs.intra + pairs.inter
         prices = TokenPrices(
-            TokenExchange.NODE,
+            dispatch,
             rows.intra / leaving_pairs if leaving_pairs else 1.0,
             rows.inter / pairs.inter if pairs.inter else 1.0,
-            is_flex=dispatch.value == Dispatch.FLEX,
         )
     return replace(costs, tokens=prices, pairs_per_rank=tokens * top_k)
 

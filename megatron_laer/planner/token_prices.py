@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Dispatch, TokenExchange
+from megatron_laer.choices import Dispatch
 from megatron_laer.planner.geometry import Geometry
 
 # All-to-Alls per direction: dispatch and combine.
@@ -34,27 +34,21 @@ class TokenPrices:
         intra_rows: rows inside nodes per pair; with `node` per pair that leaves its rank, since a
             row from another node is passed on inside.
         inter_rows: rows between nodes per pair that leaves its node.
-        is_flex: the rows of `node` are the flex dispatcher's. `simulate` has its stages overlap.
     """
 
-    exchange: TokenExchange = TokenExchange.RANK
+    dispatch: Dispatch = Dispatch.RANK
     intra_rows: float = 1.0
     inter_rows: float = 1.0
-    is_flex: bool = False
-
-    @property
-    def dispatch(self) -> Dispatch:
-        return Dispatch.FLEX if self.is_flex else Dispatch(self.exchange.value)
 
     @property
     def of_stock(self) -> TokenPrices:
         """Return the prices of stock in the same run: it shares the flex dispatcher alone."""
-        return self if self.is_flex else BY_RANK
+        return self if self.dispatch == Dispatch.FLEX else BY_RANK
 
     @property
     def in_stages(self) -> bool:
         """Return True if rows travel inside nodes after those between nodes."""
-        return self.exchange == TokenExchange.NODE
+        return self.dispatch != Dispatch.RANK
 
     def pair_bytes(self, token_bytes: int) -> tuple[float, float]:
         """Return a pair's bytes inside nodes and between them."""

@@ -172,11 +172,11 @@ def token_dispatch(
     if transformer_config.moe_token_dispatcher_type == Dispatch.FLEX:
         return Dispatch.FLEX
     if config.token_exchange != Auto.AUTO:
-        return Dispatch(config.token_exchange.value)
+        return Dispatch(config.token_exchange)
     if not goes_through_nodes(transformer_config):
         return Dispatch.RANK
     top_k = transformer_config.moe_router_topk
-    return Dispatch(choose_token_exchange(costs, geometry, top_k, tokens).value)
+    return Dispatch(choose_token_exchange(costs, geometry, top_k, tokens))
 
 
 def make_exchange(

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.choices import ExchangeAlgorithm, Recompute, Sharding, TokenExchange
+from megatron_laer.choices import Dispatch, ExchangeAlgorithm, Recompute, Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.life import Kind
 from megatron_laer.planner.balance import stock_tokens_N
@@ -173,7 +173,7 @@ def test_a_layers_compute_and_tokens_are_the_cost_models():
     """Where only GEMMs and links cost time, both models have the same layer."""
     cluster = replace(CLUSTER, host=None, spreads=())
     layout = ExpertLayout.random(8, 3, 16, (5,))
-    by_node = TokenPrices(TokenExchange.NODE, intra_rows=0.9, inter_rows=0.5)
+    by_node = TokenPrices(Dispatch.NODE, intra_rows=0.9, inter_rows=0.5)
     for seed, prices in itertools.product(range(8), (BY_RANK, by_node)):
         costs = CostModel(cluster, 4096, 14336, True, 2, tokens=prices)
         passing, flops = TokenPassing(prices=prices), costs.flops_per_token

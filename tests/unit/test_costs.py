@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Split, TokenExchange
+from megatron_laer.choices import Auto, Dispatch, ExchangeAlgorithm, Recompute, Split
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
 from megatron_laer.planner.construct import construct_layout
@@ -72,7 +72,7 @@ def test_what_no_split_changes_equals_its_definition(
     ANY | home_geometries(),
     st.integers(0, 2**16),
     st.sampled_from([*ExchangeAlgorithm, Auto.AUTO]),
-    st.sampled_from([TokenPrices(), TokenPrices(TokenExchange.NODE, 0.7, 0.3)]),
+    st.sampled_from([TokenPrices(), TokenPrices(Dispatch.NODE, 0.7, 0.3)]),
     st.sampled_from(list(Recompute)),
 )
 def test_native_seconds_equal_those_of_the_oracle_to_the_last_bit(

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import (
     Auto,
+    Dispatch,
     ExchangeAlgorithm,
     PlanMode,
     Recompute,
     Sharding,
     Split,
-    TokenExchange,
 )
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
@@ -38,7 +38,7 @@ from tests.unit.planner_cases import KINDS, counts_of, geometries, home_geometri
 HOSTS = (None, HostTime(3e-6, SolveTime(1e-5, 1e-7, 1e-8)))
 # From almost free changes to changes that never pay.
 SOLVES = (SolveTime(0.0, 0.0, 0.0), SolveTime(1e-6, 1e-8, 1e-9), SolveTime(1e-3, 0.0, 0.0))
-NODE = TokenPrices(TokenExchange.NODE, intra_rows=0.9, inter_rows=0.46)
+NODE = TokenPrices(Dispatch.NODE, intra_rows=0.9, inter_rows=0.46)
 
 
 @st.composite

@@ -17,10 +17,10 @@ import torch
 
 from megatron_laer import telemetry
 from megatron_laer.choices import (
+    Dispatch,
     ExchangeAlgorithm,
     Recompute,
     Sharding,
-    TokenExchange,
 )
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
@@ -102,7 +102,7 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
         COSTS,
         recompute=Recompute.FULL,
         restore_algorithm=ExchangeAlgorithm.NODE,
-        tokens=TokenPrices(TokenExchange.NODE, 0.1 + 0.2, 1 / 3),
+        tokens=TokenPrices(Dispatch.NODE, 0.1 + 0.2, 1 / 3),
         precision=Precision.BLOCKWISE,
     )
     priced = {"top_k": 2, "tokens_per_rank": 4096}
@@ -114,7 +114,7 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
     sizes = ("hidden", "ffn", "gated", "bytes_per_element")
     for name in (*sizes, "recompute", "restore_algorithm", "precision"):
         assert run[name] == str(getattr(costs, name))
-    assert run["token_exchange"] == costs.tokens.exchange
+    assert run["token_exchange"] == costs.tokens.dispatch
     rows = [float(run[f"token_{link}_rows"]) for link in ("intra", "inter")]
     assert rows == [costs.tokens.intra_rows, costs.tokens.inter_rows], "to the last digit"
     assert {name: int(run[name]) for name in priced} == priced

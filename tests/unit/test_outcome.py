@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import PlanMode, Sharding, Split, TokenExchange
+from megatron_laer.choices import Dispatch, PlanMode, Sharding, Split
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import ExpertLayout
@@ -80,7 +80,7 @@ def test_replicas_cost_their_exposed_exchanges_and_host_time_where_experts_are_a
 
 def test_stock_sends_its_tokens_by_rank_also_beside_tokens_through_nodes() -> None:
     counts, layout = counts_NE(1, 0, 0), ExpertLayout.static(4, 3, 8)
-    through_nodes = replace(COSTS, tokens=TokenPrices(TokenExchange.NODE, 0.5, 0.25))
+    through_nodes = replace(COSTS, tokens=TokenPrices(Dispatch.NODE, 0.5, 0.25))
     by_rank, by_node = (
         priced(guard, counts, layout)
         for guard in (Guard(PlanMode.FORECAST, costs, GEOMETRY) for costs in (COSTS, through_nodes))

@@ -78,7 +78,7 @@ def test_a_layer_is_priced_as_its_exchange_is(node_size: int, recompute: Recompu
     counts_NE = np.full((8, 64), 1024 * 8 // 64, dtype=np.int64)
     seconds = token_seconds(costs, geometry, 8, 1024)
     for exchange in TokenExchange:
-        priced = with_token_exchange(costs, exchange, geometry, 8, 1024)
+        priced = with_token_exchange(costs, Dispatch(exchange), geometry, 8, 1024)
         layer_s = priced.layer_seconds(counts_NE, placed(layout, node_size))
         assert layer_s == pytest.approx(seconds[exchange], rel=1e-6)
         assert priced.least_layer_seconds(counts_NE, geometry) <= layer_s

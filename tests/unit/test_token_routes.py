@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.token_traffic import TokenRouting, dispatch_rows
-from megatron_laer.choices import Sharding, Split, TokenExchange
+from megatron_laer.choices import Dispatch, Sharding, Split, TokenExchange
 from megatron_laer.layer.dispatch.node_dispatcher import rows_through_nodes
 from megatron_laer.layer.dispatch.row_map import RowMap
 from megatron_laer.layer.dispatch.slot_dispatch import rows_by_node
@@ -197,7 +197,7 @@ def test_expected_rows_are_near_to_those_of_random_routing(
     layout = construct_layout(even_NE, geometry.static_layout, 2, sharding)
     ranks = route(layout, [1024] * 8, top_k=8, node_size=2)
     pairs, rows = (dispatch_rows(counted(ranks), exchange) for exchange in (RANK, NODE))
-    priced = with_token_exchange(make_costs(), NODE, geometry, 8, 1024).tokens
+    priced = with_token_exchange(make_costs(), Dispatch.NODE, geometry, 8, 1024).tokens
     leaving = pairs.intra_N.sum() + pairs.inter_N.sum()
     assert priced.intra_rows * leaving == pytest.approx(rows.intra_N.sum(), rel=0.05)
     assert priced.inter_rows * pairs.inter_N.sum() == pytest.approx(rows.inter_N.sum(), rel=0.05)

@@ -29,7 +29,7 @@ def priced(
     `auto` stands for the exchange that training takes by itself.
     """
     if isinstance(dispatch, Auto):
-        dispatch = Dispatch(choose_token_exchange(costs, *of).value)
+        dispatch = Dispatch(choose_token_exchange(costs, *of))
     return with_token_exchange(costs, dispatch, *of).with_exchange(algorithm, of[0])
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_laer.choices import Auto, ExchangeAlgorithm, Sharding, TokenExchange
+from megatron_laer.choices import Auto, Dispatch, ExchangeAlgorithm, Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
@@ -127,7 +127,7 @@ NODE = replace(COSTS, restore_algorithm=ExchangeAlgorithm.NODE)
         (32, Sharding.EXPERTS, replace(COSTS, by_layout=True), 4.0625),
         (
             *(32, Sharding.EXPERTS),
-            *(replace(COSTS, tokens=TokenPrices(TokenExchange.NODE)), 1.375 + 2.75),
+            *(replace(COSTS, tokens=TokenPrices(Dispatch.NODE)), 1.375 + 2.75),
         ),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.clusters import Card
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -36,7 +35,7 @@ def buffers(
     # Besides tokens'; NCCL takes memory at first use.
     exchanges = [(1 + near + far, 1 + near) for near, far in peers] * 2
     tokens = [(num_ranks, node_size)]
-    if 1 < node_size < num_ranks and costs.tokens.exchange == TokenExchange.NODE:
+    if 1 < node_size < num_ranks and costs.tokens.in_stages:
         tokens += [(node_size, node_size), (geometry.num_nodes, 1)]
     found = {"workspaces": workspaces, **library_bytes(card, tokens, exchanges)}
     if form != grads:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_laer.choices import Recompute
+from megatron_laer.choices import Dispatch, Recompute
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes
@@ -210,7 +210,7 @@ class Timing:
         node_size = math.gcd(run.node_size, meets)
         forwards = 2 if run.recompute == Recompute.FULL else 1
         collective_s = rates.collective_seconds(meets, node_size)
-        if passing.prices.is_flex:
+        if passing.prices.dispatch == Dispatch.FLEX:
             return tokens_N + collective_s
         in_node_s = rates.collective_seconds(node_size, node_size)
         shape = Geometry(meets, meets, 1, node_size)
@@ -287,7 +287,7 @@ def _operations(work: LayerWork | None) -> float:
     found += _SLOT_OPERATIONS * work.used_slots
     if passing.sorts_chunks:
         found += _RANK_OPERATIONS * (work.passing.group or 0)
-    if passing.prices.in_stages and not passing.prices.is_flex:
+    if passing.prices.dispatch == Dispatch.NODE:
         found += _NODE_OPERATIONS
     return found
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Dispatch
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import Link
@@ -81,7 +82,7 @@ class TokenPassing:
         intra_bytes, inter_bytes = self.prices.pair_bytes(token_bytes)
         intra_s_N = work.intra_N * (intra_bytes / cluster.intra.bytes_per_s)
         inter_s_N = work.inter_N * (inter_bytes / cluster.inter.bytes_per_s)
-        if self.prices.in_stages and not self.prices.is_flex:
+        if self.prices.dispatch == Dispatch.NODE:
             seconds_N: Seconds = np.add(intra_s_N, inter_s_N, dtype=np.float64)
         else:
             seconds_N = np.maximum(intra_s_N, inter_s_N, dtype=np.float64)
