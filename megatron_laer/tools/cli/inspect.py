@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # Not at the top: it imports NumPy, which help does not need.
+    # Not at the top: it imports torch, which help does not need.
     from megatron_laer.tools import inspection
 
     text, is_damaged = inspection.describe(args.checkpoint)

@@ -1,4 +1,4 @@
-"""Routing traces as checked values; `fsep` reads them from files.
+"""Routing traces as values, which `reading` reads from files.
 
 Legend: R records, N source ranks, E experts. A record is one microbatch of one layer.
 """
