@@ -126,18 +126,18 @@ def _fsep_flags(work_dir: Path) -> list[str]:
 def _write_page(work_dir: Path) -> str:
     """Write the page on the run with FSEP; return its assessment, or the packages to install."""
     page = work_dir / "report.html"
-    result = subprocess.run(
-        [sys.executable, "-m", "megatron_laer", "report", str(work_dir), "--out", str(page)],
-        capture_output=True,
-        text=True,
-        env=os.environ | _ENVIRONMENT,
-    )
+    result = _command("report", str(work_dir), "--out", str(page))
     if "megatron_laer[tools]" in result.stderr:
         return f"No page: {result.stderr.strip()}"
     if result.returncode:
         raise RuntimeError(f"Writing {page} failed:\n{result.stderr}")
     verdict = result.stdout.splitlines()[0]
     return f"{verdict}\n  The whole page, for a browser: {one_line(page)}"
+
+
+def _command(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_laer", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | _ENVIRONMENT)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,15 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 def _prepare_text(work_dir: Path) -> Path:
     print("Making a dataset from the sources of Python's standard library ...", flush=True)
     prefix = work_dir / "text"
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "megatron_laer", "prepare-data"),
-            *("--python-sources", "--output", str(prefix)),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | _ENVIRONMENT,
-    )
+    result = _command("prepare-data", "--python-sources", "--output", str(prefix))
     if result.returncode:
         raise RuntimeError(f"Making the dataset failed:\n{result.stderr}")
     # The cache may be of an earlier quick start, with another Python's sources.

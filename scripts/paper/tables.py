@@ -28,7 +28,7 @@ class Table:
 class Result:
     """Result of a figure's command.
 
-    `scale` is `toy` or `slurm`. `notes` are sentences on missing parts and the reasons.
+    `scale` is `toy`, `slurm`, `here` or `simulated`. `notes` are sentences on missing parts.
     """
 
     figure: int
