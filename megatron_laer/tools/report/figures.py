@@ -51,11 +51,7 @@ def sections(run: RunData) -> Iterator[Section]:
     yield _ranks(run, edges)
     if run.experts_TLE is not None:
         yield _experts(run)
-    if moved := list(_replicas(run, edges)):
-        of = {name: np.nansum(run.of_layers[name]) for name in ("passes", "without_replicas")}
-        share = of["without_replicas"] / of["passes"] if of["passes"] else math.nan
-        text = f"{text_of(100 * share)} % of microbatches had no replica."
-        yield Section("replicas", "Replicas", moved, text)
+    yield _replicas(run, edges)
     yield _guard(run)
     yield _memory(run, edges)
 
@@ -179,7 +175,12 @@ def _experts(run: RunData) -> Section:
     return Section("experts", "Experts", [figure], text)
 
 
-def _replicas(run: RunData, edges: Sequence[int]) -> Iterator[Chart]:
+def _replicas(run: RunData, edges: Sequence[int]) -> Section:
+    text = f"{_percent_of_passes(run, 'without_replicas')} % of microbatches had no replica."
+    return Section("replicas", "Replicas", list(_layouts(run, edges)), text)
+
+
+def _layouts(run: RunData, edges: Sequence[int]) -> Iterator[Chart]:
     """Draw the planned layouts, and the weights moved for layouts in use."""
     if run.layouts:
         by_layer, layers = edges_by_layer(run), run.shape.layers
@@ -223,11 +224,14 @@ def _slots_by_bin(run: RunData, bins: Bins) -> Float64:
 
 def _guard(run: RunData) -> Section:
     of = run.of_layers
-    passes = float(np.nansum(of["passes"]))
-    share = float(np.nansum(of["fresh"])) / passes if passes else math.nan
-    text = f"{text_of(100 * share)} % of microbatches got a layout of their own."
+    text = f"{_percent_of_passes(run, 'fresh')} % of microbatches got a layout of their own."
     text += _measured_over_predicted(of["layer_ms"], of["predicted_ms"])
     return Section("guard", "The guard, and the cost model", [], text)
+
+
+def _percent_of_passes(run: RunData, name: str) -> str:
+    passes = np.nansum(run.of_layers["passes"])
+    return text_of(100 * np.nansum(run.of_layers[name]) / passes if passes else math.nan)
 
 
 def _measured_over_predicted(measured: Float64, predicted: Float64) -> str:
@@ -244,33 +248,25 @@ def _measured_over_predicted(measured: Float64, predicted: Float64) -> str:
 
 def _memory(run: RunData, edges: Sequence[int]) -> Section:
     names = {"busiest rank": "largest_tokens", "perfect balance": "least_tokens"}
-    figures = [
-        plots.lines(
-            "Tokens of the busiest rank, and the bound",
-            "Of a step's worst layer and microbatch. A rank's activations grow with them.",
-            {
-                of: binned(_largest_of_layers(run.of_layers[key]), edges)
-                for of, key in names.items()
-            },
-            x=_steps(run, edges),
-            y="tokens",
-            colours=(RED, GREEN),
-        )
-    ]
-    if "used_bytes" in run.of_steps:
-        kinds = {"used": "used_bytes", "headroom": "headroom_bytes"}
-        series, unit = in_unit({k: binned(run.of_steps[name], edges) for k, name in kinds.items()})
-        figures.append(
-            plots.lines(
-                "Memory of the planner rank",
-                "Peak of reserved memory and the remainder; on the CPU resident and free memory.",
-                series,
-                x=_steps(run, edges),
-                y=unit,
-                colours=(BLUE, GREEN),
-            )
-        )
-    return Section("memory", "Memory", figures)
+    tokens = plots.lines(
+        "Tokens of the busiest rank, and the bound",
+        "Of a step's worst layer and microbatch. A rank's activations grow with them.",
+        {of: binned(_largest_of_layers(run.of_layers[key]), edges) for of, key in names.items()},
+        x=_steps(run, edges),
+        y="tokens",
+        colours=(RED, GREEN),
+    )
+    kinds = {"used": "used_bytes", "headroom": "headroom_bytes"}
+    series, unit = in_unit({k: binned(run.of_steps[name], edges) for k, name in kinds.items()})
+    memory = plots.lines(
+        "Memory of the planner rank",
+        "Peak of reserved memory and the remainder; on the CPU resident and free memory.",
+        series,
+        x=_steps(run, edges),
+        y=unit,
+        colours=(BLUE, GREEN),
+    )
+    return Section("memory", "Memory", [tokens, memory])
 
 
 def _largest_of_layers(values_TL: Float64) -> Float64:
