@@ -167,10 +167,8 @@ def refuse_unwritable(output: str | os.PathLike[str], flag: str) -> None:
     """Refuse a file that cannot be written, before the work for it is done."""
     path = Path(output)
     folder = path.absolute().parent
-    problem = _why_not_looked_at(path)
-    if not str(output):
-        problem = "the path is empty"
-    elif problem:
+    problem = _why_not_looked_at(output)
+    if problem:
         pass
     elif path.exists() and not path.is_file():
         problem = "it is there and no regular file"
@@ -185,10 +183,8 @@ def refuse_unwritable(output: str | os.PathLike[str], flag: str) -> None:
 def refuse_unusable_folder(folder: str | os.PathLike[str], flag: str) -> None:
     """Refuse an output folder that neither exists nor can be created; create nothing."""
     path = Path(folder).absolute()
-    problem = _why_not_looked_at(path)
-    if not str(folder):
-        problem = "the path is empty"
-    elif problem is None:
+    problem = _why_not_looked_at(folder)
+    if problem is None:
         there = next(part for part in (path, *path.parents) if os.path.lexists(part))
         if not there.is_dir():
             problem = f"{quoted(there)} is no folder"
@@ -198,14 +194,16 @@ def refuse_unusable_folder(folder: str | os.PathLike[str], flag: str) -> None:
         raise ValueError(f"{flag} {quoted(folder)}: {problem}; give a folder that can be written")
 
 
-def _why_not_looked_at(path: Path) -> str | None:
+def _why_not_looked_at(path: str | os.PathLike[str]) -> str | None:
     """Return why nothing could ever be at a path, such as too long a name."""
+    if not str(path):
+        return "the path is empty"
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):  # callers have a better message
         return None
     except OSError as error:
-        return str(error.strerror)
+        return reason(error)
     return None
 
 
@@ -220,13 +218,19 @@ def _why_not_writable(folder: Path) -> str | None:
 
 def problem_of(flag: str, given: str, error: Exception) -> str:
     """Describe an error of the file that a flag, or `--flag name=`, names, with its path once."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     between = "" if flag.endswith("=") else " "
-    return f"{flag}{between}{quoted(given)}: {text.removeprefix(f'{given}: ')}"
+    return f"{flag}{between}{quoted(given)}: {reason(error).removeprefix(f'{given}: ')}"
+
+
+def reason(error: Exception) -> str:
+    """Return an error's text, of the system's errors without number and file."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
 
 
 def in_one_line(error: Exception) -> str:
-    """Return an error of `prepare` or a command as one line; add a remedy for missing modules."""
+    """Return a command's error with its file; add a remedy for missing modules."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; `python -m megatron_laer doctor` says what is missing"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{quoted(error.filename)}: {reason(error)}"
     return str(error)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
-from megatron_laer.files.checks import check_regular, quoted
+from megatron_laer.files.checks import check_regular, quoted, reason
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def write_output(path: Path, content: str | bytes, flag: str) -> None:
     try:
         write_file(path, content)
     except OSError as error:
-        raise ValueError(f"{flag} {quoted(path)} cannot be written: {error}") from error
+        raise ValueError(f"{flag} {quoted(path)} cannot be written: {reason(error)}") from error
 
 
 def free_name(path: Path) -> Path:

@@ -119,7 +119,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, unknown = parser.parse_known_args(own)
     parser.prog = f"{parser.prog} {args.command}"
     if unknown:
-        hint = "; the script's own follow --" if args.command in _TAKE_FLAGS else ""
+        hint = "; Megatron's follow --" if args.command in _TAKE_FLAGS else ""
         meant = did_you_mean(unknown[0].partition("=")[0], of_command._option_string_actions)
         parser.error(f"unrecognized arguments: {shlex.join(unknown)}{meant}{hint}")
     if script_args and args.command not in _TAKE_FLAGS:

@@ -102,7 +102,7 @@ def refuse_repeated(args: argparse.Namespace, flags: Sequence[str]) -> None:
 
 # Options of several commands, with the kinds of their values.
 SHARED: Mapping[str, tuple[str, Callable[[str], Any]]] = {
-    "--ranks N": ("of an FSEP group", between(1, MOST_RANKS)),
+    "--ranks N": ("of an FSEP group", between(2, MOST_RANKS)),
     "--node-size G": ("ranks per node", between(1, MOST_RANKS)),
     "--capacity C": ("slots per rank", between(1, MAX_EXPERTS)),
     "--tokens T": ("of a rank in a microbatch", between(1, MAX_TOKENS)),

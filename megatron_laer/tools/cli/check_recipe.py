@@ -63,7 +63,7 @@ def run(args: Namespace) -> int:
     if sum(source is not None for source in given) != 1:
         raise ValueError("give one of FILE, --bridge-recipe NAME and -- FLAGS")
     if args.ranks is not None and not args.flags:
-        raise ValueError(f"--ranks {args.ranks}: only with -- FLAGS")
+        raise ValueError(f"--ranks {args.ranks}: no effect without -- FLAGS; leave it out")
     if args.bridge_recipe is not None:
         return say(_judge_function(args.bridge_recipe))
     if args.file is None:

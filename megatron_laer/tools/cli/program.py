@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron_laer.environment import variables_behind
-from megatron_laer.files.checks import in_one_line, one_line, quoted
+from megatron_laer.files.checks import in_one_line, one_line, quoted, reason
 from megatron_laer.files.shipped import did_you_mean
 
 # Statuses as shells report them for a process that a signal ended.
@@ -65,7 +65,7 @@ def ended(name: str, run: Callable[[], int]) -> int:
         return _NO_READER
     except OSError as error:
         _discard_output()
-        return failed(name, f"the output cannot be written: {error}")
+        return failed(name, f"the output cannot be written: {reason(error)}")
 
 
 def failed(name: str, problem: str, status: int = 2) -> int:

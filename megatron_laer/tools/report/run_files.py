@@ -65,7 +65,7 @@ def find_run(given: Path, group: int | None) -> RunFiles:
 def metrics_beside(trace: Path) -> Path | None:
     """Return the metrics of the run that recorded a trace (a file or its folder), or None."""
     is_folder = trace.is_dir()
-    if not is_folder and not _NAME.fullmatch(trace.name):
+    if not is_folder and not (trace.is_file() and _NAME.fullmatch(trace.name)):
         return None
     found = [
         files
