@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_laer.files.checks import lines, one_line, open_input
+from megatron_laer.files.checks import in_one_line, lines, one_line, open_input
 
 # Share of all steps after which routing and speed are steady enough to be averaged.
 STEADY_AFTER = 0.5
@@ -141,7 +141,7 @@ def main(words: Sequence[str]) -> int:
         if not runs:
             raise ValueError("give a NAME=LOG for each run")
     except (ValueError, OSError) as error:
-        print(one_line(f"megatron_laer.telemetry.log: {error}"), file=sys.stderr)
+        print(one_line(f"megatron_laer.telemetry.log: {in_one_line(error)}"), file=sys.stderr)
         return 2
     print(comparison(runs))
     print(

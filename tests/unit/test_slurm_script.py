@@ -105,7 +105,7 @@ def test_flags_of_fsep_are_judged_once_before_ranks_start(flags, status, said):
     result = shell(_SBATCH, *_FSEP, *flags.split(), **settings, **python)
     assert (result.returncode, bool(result.stdout)) == (status, not status), result.stderr
     assert said in result.stderr
-    assert ("pretrain.sbatch: this job's flags are refused" in result.stderr) == bool(status)
+    assert ("check-recipe says above why" in result.stderr) == bool(status)
 
 
 def test_the_command_to_install_slurm_is_the_same_everywhere():
