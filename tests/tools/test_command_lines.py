@@ -7,7 +7,6 @@ import pytest
 from megatron_laer.tools.recipes.command_lines import (
     check_patterns,
     flags_in_file,
-    flags_in_text,
     script_flags,
     without,
 )
@@ -19,7 +18,7 @@ def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path):
     assert script_flags("train x.py -- --lr 1".split()) == ["--lr", "1"]
     path = tmp_path / "run.sh"
     path.write_text("#!/bin/bash\ntorchrun pretrain_gpt.py \\\n  --lr 1 \\\n  --split '99,1,0'\n")
-    assert flags_in_text(path) == ["--lr", "1", "--split", "99,1,0"]
+    assert flags_in_file(path) == ["--lr", "1", "--split", "99,1,0"]
     given = tmp_path / "x.yaml"
     given.write_text(
         "description: x\nmoe:\n  num_experts: 8\n  --moe-layer-freq: '[0,1]'\nswiglu: true\n"
@@ -31,10 +30,10 @@ def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path):
         flags_in_file(given)
     path.write_text("--lr 'x")
     with pytest.raises(ValueError, match="no command line"):
-        flags_in_text(path)
+        flags_in_file(path)
     path.write_text("x" * 2**20)
     with pytest.raises(ValueError, match="has 1,048,576 bytes; at most 262,144"):
-        flags_in_text(path)
+        flags_in_file(path)
 
 
 @pytest.mark.parametrize(

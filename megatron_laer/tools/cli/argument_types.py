@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,7 @@ def shared(parser: argparse._ActionsContainer, flag: str, default: str = "", **m
 
 
 def describe(parser: argparse.ArgumentParser, text: str, examples: str) -> None:
-    parser.description, parser.epilog = text, examples
+    parser.description, parser.epilog = textwrap.fill(text, 79), examples
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 

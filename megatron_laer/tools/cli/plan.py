@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _EXAMPLES,
     )
     prediction_input.add_routing(parser)
-    shared(parser, "--tokens T", "of a workload: a sequence of its model")
+    shared(parser, "--tokens T", "a sequence of a workload's model")
     shared(parser, "--ranks N", "as in the trace")
     shared(parser, "--capacity C", "the recorded, else min(E, ceil(E/N) + 1)", nargs="+")
     shared(parser, "--node-size G", "the recorded, else the cluster's, at most N")

@@ -67,7 +67,7 @@ def add_routing(parser: argparse.ArgumentParser) -> None:
     text = "a recording of --fsep-record DIR trace, or its folder"
     parser.add_argument("trace", metavar="TRACE", nargs="?", type=path, help=text)
     titles = ", ".join(f"{name} {title}" for name, title in TITLES.items())
-    instead = f"in place of a trace, as in runs, or a stress test of Megatron's benchmark: {titles}"
+    instead = f"in place of a trace; W0 to W7 are Megatron's benchmark: {titles}"
     option(parser, "--workload W", instead, choices=TITLES)
 
 

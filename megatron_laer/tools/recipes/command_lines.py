@@ -20,20 +20,14 @@ _MOST_LAYERS = 10**7
 _MAX_BYTES = 2**18
 
 
-def flags_in_text(path: Path) -> list[str]:
-    """Read a command line, such as a script's; a backslash continues a line."""
-    text = read_text(path, _MAX_BYTES).replace("\\\n", " ")
-    try:
-        words = shlex.split(text, comments=True)
-    except ValueError as error:
-        raise ValueError(f"{path}: no command line: {error}") from error
-    return script_flags(words)
-
-
 def flags_in_file(path: Path) -> list[str]:
-    """Read the flags of a YAML file (.yaml, .yml), else of a command line."""
+    """Read the flags of a YAML file (.yaml, .yml), else of a command line, such as a script's."""
     if path.suffix not in (".yaml", ".yml"):
-        return flags_in_text(path)
+        text = read_text(path, _MAX_BYTES).replace("\\\n", " ")  # a backslash continues a line
+        try:
+            return script_flags(shlex.split(text, comments=True))
+        except ValueError as error:
+            raise ValueError(f"{path}: no command line: {error}") from error
     content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: give `flag: value` lines")
