@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -41,22 +40,16 @@ def proved_rows() -> tuple[ProvedRow, ...]:
 
 @dataclass(frozen=True)
 class Proof:
-    """Rows that have the features of a run, and features that no row has.
+    """The row that has all features of a run together, or "", and features that no row has.
 
-    `rows` is one that has all features together, or a few that have each feature of any row.
     `is_replaced` says that it, or every row of some feature, replaces parts that Megatron has for
     GPUs alone. `no_row_together` has pairs of other features, as `a + b`.
     """
 
-    rows: tuple[str, ...]
+    row: str
     is_replaced: bool
     no_row: tuple[str, ...] = ()
     no_row_together: tuple[str, ...] = ()
-
-    @property
-    def row(self) -> str:
-        """Return the row that has all features together, or ""."""
-        return self.rows[0] if len(self.rows) == 1 and not self.no_row else ""
 
     def __str__(self) -> str:
         """Return one line, which abbreviates long lists of features and pairs."""
@@ -81,7 +74,7 @@ def proof_of(settings: Namespace) -> Proof:
     if proving:
         # Prefer a row without replacements, then the row with the fewest other features.
         row = min(proving, key=lambda row: (row.is_replaced, len(row.features)))
-        return Proof((row.name,), row.is_replaced)
+        return Proof(row.name, row.is_replaced)
     rows_of = {
         name: [row for row in proved_rows() if name in row.features] for name in sorted(features)
     }
@@ -91,21 +84,11 @@ def proof_of(settings: Namespace) -> Proof:
         if not any(other in row.features for row in rows_of[one])
     ]
     return Proof(
-        tuple(_covering(features)),
+        "",
         any(rows and all(row.is_replaced for row in rows) for rows in rows_of.values()),
         tuple(name for name, rows in rows_of.items() if not rows),
         tuple(pairs),
     )
-
-
-def _covering(features: frozenset[str]) -> Iterator[str]:
-    """Yield few rows that have each feature of any row, first those with the most others."""
-    while True:
-        row = max(proved_rows(), key=lambda row: len(row.features & features))
-        if not row.features & features:
-            return
-        yield row.name
-        features -= row.features
 
 
 def _some(names: tuple[str, ...]) -> str:
