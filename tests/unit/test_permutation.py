@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
@@ -210,6 +211,22 @@ def test_of_experts_parts_rows_are_kept_and_no_copy() -> None:
     found = torch.autograd.grad(sum(product.sum() for product in products), factors)
     for found_HF, expected_HF in zip(found, expected, strict=True):
         torch.testing.assert_close(found_HF, expected_HF)
+
+
+def test_an_expert_without_tokens_keeps_no_copy_of_the_others() -> None:
+    rows_YH = torch.arange(8.0).view(2, 4).requires_grad_()
+    map_ = row_map(torch.tensor([0, 1, 1, 0], dtype=torch.int32), 2)
+    copies_XH = map_.spread(rows_YH)
+    factors = [torch.ones(4, 3, requires_grad=True) for _ in range(2)]
+    with map_.keeping_rows(copies_XH, rows_YH):
+        parts = copies_XH.split([4, 0])
+        products = [part @ factor for part, factor in zip(parts, factors, strict=True)]
+    memory = weakref.ref(copies_XH.untyped_storage())
+    del copies_XH, parts
+    assert memory() is None
+    found = torch.autograd.grad(sum(product.sum() for product in products), factors)
+    assert found[0].eq(torch.tensor([8.0, 12.0, 16.0, 20.0])[:, None]).all()
+    assert not found[1].any()
 
 
 @pytest.mark.parametrize(

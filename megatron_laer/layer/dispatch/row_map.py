@@ -57,6 +57,8 @@ class RowMap:
         copies = _Place.of(copies_XH)
 
         def pack(saved: torch.Tensor) -> _Kept:
+            if not saved.numel():  # of an expert without tokens; a view would hold all copies
+                return saved.new_empty(saved.shape)
             first = copies.first_of(saved)
             return saved if first is None else (rows_YH, self.row_X[first : first + len(saved)])
 
@@ -98,7 +100,7 @@ class _Place:
         offset = tensor.data_ptr() - self.address
         row, rest = divmod(offset, self.width * self.dtype.itemsize)
         fits = tensor.shape[1] == self.width and 0 <= offset <= self.size - tensor.nbytes
-        return row if fits and rest == 0 and len(tensor) else None
+        return row if fits and rest == 0 else None
 
 
 def _unpack(kept: _Kept) -> torch.Tensor:
