@@ -178,6 +178,8 @@ class RestoredCompute:
         return layer * (1 + int(self.has_bias)) + sum(len(adapter.homes) for adapter in before)
 
     def _activate(self, hidden_TF: torch.Tensor, probs_T: torch.Tensor) -> torch.Tensor:
+        if not len(hidden_TF):  # torch compiles Megatron's fused activations anew for no rows
+            return hidden_TF[:, : self.linears[1].columns].clone()
         output_TF, bias = self.activation(hidden_TF, probs_T)
         assert bias is None
         activated: torch.Tensor = output_TF
