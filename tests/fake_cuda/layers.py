@@ -69,9 +69,13 @@ def train(name: str, steps: int = 3) -> list[str]:
         ) as model,
         _no_state_of_megatron(),
     ):
+        model.eval()
+        with torch.inference_mode():  # whose tensors training cannot use
+            model(_input())
+        model.train()
         for step in range(steps):
             torch.manual_seed(step)
-            inputs = [_input() for _ in range(microbatches)]
+            inputs = [_input().requires_grad_() for _ in range(microbatches)]
             chunks = [model] if case.layers > 1 else []
             with megatron_laer.training_step(step, microbatches, chunks):
                 findings.current.is_steady = step > 0
@@ -88,7 +92,7 @@ def train(name: str, steps: int = 3) -> list[str]:
 
 
 def _input() -> torch.Tensor:
-    return torch.randn(TOKENS, 1, HIDDEN).to(torch.cuda.current_device()).requires_grad_()
+    return torch.randn(TOKENS, 1, HIDDEN).to(torch.cuda.current_device())
 
 
 @torch.no_grad()

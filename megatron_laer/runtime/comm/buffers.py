@@ -32,6 +32,7 @@ class BufferPool:
         self._free: defaultdict[_Kind, list[torch.Tensor]] = defaultdict(list)
         self._compute = OneComputeStream("a buffer pool")
 
+    @torch.inference_mode(False)  # training could not write memory of an evaluation in that mode
     def take(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
@@ -63,6 +64,7 @@ class Workspace:
     def num_bytes(self) -> int:
         return sum(buffer.numel() for buffer in self._buffers.values())
 
+    @torch.inference_mode(False)
     def take(
         self,
         name: str,

@@ -22,6 +22,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+@torch.inference_mode(False)  # training may use what an evaluation in that mode has uploaded
 def upload_arrays(arrays: Sequence[Int64], device: torch.device) -> list[torch.Tensor]:
     """Copy arrays to the device at once, as `upload` does, into shared memory."""
     packed = upload(torch.from_numpy(np.concatenate(arrays)), device)
@@ -82,5 +83,6 @@ class Download:
         return pinned
 
 
+@torch.inference_mode(False)
 def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
