@@ -171,6 +171,9 @@ AT_NIGHT = {
     "combined 1F1B with delayed weight gradients, virtual pipeline 2 x 2": Training(
         RANDOM + _COMBINED + DELAYED + VIRTUAL, 4
     ),
+    "combined 1F1B with delayed weight gradients, mxfp8, tokens by node": Training(
+        _HOME + _MXFP8 + _COMBINED + DELAYED + _BY_NODE
+    ),
     "experts' weight gradients during the dispatch's backward": Training(RANDOM + BEHIND_DISPATCH),
     "Megatron-FSDP of gradients, home experts replicated": Training(
         f"{_HOME}{MOE_RECOMPUTE}{DIST_OPT}{FSDP}optim_grads", 4, more=FSDP_REDUCE

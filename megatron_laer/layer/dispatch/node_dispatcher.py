@@ -31,6 +31,7 @@ from megatron_laer.layer.dispatch.token_routes import (
 from megatron_laer.planner.token_rows import TokenRows
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
+from megatron_laer.runtime.comm.streams import used_here
 from megatron_laer.telemetry.activities import Activity, Kind
 
 
@@ -51,12 +52,13 @@ class _FirstStage(MoEAlltoAllTokenDispatcher):
         if self.shared_experts is not None:
             self.shared_experts.linear_fc1_forward_and_act(tokens)
         assert self._row_of_pairs is not None
+        # Combined 1F1B exchanges on a stream of its own, and holds tokens and probabilities alone.
         probs, self._row_of_pairs = (
             exchange(self._groups.tokens, of_pairs, self.output_splits, self.input_splits)
-            for of_pairs in (probs, self._row_of_pairs)
+            for of_pairs in (probs, used_here(self._row_of_pairs))
         )
         if self._bits is not None:
-            self._bits = self._exchange_first(self._bits)
+            self._bits = self._exchange_first(used_here(self._bits))
         return tokens, probs
 
     def token_combine(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -125,12 +127,12 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         rows, quotas = self._rows, self._current.plan.quotas
         if self._bits is not None:
             sent = rows.second_sent
-            self._second = second_stage(self._bits, len(sent), sum(sent))
+            self._second = second_stage(used_here(self._bits), len(sent), sum(sent))
             self._bits = None
             tokens = self._second.spread(tokens)
             tokens = self._inside_node(Kind.DISPATCH, tokens, rows.second_received, sent)
         assert self._row_of_pairs is not None
-        came = self._arrivals = arrivals(self._row_of_pairs, quotas, rows)
+        came = self._arrivals = arrivals(used_here(self._row_of_pairs), quotas, rows)
         self._row_of_pairs = None
         experts_RH = came.rows.spread(tokens)
         self._experts_input = tokens, experts_RH

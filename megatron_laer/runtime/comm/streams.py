@@ -59,6 +59,13 @@ def exchange_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=_EXCHANGE_PRIORITY)
 
 
+def used_here(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of another stream, whose memory stays until the current one has used it."""
+    if has_streams(tensor.device):
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    return tensor
+
+
 class OneComputeStream:
     """Assertion that a single compute stream uses an object that does not order two of them."""
 
