@@ -30,7 +30,8 @@ from tests.parity.row import FLOOR_FACTOR, SMALLEST_FLOOR
 TITLE = "Gradients with streams held up"
 # Replicas in every microbatch. A step's first gradients are reduced otherwise, so the third counts.
 _FLAGS = "--expert-parallel-mode fsep --fsep-sharding experts --fsep-planner random --train-iters 3"
-_DELAY_MS = 50.0
+# 50 ms at 2 GHz, the highest clock of these cards, and longer at a lower one.
+_DELAY_CYCLES = 100_000_000
 
 
 @contextlib.contextmanager
@@ -77,11 +78,8 @@ def _late_compute(hold_up: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _sleep(dry: bool) -> Callable[[], None]:
-    if dry:
-        return lambda: None
-    cycles = int(_DELAY_MS * torch.cuda.clock_rate() * 1e3)
-    return lambda: torch.cuda._sleep(cycles)
+def _sleep(*, dry: bool) -> Callable[[], None]:
+    return lambda: None if dry else torch.cuda._sleep(_DELAY_CYCLES)
 
 
 def measure(ranks: Ranks) -> Part:
@@ -89,7 +87,7 @@ def measure(ranks: Ranks) -> Part:
     part = ranks.part()
     size = replace(ranks.model, experts=ranks.model.experts * ranks.size)
     flags = [*ranks.flags(size, ranks.size), *_FLAGS.split()]
-    hold_up = _sleep(ranks.dry)
+    hold_up = _sleep(dry=ranks.dry)
     runs = {
         "none": contextlib.nullcontext(),
         "gradients": _late("gradients", hold_up),

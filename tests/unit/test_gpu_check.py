@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.timing import Times
 from benchmarks.training_run import Measured
-from tests.parity import launched
+from tests.parity import launched, under_delay
 from tests.parity.compare import Distance
 from tests.parity.rows import ROWS
 from tests.unit.shell_scripts import fake_python, shell
@@ -97,6 +98,15 @@ def test_parity_beyond_its_floor_differs() -> None:
     floor, far = Distance(1e-7, 1e-7, 1e-7, 1e-7), Distance(1e-3, 0.0, 0.0, 0.0)
     same, differs = (launched.judged(ROWS[0], found, floor) for found in (floor, far))
     assert (same["result"], differs["result"]) == ("equal", "DIFFERS")
+
+
+def test_streams_are_held_up_by_a_card_alone() -> None:
+    """A clock that is asked for needs nvidia-ml-py, which torch does not bring."""
+    with mock.patch.object(torch.cuda, "_sleep") as sleep:
+        under_delay._sleep(dry=True)()
+        sleep.assert_not_called()
+        under_delay._sleep(dry=False)()
+        sleep.assert_called_once()
 
 
 def test_every_part_has_tasks_and_ranks_are_asked_for() -> None:
