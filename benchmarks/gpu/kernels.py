@@ -119,7 +119,7 @@ def _of_sum_rows(model: Model, setting: Setting) -> tuple[Any, ...]:
 def _of_gather(model: Model, setting: Setting) -> tuple[Any, ...]:
     hidden_TH = torch.randn(model.tokens, model.hidden, device=setting.device, dtype=setting.dtype)
     token_P = torch.randperm(model.rows, device=setting.device) % model.tokens
-    return hidden_TH, 0, token_P
+    return hidden_TH, 0, token_P.int()  # as in training
 
 
 def _reduce(model: Model, setting: Setting) -> Chain:
