@@ -4,16 +4,13 @@ A field's annotation has its words or type, and its metadata help and bounds. `f
 lines; `support` checks combinations with Megatron's settings.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from numbers import Integral, Real
-from types import SimpleNamespace
-from typing import Any, NamedTuple, Self, get_args, get_origin, get_type_hints
+from types import NoneType, SimpleNamespace
+from typing import Any, NamedTuple, Self, get_args, get_origin
 
 from megatron_laer.choices import (
     Auto,
@@ -216,11 +213,10 @@ class FSEPConfig:
         if self.preset in list(Preset):
             for name, value in PRESETS[self.preset].items():
                 object.__setattr__(self, name, value)
-        for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
+        for name, spec in FIELDS.items():
+            value = getattr(self, name)
             if value is not None or spec.default is not None:
-                # Plain words become the members they name.
-                object.__setattr__(self, spec.name, _checked(spec, value))
+                object.__setattr__(self, name, _checked(name, value))
         settings = settings_with(SimpleNamespace(), self)
         if problems := problems_by(RULES, settings):
             raise ValueError(numbered(problems))
@@ -273,6 +269,11 @@ class FSEPConfig:
         )
 
 
+FIELDS: Mapping[str, dataclasses.Field[Any]] = {
+    spec.name: spec for spec in dataclasses.fields(FSEPConfig)
+}
+
+
 def flag_name(name: str) -> str:
     """Return a field's flag: `--fsep-planner`, `--fsep-set plan_lag`, `--fsep-record DIR trace`."""
     if name.startswith("record_"):
@@ -303,64 +304,47 @@ def write_in_force(args: Any, settings: Mapping[str, Any]) -> None:
     vars(args).update({f"fsep_{name}": value for name, value in settings.items()})
 
 
-@cache
-def _annotations() -> dict[str, Any]:
-    """Return the fields' types, whose texts every start of a rank would evaluate many times."""
-    return get_type_hints(FSEPConfig)
-
-
-@cache
 def types_of(name: str) -> tuple[type, ...]:
     """Return the types of a field's value, or of each of its values, except None."""
-    annotation = _annotations()[name]
+    annotation = FIELDS[name].type
     members = get_args(annotation) or (annotation,)
-    return tuple(kind for kind in members if kind not in (type(None), Ellipsis))
+    return tuple(kind for kind in members if kind not in (NoneType, Ellipsis))
 
 
-def words_of(name: str) -> tuple[str, ...]:
+def words_of(name: str) -> dict[str, Choice]:
     """Return the words that a field chooses from; none for a number or any text."""
-    return tuple(word.value for choice in _choices(name) for word in choice)
-
-
-def _choices(name: str) -> tuple[type[Choice], ...]:
-    return tuple(kind for kind in types_of(name) if issubclass(kind, Choice))
+    choices = (kind for kind in types_of(name) if issubclass(kind, Choice))
+    return {word.value: word for choice in choices for word in choice}
 
 
 def takes_several(name: str) -> bool:
     """Return whether a field holds any number of its words."""
-    return get_origin(_annotations()[name]) is tuple
+    return get_origin(FIELDS[name].type) is tuple
 
 
-def _word(name: str, value: Any) -> Choice:
-    for choice in _choices(name):
-        if isinstance(value, str) and value in choice:
-            return choice(value)
-    allowed = [*words_of(name), *(_NUMBERS[kind][1] for kind in _numbers(name))]
-    raise ValueError(f"{setting(name, value)}: must be one of {', '.join(allowed)}")
-
-
-def _numbers(name: str) -> list[type]:
-    return [kind for kind in types_of(name) if kind in _NUMBERS]
-
-
-def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
+def _checked(name: str, value: Any) -> Any:
     """Return a value in its field's type, or raise a ValueError that quotes it."""
-    if takes_several(spec.name):
-        given = value if isinstance(value, list | tuple) else [value]
-        # In one order on all ranks.
-        return tuple(sorted({_word(spec.name, word) for word in given}))
-    numbers = _numbers(spec.name)
-    if words_of(spec.name) and not (numbers and isinstance(value, Real)):
-        return _word(spec.name, value)
-    if not numbers:
+    if not takes_several(name):
+        return _checked_one(name, value)
+    given = value if isinstance(value, list | tuple) else [value]
+    return tuple(sorted({_checked_one(name, word) for word in given}))  # in one order on all ranks
+
+
+def _checked_one(name: str, value: Any) -> Any:
+    words = words_of(name)
+    numbers = [_NUMBERS[kind] for kind in types_of(name) if kind in _NUMBERS]
+    if isinstance(value, str) and value in words:
+        return words[value]  # plain words become the members that they name
+    if not words and not numbers:
         return value
-    number, noun = _NUMBERS[numbers[0]]
-    if not isinstance(value, number):
-        raise ValueError(f"{setting(spec.name, value)}: must be {noun}")
-    minimum, maximum = spec.metadata["minimum"], spec.metadata["maximum"]
+    minimum, maximum = (FIELDS[name].metadata[bound] for bound in ("minimum", "maximum"))
+    if not any(isinstance(value, number) for number, _ in numbers):
+        needed = ("one of " if words else "") + ", ".join([*words, *(noun for _, noun in numbers)])
     # Written so that it also refuses NaN.
-    if minimum is not None and not minimum.value <= value < math.inf:
-        raise ValueError(f"{setting(spec.name, value)}: must be at least {minimum.text}")
-    if maximum is not None and value > maximum.value:
-        raise ValueError(f"{setting(spec.name, value)}: must be at most {maximum.text}")
-    return value
+    elif minimum is not None and not minimum.value <= value < math.inf:
+        needed = f"at least {minimum.text}"
+    elif maximum is not None and value > maximum.value:
+        needed = f"at most {maximum.text}"
+    else:
+        return value
+    raise ValueError(f"{setting(name, value)}: must be {needed}")

@@ -63,8 +63,7 @@ def settings() -> Iterator[tuple[str, str]]:
             yield setting(name, "pigeon"), "pigeon"
         elif kind is not str:
             for value in ("x", "nan", *(("1.5", "9" * 21) if kind is int else ("inf",))):
-                is_number = value in ("nan", "inf") if kind is float else value.isdigit()
-                yield setting(name, value), value[:SHOWN] if is_number else repr(value)
+                yield setting(name, value), setting(name, value)
             for bound, step in (("minimum", -1), ("maximum", 1)):
                 if (found := field.metadata[bound]) is not None:
                     beyond = setting(name, kind(found.value + step))
