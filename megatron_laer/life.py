@@ -40,7 +40,6 @@ class Event(Enum):
     """Event of a pass, in the order of a layer's forward and backward."""
 
     PREPARED = "the chunk begins, or the layer before is at work"
-    BLOCK = "the transformer layer begins"
     DECIDED = "the layout is decided"
     GATE = "the gate has chosen"
     TOKENS = "tokens have arrived"
@@ -62,20 +61,16 @@ class Action(Enum):
 
     AWAIT = "wait for gathered parameters"
     PREPARE = "prepare the next layer"
-    FOLLOW = "fetch the next operation's first layer"
     RESTORE = "restore"
     RESTORE_BACKWARD = "restore for backward"
     KEEP = "keep if it fits"
     FREE = "free or hand on"
     FREE_BACKWARD = "free or hand on backward's"
     HAND_ON = "leave them to the layer's own next pass"
-    FETCH = "fetch the previous layer's"
-    RESTORE_LAST = "restore the last layer's"
+    FETCH = "fetch those of the next layer or operation"
     MAKE_WAIT = "make the wait"
-    DROP_WAIT = "drop the wait"
     JOIN_WAIT = "join the wait to the tokens"
-    COMPUTE = "compute"
-    DELAY = "leave that to `backward_dw`"
+    DELAY = "leave their compute to `backward_dw`"
     SEND = "start the reduce"
     SUM = "add to the step's, send the last"
     FINISH = "wait for the reduce"
@@ -97,24 +92,25 @@ def _of(*kinds: Kind) -> Kinds:
 _K, _A = Kind, Action
 # For each event, kinds and actions; a pass takes the first row whose kinds it all has.
 LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
+    # All gradients have arrived at the end of a checkpoint: around a transformer layer, its re-run
+    # begins with a wait too.
     Event.PREPARED: {
         _of(_K.ALONE): (),
         _of(_K.FRESH): (_A.MAKE_WAIT,),
         _of(): (_A.AWAIT, _A.RESTORE, _A.MAKE_WAIT),
     },
-    # In the re-run of a checkpoint around it, at whose end all gradients have arrived.
-    Event.BLOCK: {_of(_K.ALONE): (), _of(): (_A.MAKE_WAIT,)},
     # Without overlap rows wait in the call of their module. Ranks gather homes in one order.
     Event.DECIDED: {
         _of(_K.ALONE, _K.HOMES): (_A.AWAIT,),
         _of(_K.ALONE): (),
         _of(): (_A.AWAIT, _A.RESTORE),
     },
-    # In backward these tokens' gradient follows the dispatch's, hence the start of the reduce.
+    # In backward these tokens' gradient follows the dispatch's, hence the start of the reduce. A
+    # wait that is not joined is dropped.
     Event.GATE: {
-        _of(_K.FROZEN): (_A.DROP_WAIT,),
+        _of(_K.FROZEN): (),
         _of(_K.PARTS): (_A.JOIN_WAIT,),
-        _of(_K.EMPTY): (_A.DROP_WAIT,),
+        _of(_K.EMPTY): (),
         _of(): (_A.JOIN_WAIT,),
     },
     Event.TOKENS: {_of(_K.PARTS): (), _of(): (_A.PREPARE,)},
@@ -132,10 +128,10 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.ALONE): (),
         _of(_K.PARTS): (),
         _of(_K.SYNCHRONISED): (),
-        _of(): (_A.FOLLOW,),
+        _of(): (_A.FETCH,),
     },
     Event.RELEASED: {_of(_K.STEP): (), _of(): (_A.FREE, _A.FREE_BACKWARD)},
-    Event.CHUNK_BACKWARD: {_of(_K.ALONE): (), _of(_K.STEP): (), _of(): (_A.RESTORE_LAST,)},
+    Event.CHUNK_BACKWARD: {_of(_K.ALONE): (), _of(_K.STEP): (), _of(): (_A.RESTORE_BACKWARD,)},
     # A checkpoint runs forward again first.
     Event.NEXT_IN_BACKWARD: {
         _of(_K.EVALUATION): (),
@@ -156,7 +152,7 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.PARTS): (_A.FREE_BACKWARD, _A.FETCH),
         _of(): (_A.FREE_BACKWARD,),
     },
-    Event.WEIGHT_GRADS: {_of(_K.DELAYED): (_A.DELAY,), _of(): (_A.COMPUTE,)},
+    Event.WEIGHT_GRADS: {_of(_K.DELAYED): (_A.DELAY,), _of(): ()},
     # Gradients of the weights leave after those of the tokens.
     Event.DISPATCH_GRAD: {
         _of(_K.FROZEN): (),

@@ -228,8 +228,8 @@ class FSEPMoELayer(MoELayer):
     def backward_dw(self, routed_experts: bool = True, shared_experts: bool = False) -> None:
         """Compute delayed weight gradients, those of replicas after the home experts'."""
         super().backward_dw(routed_experts, shared_experts)
-        if routed_experts and self.state.late.computes:
-            self.state.late.computes.popleft()()
+        if routed_experts and self.state.delayed:
+            self.state.delayed.popleft()()
 
     def sharded_state_dict(
         self,
@@ -256,8 +256,8 @@ class FSEPMoELayer(MoELayer):
         launch_dispatch_kernels(
             coordinator.geometry.num_slots,
             coordinator.geometry.num_experts,
-            share.columns[0],
-            share.likes[0].dtype,
+            share.sizes[0][1],
+            share.parameters[0].dtype,
             coordinator.device,
         )
 

@@ -47,7 +47,7 @@ from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.slots import ExchangeStreams
 from megatron_laer.support.model import goes_through_nodes, slots_multiple
 
 logger = logging.getLogger(__name__)

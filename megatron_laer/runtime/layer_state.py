@@ -27,10 +27,9 @@ from megatron_laer.runtime.comm.collectives import LayoutTag
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.planning.pass_layouts import LayerPass
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.share import Share
-from megatron_laer.runtime.weights.slot_grads import LateGrads
+from megatron_laer.runtime.weights.slots import ExchangeStreams
 
 # Maximum microbatches per layer and balance report: more would delay the step that logs.
 _OUTCOMES = 32
@@ -117,6 +116,8 @@ class LayerState:
         kinds: of the run.
         passes: of each microbatch through the layer; several where Megatron repeats it.
         quantised: whether home experts travel as payloads.
+        delayed: for each pass whose input gradients are computed, oldest first, the function that
+            `backward_dw` calls for those of the weights.
     """
 
     index: int
@@ -135,7 +136,7 @@ class LayerState:
     launch_kernels: Callable[[], None]
     passes: int = 1
     quantised: bool = True
-    late: LateGrads = field(default_factory=LateGrads)
+    delayed: deque[Callable[[], None]] = field(default_factory=deque)
     reruns: RerunPlans = field(init=False)
     statistics: LayerStatistics = field(default_factory=LayerStatistics)
     _routed: int = 0
@@ -185,7 +186,7 @@ class LayerState:
         return restored
 
     def _experts(self, index: LayoutIndex, kinds: Kinds) -> RestoredExperts:
-        return RestoredExperts(self.name, self.share, index, self.streams, kinds, self.late)
+        return RestoredExperts(self.name, self.share, index, self.streams, kinds, self.delayed)
 
     def _index_of(self, layout: ExpertLayout) -> LayoutIndex:
         index = self._layout_index
@@ -232,7 +233,7 @@ def name_of_layer(number: int, is_mtp: bool, taken: Sequence[str]) -> str:
 
 def frozen_in(layers: Sequence[LayerState]) -> str:
     frozen = {
-        layer.name: sorted(set(range(len(layer.share.rows))) - set(layer.share.trained_at))
+        layer.name: sorted({*range(len(layer.share.sizes))} - {*layer.share.trained_at})
         for layer in layers
     }
     return ", ".join(f"{name}: {positions}" for name, positions in frozen.items() if positions)

@@ -30,8 +30,8 @@ from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.slots import ExchangeStreams
 
 logger = logging.getLogger(__name__)
 

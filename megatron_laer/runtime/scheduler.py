@@ -22,10 +22,8 @@ from megatron_laer.life import Action, Cell, Event, Kinds, column
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.operations import Operation, OperationOrder
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts, Replayed
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.restored_weights import RestoredWeights
-from megatron_laer.runtime.weights.slot_grads import GradsReady
+from megatron_laer.runtime.weights.restored import GradsReady, RestoredExperts
+from megatron_laer.runtime.weights.slots import ExchangeStreams, RestoredWeights
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Chunk:
     until parameters hold a step's weights. `gathers_weights` returns whether Megatron may still be
     gathering them over replicas when the chunk's first forward begins. `replayed` returns the
     experts that the layers' routers will choose; None without router replay. `grads_ready` reports
-    main gradients of stock's modules, as in `LateGrads`.
+    main gradients of stock's modules, as `RestoredExperts.report`.
     """
 
     module: torch.nn.Module
@@ -51,22 +49,17 @@ class Chunk:
 
 @dataclass
 class _Forward:
-    """Chunk's forward: experts of layers entered, and of coming ones by position in the chunk.
-
-    Restores of the coming ones may have started.
-    """
+    """Chunk's forward: experts of layers entered, and of the next one, if it is prepared."""
 
     chunk: Chunk
     operation: Operation | None = None
-    position: int = -1
     entered: list[RestoredExperts] = field(default_factory=list)
-    ahead: dict[int, RestoredExperts] = field(default_factory=dict)
+    ahead: RestoredExperts | None = None
 
-    def next_position(self, layer: LayerState) -> int | None:
-        layers = self.chunk.layers
-        return next(
-            (at for at in range(self.position + 1, len(layers)) if layers[at] is layer), None
-        )
+    @property
+    def next_layer(self) -> LayerState | None:
+        layers, at = self.chunk.layers, len(self.entered)
+        return layers[at] if at < len(layers) else None
 
 
 class Scheduler:
@@ -87,30 +80,52 @@ class Scheduler:
     def attach(self, chunks: Sequence[Chunk]) -> None:
         self._detach()
         self._chunks = list(chunks)
-        for number, chunk in enumerate(self._chunks):
-            for layer in chunk.layers:
-                layer.late.report = chunk.grads_ready
+        for chunk in self._chunks:
             # Module, hooks and chunk form a reference cycle, which `_detach` breaks.
             self._hooks += [
-                chunk.module.register_forward_pre_hook(partial(self._begin_forward, number)),
-                chunk.module.register_forward_hook(self._end_forward),
+                chunk.module.register_forward_pre_hook(self._before_forward),
+                chunk.module.register_forward_hook(self._after_forward),
             ]
-            if self._life[Event.BLOCK] and chunk.blocks:
+            if Action.MAKE_WAIT in self._life[Event.PREPARED] and chunk.blocks:
                 layer_of = dict(zip(chunk.blocks, chunk.layers, strict=True))
                 self._hooks += [
-                    block.register_forward_pre_hook(partial(self._begin_block, layer))
+                    block.register_forward_pre_hook(partial(self._before_block, layer))
                     for block, layer in layer_of.items()
                 ]
 
-    # Called where Megatron runs a chunk by parts of layers, without calling its module.
+    def _before_forward(self, module: torch.nn.Module, _inputs: Any) -> None:
+        self.begin_forward(module)
+
+    def _after_forward(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        forward = self._forward
+        self.end_forward()
+        if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+            output.grad_fn.register_prehook(lambda _: self.begin_backward(forward))
+
+    def _before_block(self, layer: LayerState, block: torch.nn.Module, _inputs: Any) -> None:
+        """Make the wait of a block that a checkpoint around it runs again, in backward."""
+        plan = layer.reruns.next if self._forward is None and block.training else None
+        if plan is not None:
+            plan.restored.make_wait()
+
+    # Called also where Megatron runs a chunk by parts of layers, without calling its module.
 
     def begin_forward(self, module: torch.nn.Module) -> object:
         """Begin a chunk's forward; return it for `begin_backward`, None for an unknown chunk."""
-        for number, chunk in enumerate(self._chunks):
-            if chunk.module is module:
-                self._begin_forward(number)
-                return self._forward
-        return None
+        chunks = enumerate(self._chunks)
+        number, chunk = next((pair for pair in chunks if pair[1].module is module), (0, None))
+        if chunk is None:
+            return None
+        forward = self._forward = _Forward(chunk)
+        if chunk.layers and module.training:
+            passes = [layer.next_pass(training=True) for layer in chunk.layers]
+            self._pass_layouts.begin_forward(passes, chunk.replayed)
+            forward.operation = self._order.begin_forward(number)
+            if forward.operation is not None:
+                self._awaits_backward[forward.operation] = forward
+                forward.ahead = self._take_fetched(forward.operation)
+        self._prepare(forward, module.training)
+        return forward
 
     def end_forward(self) -> None:
         self._forward = None
@@ -122,7 +137,7 @@ class Scheduler:
         if forward.operation is not None:
             self._awaits_backward.pop(forward.operation, None)
             self._take_fetched(self._order.begin_backward(forward.operation))
-        weights = forward.entered[-1].first_in_backward
+        weights = forward.entered[-1].first_in_backward()
         if weights is not None and self._life[Event.CHUNK_BACKWARD]:
             weights.start_restore()
 
@@ -147,16 +162,13 @@ class Scheduler:
     def enter(self, layer: LayerState, training: bool) -> RestoredExperts:
         """Return the experts of a layer whose forward begins, unless a checkpoint runs it again."""
         forward = self._forward
-        position = None if forward is None else forward.next_position(layer)
-        if forward is None or position is None:
+        if forward is None or forward.next_layer is not layer:
             return self._experts_of(layer, training)
-        restored = forward.ahead.pop(position, None) or self._experts_of(layer, training)
-        if forward.entered:
-            restored.previous = forward.entered[-1]
-        else:
-            restored.ends_backward = self._fetch_following
-        forward.entered.append(restored)
-        forward.position = position
+        restored, forward.ahead = forward.ahead or self._experts_of(layer, training), None
+        entered = forward.entered
+        restored.follow = entered[-1].first_in_backward if entered else self._following
+        restored.report = forward.chunk.grads_ready
+        entered.append(restored)
         return restored
 
     def decided(self, restored: RestoredExperts) -> None:
@@ -165,78 +177,57 @@ class Scheduler:
             self._restore(self._forward.chunk, restored, restored.life[Event.DECIDED])
 
     def passed(self, event: Event, layer: LayerState, training: bool) -> None:
-        """Prepare the next layer if the event of this one is its turn."""
+        """Prepare the layer or operation that follows this layer if the event is its turn."""
         forward = self._forward  # none in the re-run of a checkpoint, which happens in backward
         if forward is None or not forward.entered or not self._life[event]:
             return
-        if forward.chunk.layers[forward.position] is layer:
-            if forward.position + 1 < len(forward.chunk.layers):
-                self._prepare(forward.position + 1, training)
-            elif forward.operation is not None:
-                self._fetch_following(forward.entered[-1].weights)
+        if forward.chunk.layers[len(forward.entered) - 1] is not layer:
+            return
+        if forward.next_layer is not None:
+            self._prepare(forward, training)
+        elif forward.operation is not None:
+            forward.entered[-1].weights.fetch(self._following())
 
     def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:
         layout = self._pass_layouts.layout_for(layer.next_pass(training=training))
         return layer.experts_of_pass(layout, training=training)
 
-    def _prepare(
-        self, position: int, training: bool, fetched: RestoredExperts | None = None
-    ) -> None:
-        """Make the experts of a layer's pass; start the restore if that is its turn."""
-        forward, cell = self._forward, self._life[Event.PREPARED]
-        assert forward is not None
-        restored = fetched or self._experts_of(forward.chunk.layers[position], training)
-        if forward.entered and forward.entered[-1].share is restored.share:
-            forward.entered[-1].weights.hand_on(restored.weights)
-        else:
-            self._restore(forward.chunk, restored, cell)
+    def _prepare(self, forward: _Forward, training: bool) -> None:
+        """Make the experts of the next layer's pass; start the restore if that is its turn."""
+        cell, layer = self._life[Event.PREPARED], forward.next_layer
+        if layer is None:
+            return
+        restored = forward.ahead = forward.ahead or self._experts_of(layer, training)
+        present = forward.entered[-1].weights if forward.entered else None
+        self._restore(forward.chunk, restored, cell, present)
         if training and Action.MAKE_WAIT in cell:
+            restored.report = forward.chunk.grads_ready
             restored.make_wait()
-        forward.ahead[position] = restored
 
     @staticmethod
-    def _restore(chunk: Chunk, restored: RestoredExperts, cell: Cell) -> None:
+    def _restore(
+        chunk: Chunk,
+        restored: RestoredExperts,
+        cell: Cell,
+        present: RestoredWeights | None = None,
+    ) -> None:
         if Action.AWAIT in cell:
             chunk.await_weights(restored.share.parameters)
-        if Action.RESTORE in cell:
+        if present is not None:
+            present.fetch(restored.weights, starts=Action.RESTORE in cell)
+        elif Action.RESTORE in cell:
             restored.weights.start_restore()
 
-    def _begin_forward(self, number: int, *_: Any) -> None:
-        chunk = self._chunks[number]
-        training = chunk.module.training
-        forward = self._forward = _Forward(chunk)
-        if not chunk.layers:
-            return
-        fetched = None
-        if training:
-            passes = [layer.next_pass(training=True) for layer in chunk.layers]
-            self._pass_layouts.begin_forward(passes, chunk.replayed)
-            forward.operation = self._order.begin_forward(number)
-            if forward.operation is not None:
-                self._awaits_backward[forward.operation] = forward
-                fetched = self._take_fetched(forward.operation)
-        self._prepare(0, training, fetched)
-
-    def _begin_block(self, layer: LayerState, block: torch.nn.Module, _inputs: Any) -> None:
-        """Make the wait of a block that a checkpoint around it runs again, in backward."""
-        plan = layer.reruns.next if self._forward is None and block.training else None
-        if plan is not None:
-            plan.restored.make_wait()
-
-    def _end_forward(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        forward, self._forward = self._forward, None
-        if isinstance(output, torch.Tensor) and output.grad_fn is not None:
-            output.grad_fn.register_prehook(lambda _: self.begin_backward(forward))
-
-    def _fetch_following(self, present: RestoredWeights) -> None:
-        """Fetch the first layer of the operation that follows this layer's, if it is known."""
+    def _following(self) -> RestoredWeights | None:
+        """Return the first weights of the operation that follows, if it is known."""
         following = self._order.following
-        if following is None or (restored := self._first_of(following)) is None:
-            return
-        weights = restored.weights if following.is_forward else restored.first_in_backward
+        restored = None if following is None else self._first_of(following)
+        if following is None or restored is None:
+            return None
+        weights = restored.weights if following.is_forward else restored.first_in_backward()
         if weights is not None:
-            present.fetch(weights)
             self._fetched = following, restored
+        return weights
 
     def _first_of(self, operation: Operation) -> RestoredExperts | None:
         """Return the first experts of an operation; None if they cannot be fetched now."""
@@ -264,7 +255,7 @@ class Scheduler:
     def _forget_operations(self) -> None:
         for chunk in self._chunks:
             for layer in chunk.layers:
-                layer.late.computes.clear()  # left by a step that an error ended
+                layer.delayed.clear()  # left by a step that an error ended
         for weights in [*self._streams.kept]:
             weights.free()  # their backward did not come
         self._take_fetched(None)
@@ -273,9 +264,5 @@ class Scheduler:
     def _detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for chunk in self._chunks:
-            for layer in chunk.layers:
-                layer.late.report = None
-        self._hooks, self._chunks = [], []
-        self._forward = None
         self._forget_operations()
+        self._hooks, self._chunks, self._forward = [], [], None

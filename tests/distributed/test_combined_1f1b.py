@@ -79,7 +79,7 @@ class Held(NamedTuple):
 
 def held(command: list[str]) -> Held:
     from megatron_laer.runtime.comm.buffers import BufferPool
-    from megatron_laer.runtime.weights.restored_weights import RestoredWeights
+    from megatron_laer.runtime.weights.slots import RestoredWeights
 
     most = Counter[BufferPool]()
     streams: Any = None

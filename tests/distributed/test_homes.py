@@ -41,9 +41,8 @@ def exchanged_and_expected(_: object) -> tuple[list[int], list[int], int]:
     for layer in coordinator.layers:
         layout = coordinator.pass_layouts.layout_for(layer.next_pass(training=True))
         fetches = int(any(expert != EMPTY for expert in replicas_of(layout, geometry.home_slots)))
-        share = layer.share
-        sizes = [*zip(share.rows, share.columns, strict=True)]
-        trained = [sizes[at] for at in share.trained_at]
+        sizes = layer.share.sizes
+        trained = [sizes[at] for at in layer.share.trained_at]
         of = Placed(layout, geometry)
         received = [
             int(traffic(of, moved, ExchangeAlgorithm.FLAT).intra_N[rank])

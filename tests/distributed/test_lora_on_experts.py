@@ -37,8 +37,8 @@ def exchanged_and_sizes(model: Any) -> tuple[Any, list[tuple[int, int]], list[tu
     """Return numbers as for experts without adapters, and sizes of restored and reduced ones."""
     coordinator = running()
     share = coordinator.layers[0].share
-    sizes = [*zip(share.rows, share.columns, strict=True)]
-    return exchanged_and_expected(model), sizes, [sizes[at] for at in share.trained_at]
+    trained = [share.sizes[at] for at in share.trained_at]
+    return exchanged_and_expected(model), [*share.sizes], trained
 
 
 def test_adapters_travel_with_replicas_and_only_their_gradients_go_home(

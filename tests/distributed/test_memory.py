@@ -67,8 +67,8 @@ def held_buffers(command: list[str]) -> tuple[Held, Record]:
         held.buffer_bytes.append((streams.weights.num_bytes, streams.grads.num_bytes, spaces))
         share, geometry = coordinator.layers[0].share, coordinator.geometry
         held.layer_bytes = (geometry.capacity - geometry.home_slots) * sum(
-            rows * columns * like.element_size()
-            for rows, columns, like in zip(share.rows, share.columns, share.likes, strict=True)
+            rows * columns * matrix[0].element_size()
+            for (rows, columns), matrix in zip(share.sizes, share.matrices, strict=True)
         )
         schedule = Schedule.of(coordinator.kinds)
         layers = len(coordinator.layers)

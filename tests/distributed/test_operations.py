@@ -52,7 +52,7 @@ def operations_of(flags: list[str]) -> list[Ran]:
     from megatron.core.pipeline_parallel import schedules
 
     from megatron_laer.planner.geometry import Geometry
-    from megatron_laer.runtime.weights.restored_weights import RestoredWeights
+    from megatron_laer.runtime.weights.slots import RestoredWeights
 
     ran: list[Ran] = []
 

@@ -76,8 +76,7 @@ def order_of_events(flags: list[str]) -> list[str]:
 
     from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
     from megatron_laer.layer.moe_layer import FSEPMoELayer
-    from megatron_laer.runtime.weights.restored_weights import RestoredWeights
-    from megatron_laer.runtime.weights.slot_grads import SlotGrads
+    from megatron_laer.runtime.weights.slots import RestoredWeights, SlotGrads
 
     events: list[str] = []
 

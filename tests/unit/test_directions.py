@@ -14,9 +14,9 @@ import torch
 from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.share import Share
+from megatron_laer.runtime.weights.slots import ExchangeStreams
 from tests.placed import placed
 from tests.unit.test_restored_experts import CPU, compute, is_over, ones, restored_experts
 from tests.unit.test_restored_experts import streams as streams
@@ -30,7 +30,7 @@ class Directed(Share):
     @functools.cached_property
     def for_backward(self) -> Share:
         others = [torch.nn.Parameter(FACTOR * part.detach()) for part in self.parameters]
-        return Share.of_slices(others, self.rows)
+        return Share.of_slices(others, [rows for rows, _ in self.sizes])
 
 
 def directed(streams: ExchangeStreams, *kinds: Kind) -> RestoredExperts:
@@ -60,7 +60,7 @@ def test_each_direction_has_its_own_weights(streams: ExchangeStreams, reruns: bo
         restored.expect_rerun()
         with torch.no_grad():
             compute(restored, tokens, ones(needs_grad=False))
-        first = restored.first_in_backward  # of the re-run, which comes first
+        first = restored.first_in_backward()  # of the re-run, which comes first
         assert first is restored.weights
         first.start_restore()
         assert not restored.backward_weights.are_here
@@ -78,7 +78,7 @@ def test_passes_hand_on_weights_in_one_direction(streams: ExchangeStreams) -> No
     first = directed(streams)
     second = follow(first, streams)
     first.weights.hand_on(second.weights)
-    second.previous = first
+    second.follow = first.first_in_backward
     tokens = ones(needs_grad=True)
     middle = compute(first, tokens, ones(needs_grad=True))
     assert second.weights.are_here
@@ -98,7 +98,7 @@ def test_backward_of_a_checkpoint_hands_no_weights_on_to_the_re_run_before_it(
     first.expect_rerun()
     with torch.no_grad():
         compute(first, ones(needs_grad=False), ones(needs_grad=False))
-    second.previous = first
+    second.follow = first.first_in_backward
     compute(second, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
     assert first.weights.are_here
     assert not first.backward_weights.are_here

@@ -22,9 +22,9 @@ from megatron_laer.runtime.comm import segments
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.streams import finish, make_comm_stream
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.share import Share
+from megatron_laer.runtime.weights.slots import ExchangeStreams
 from tests.placed import placed
 
 CPU = torch.device("cpu")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from unittest import mock
 
@@ -17,10 +18,9 @@ from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.layer_state import check_main_grads
 from megatron_laer.runtime.weights.autograd import placeholder
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.share import Share
-from megatron_laer.runtime.weights.slot_grads import LateGrads
+from megatron_laer.runtime.weights.slots import ExchangeStreams
 from megatron_laer.telemetry.activities import Activity
 from megatron_laer.telemetry.activities import Kind as Activities
 from tests.placed import placed
@@ -48,7 +48,7 @@ def restored_experts(
     values: tuple[float, float] | None = None,
     kind_of_share: type[Share] = Share,
     kinds: tuple[Kind, ...] = (),
-    late: LateGrads | None = None,
+    delayed: deque[Callable[[], None]] | None = None,
 ) -> RestoredExperts:
     """Make two experts of 8 × 3 and 3 × 8; trained matrices have main gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ def restored_experts(
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
     share = kind_of_share.of_slices(parameters, ROWS)
-    return RestoredExperts("layer 1", share, index, streams, frozenset(kinds), late)
+    return RestoredExperts("layer 1", share, index, streams, frozenset(kinds), delayed)
 
 
 class Scaled(torch.autograd.Function):
@@ -176,7 +176,7 @@ def test_passes_through_one_layer_hand_on_its_weights(
         index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, slots)), CPU)
     second = RestoredExperts("layer 1", first.share, index, streams)
     first.weights.hand_on(second.weights)
-    second.previous = first
+    second.follow = first.first_in_backward
     middle = compute(first, ones(needs_grad=True), ones(needs_grad=True))
     assert not first.weights.are_here
     assert second.weights.are_here
@@ -227,9 +227,10 @@ def test_a_reduce_waits_for_the_tokens_gradients(streams: ExchangeStreams) -> No
 def test_delayed_gradients_of_two_passes_are_computed_oldest_first(
     streams: ExchangeStreams,
 ) -> None:
-    late, kinds = LateGrads(), (Kind.PARTS, Kind.DELAYED)
-    first = restored_experts(streams, kinds=kinds, late=late)
-    second = RestoredExperts("layer 1", first.share, first.index, streams, frozenset(kinds), late)
+    delayed: deque[Callable[[], None]] = deque()
+    kinds = frozenset((Kind.PARTS, Kind.DELAYED))
+    first = restored_experts(streams, kinds=(*kinds,), delayed=delayed)
+    second = RestoredExperts("layer 1", first.share, first.index, streams, kinds, delayed)
     dispatched = [
         restored.dispatch(restored.gate(ones(needs_grad=True))) for restored in (first, second)
     ]
@@ -238,7 +239,7 @@ def test_delayed_gradients_of_two_passes_are_computed_oldest_first(
         experts(restored, part, ones(needs_grad=True)).sum().backward()
     for restored, tokens in zip((first, second), dispatched, strict=True):
         assert is_over(restored)
-        late.computes.popleft()()
+        delayed.popleft()()
         assert restored.grads.are_complete
         tokens.sum().backward()
         assert is_over(restored)

@@ -1,9 +1,9 @@
 """Autograd nodes between a layer's parameters and its restored experts.
 
-The backward of `whole_matrices` receives the gradients of whole matrices. Their reduce starts after
-the tokens' gradients have arrived (`run_on_backward` at the dispatch), since the backward pass
-waits for those. The tokens' gradients go on to `wait_for_grads`, whose backward waits for the
-reduce and hands the parameters' gradients to Megatron:
+One node receives the gradients of whole matrices. Their reduce starts after the tokens' gradients
+have arrived (`run_on_backward` at the dispatch), since the backward pass waits for those. The
+tokens' gradients go on to a node that waits for the reduce (`RestoredExperts.make_wait`), and hands
+the parameters' gradients to Megatron:
 
 - Autograd runs the newest node first. So one created early in forward, during the previous layer's
   compute, waits only after that layer's backward.
@@ -36,48 +36,6 @@ def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.zeros((), dtype=dtype, device=device)
 
 
-def wait_for_grads(
-    finish_reduce: Callable[[], Gradients], parameters: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """Return a placeholder of the parameters; its backward waits for their gradients.
-
-    `finish_reduce` waits, and returns autograd's gradients for them.
-    """
-    wait: torch.Tensor = _Node.apply(
-        lambda *given: placeholder(given[0]), lambda _: finish_reduce(), *parameters
-    )
-    return wait
-
-
-def join_wait(tokens: torch.Tensor, wait: torch.Tensor) -> torch.Tensor:
-    """Return the tokens; with their gradient the wait's node may run.
-
-    Megatron's combined schedule runs the backward of a layer's parts one by one, theirs last.
-    """
-    joined: torch.Tensor = _Node.apply(
-        lambda tokens, _: tokens.view_as(tokens),
-        lambda grad: (grad, placeholder(wait)),
-        tokens,
-        wait,
-    )
-    return joined
-
-
-def whole_matrices(
-    on_grads: Callable[[tuple[torch.Tensor, ...]], None], placeholders: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """Return placeholders that need gradients; `on_grads` receives these, `[C, R, K]` each."""
-
-    def back(*grads: torch.Tensor) -> Gradients:
-        on_grads(grads)
-        return (None,)
-
-    made: tuple[torch.Tensor, ...] = _Node.apply(
-        lambda _: _views(*placeholders), back, unused(placeholders[0])
-    )
-    return made
-
-
 def unused(like: torch.Tensor) -> torch.Tensor:
     """Return a leaf of autograd's graph whose gradient nothing reads."""
     return placeholder(like).requires_grad_()
@@ -90,21 +48,24 @@ def run_on_backward(call: Callable[[], None], *tensors: torch.Tensor) -> tuple[t
         call()
         return grads
 
-    marked = iter(_Node.apply(_views, back, *(part for part in tensors if part.requires_grad)))
+    marked = iter(node(views, back, *(part for part in tensors if part.requires_grad)))
     return tuple(next(marked) if tensor.requires_grad else tensor for tensor in tensors)
 
 
-def _views(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def views(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.view_as(tensor) for tensor in tensors)
 
 
-class _Node(torch.autograd.Function):
-    """Node whose outputs `make` returns for its inputs, and whose gradients `back` returns.
+def node(make: Callable[..., Any], back: Callable[..., Gradients], *inputs: torch.Tensor) -> Any:
+    """Return the outputs that `make` returns for the inputs; `back` returns their gradients.
 
     Unlike a hook, a node runs once per backward, after all gradients of its outputs, in the same
     order on every rank, even without tokens.
     """
+    return _Node.apply(make, back, *inputs)
 
+
+class _Node(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, make: Callable[..., Any], back: Callable[..., Gradients], *inputs: torch.Tensor

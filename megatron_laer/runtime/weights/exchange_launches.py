@@ -9,7 +9,6 @@ Legend: K columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -35,20 +34,15 @@ def launch_exchange_kernels(
         holds_step: whether a step's gradients are summed, in float32.
         wire_dtype: of gradients between hops, if it is not the weights'.
     """
-    device = share.likes[0].device
+    device = share.device
     if exchange_kernels(device) is None:
         return
     table = Table(np.array([*(0, 0, 1), *(0, 1)]), device)
-    weights = share.weights()
-    _copy(
-        table,
-        torch.empty(1, share.form.columns, dtype=share.form.dtype, device=device),
-        [
-            _row_like(weights[at])
-            for at, one in enumerate(chain(*share.owned))
-            if one.packer is None  # a payload's memory is aligned as any
-        ],
-    )
+    weights, form = share.weights(), share.form
+    _copy(table, torch.empty(1, form.columns, dtype=form.dtype, device=device))
+    for at, one in enumerate(chain(*share.owned)):
+        if one.packer is None:  # a payload's memory is aligned as any
+            _copy(table, _row_like(weights[at]))
     if not share.trained_at:
         return
     form, targets = share.grads_form, share.sums_in_rows(share.new_sums())
@@ -58,18 +52,17 @@ def launch_exchange_kernels(
     for dtype in {*grads, wire}:
         part = torch.empty(1, form.columns, dtype=dtype, device=device)
         if dtype in grads:
-            _copy(table, part, [])
+            _copy(table, part)
         table.add(_ROW, part, [between], adds=False)
         for target in targets:
             table.add(_ROW, part, [_row_like(target)], adds=True)
 
 
-def _copy(table: Table, slots: torch.Tensor, owned: Sequence[torch.Tensor]) -> None:
+def _copy(table: Table, row: torch.Tensor) -> None:
     """Copy a row of slots or owned rows to a buffer, and back."""
-    buffer = torch.empty_like(slots)
-    for held in (slots, *owned):
-        table.pack(_ROW, [held], buffer)
-        table.unpack(_ROW, held, [buffer])
+    buffer = torch.empty_like(row)
+    table.pack(_ROW, [row], buffer)
+    table.unpack(_ROW, row, [buffer])
 
 
 def _row_like(rows: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,7 @@ def note_hook_stream(parameters: Iterable[torch.nn.Parameter], stream: torch.cud
 
 
 def kept_for(parameters: Sequence[torch.nn.Parameter]) -> bool:
-    others = [part for part in parameters if not hasattr(part, "main_grad")]
-    return all(hasattr(part, _OF_FSDP) for part in others)
+    return all(hasattr(part, "main_grad") or hasattr(part, _OF_FSDP) for part in parameters)
 
 
 def main_grad_of(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -1,24 +1,17 @@
 """Whole experts of a layer through one pass and its backward.
 
-The table in `megatron_laer/life.py` has the actions that events lead to, by the kinds of the pass;
-here they are carried out. Between them:
-
-- The GEMM of a matrix waits for the weights (`matrix`), in forward and in backward. Autograd saves
-  none.
-- If the layout changes after the gate, `change` fetches the slots that differ.
-- If the next pass, forward or backward, is through the same layer, weights are handed on to it
-  instead of being freed.
-- Sums over replicas are added to Megatron's main gradients on the gradients' communication stream.
-
-Payloads may serve one direction. Then backward has weights of its own (`backward_weights`). Frozen
-matrices have no gradient to compute, reduce or wait for.
+The table in `megatron_laer/life.py` has the actions that events lead to, by the kinds of the pass.
+Here they are carried out, on the weights and gradients of `slots.py`. Where payloads serve one
+direction, backward has weights of its own (`backward_weights`). Frozen matrices have no gradient to
+compute, reduce or wait for.
 
 Legend: C slots per rank, R rows of a matrix, K columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -27,17 +20,16 @@ from megatron_laer.life import Action, Cell, Column, Event, Kind, Kinds, column,
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.weights.autograd import (
     Gradients,
-    join_wait,
+    node,
     placeholder,
     run_on_backward,
     unused,
-    wait_for_grads,
-    whole_matrices,
+    views,
 )
-from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.share import Share
-from megatron_laer.runtime.weights.slot_grads import LateGrads, SlotGrads
+from megatron_laer.runtime.weights.slots import ExchangeStreams, RestoredWeights, SlotGrads
+
+GradsReady = Callable[[Sequence[torch.nn.Parameter]], None]
 
 _NO_MODEL = (
     "--overlap-moe-expert-parallel-comm with experts at home: their gradients are complete after "
@@ -52,8 +44,9 @@ class RestoredExperts:
     Attributes:
         weights, backward_weights: the same, unless payloads serve one direction.
         life: the pass's column of `LIFE`, without the kinds that the gate decides until it has.
-        previous: experts to which backward comes next.
-        ends_backward: called with the weights of a chunk's first layer in backward, in its turn.
+        follow: returns the weights to which backward comes next, or None.
+        report: reports parameters of stock's modules whose main gradients have the sums over
+            replicas, after stock's own report without these; None without the model.
     """
 
     def __init__(
@@ -63,7 +56,7 @@ class RestoredExperts:
         index: LayoutIndex,
         streams: ExchangeStreams,
         kinds: Kinds = frozenset(),
-        late: LateGrads | None = None,
+        delayed: deque[Callable[[], None]] | None = None,
     ) -> None:
         has_directions = share.for_backward is not share
         self.share = share
@@ -73,9 +66,9 @@ class RestoredExperts:
         self._all_weights = dict.fromkeys((self.weights, self.backward_weights))
         self.grads = SlotGrads(self.weights, streams)
         self._exchange = streams.exchange
-        self._late = late or LateGrads()
-        self.previous: RestoredExperts | None = None
-        self.ends_backward: Callable[[RestoredWeights], None] | None = None
+        self._delayed = deque() if delayed is None else delayed
+        self.follow: Callable[[], RestoredWeights | None] = lambda: None
+        self.report: GradsReady | None = None
         self._wait: torch.Tensor | None = None  # of the coming pass
         self._kinds = kinds
         self._become({Kind.HOMES: share.at_home, Kind.DIRECTIONS: has_directions})
@@ -102,7 +95,6 @@ class RestoredExperts:
         """Note that a checkpoint runs this pass's forward again before its backward."""
         self._become({Kind.FIRST: True, Kind.RERUN: False})
 
-    @property
     def first_in_backward(self) -> RestoredWeights | None:
         """Return the weights with which backward comes here; None if it does not."""
         cell = self.life[Event.NEXT_IN_BACKWARD]
@@ -126,16 +118,15 @@ class RestoredExperts:
 
     def make_wait(self) -> None:
         """Make the node that waits for this pass's gradients: the earlier, the later it runs."""
-        share = self.share
         if not self._trains:
             return
-        parameters: tuple[torch.Tensor, ...] = share.trained
+        parameters: tuple[torch.Tensor, ...] = self.share.trained
         # Hooks of stock's parameters run in the experts' part, with stock's gradients.
-        if Action.REPORT in self.life[Event.WAIT] and share.have_main_grads:
-            if self._late.report is None:
+        if self._reports:
+            if self.report is None:
                 raise ValueError(_NO_MODEL)
-            parameters = (unused(share.likes[0]),)
-        self._wait = wait_for_grads(self._finish, parameters)
+            parameters = (unused(parameters[0]),)
+        self._wait = node(lambda one, *_: placeholder(one), lambda _: self._finish(), *parameters)
 
     # Called by the layer.
 
@@ -157,7 +148,17 @@ class RestoredExperts:
         if joins and self._wait is None:
             self.make_wait()
         wait, self._wait = self._wait, None
-        return join_wait(tokens, wait) if joins and wait is not None else tokens
+        if not joins or wait is None:
+            return tokens
+        # With the tokens' gradient the wait's node may run. Megatron's combined schedule runs the
+        # backward of a layer's parts one by one, theirs last.
+        joined: torch.Tensor = node(
+            lambda tokens, _: tokens.view_as(tokens),
+            lambda grad: (grad, placeholder(wait)),
+            tokens,
+            wait,
+        )
+        return joined
 
     def dispatch(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mark the tokens to dispatch: with their gradient the weights' gradients leave."""
@@ -168,13 +169,14 @@ class RestoredExperts:
     def weight_placeholders(self) -> tuple[torch.Tensor, ...]:
         share, slots = self.share, self.weights.replica_slots
         weights = [
-            placeholder(like, (slots, own.rows, own.columns))
-            for like, own in zip(share.likes, share.own, strict=True)
+            placeholder(matrix[0], (slots, *size))
+            for matrix, size in zip(share.matrices, share.sizes, strict=True)
         ]
         if self._trains:
+            trained = [weights[at] for at in share.trained_at]
             computed = partial(self._grads_computed, self.life)
-            trained = whole_matrices(computed, [weights[at] for at in share.trained_at])
-            for at, matrix in zip(share.trained_at, trained, strict=True):
+            made = node(lambda _: views(*trained), computed, unused(trained[0]))
+            for at, matrix in zip(share.trained_at, made, strict=True):
                 weights[at] = matrix
         return tuple(weights)
 
@@ -200,24 +202,29 @@ class RestoredExperts:
         self._exchange.count.backwards += 1
         self._do(life[Event.OUTPUT_GRAD])
 
-    def _grads_computed(self, life: Column, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+    def _grads_computed(self, life: Column, *grads_CRK: torch.Tensor) -> Gradients:
         # Nodes of the inputs were created later and have run, so frozen matrices are unused too.
         self.grads.receive(grads_CRK)
         if Action.DELAY in life[Event.WEIGHT_GRADS]:
-            self._late.computes.append(self.grads.compute_delayed)
+            self._delayed.append(self.grads.compute_delayed)
         else:
             self.grads.defer()
+        return (None,)
 
     def _finish(self) -> Gradients:
-        share, cell = self.share, self.life[Event.WAIT]
-        summed = self.grads.finish_reduce() if Action.FINISH in cell else share.added()
-        if Action.REPORT not in cell or not share.have_main_grads:
+        finishes = Action.FINISH in self.life[Event.WAIT]
+        summed = self.grads.finish_reduce() if finishes else self.share.added()
+        if not self._reports:
             return summed
-        if self._late.report is not None:
-            self._late.report(share.trained)
+        if self.report is not None:
+            self.report(self.share.trained)
         return (None,)
 
     # Cells and actions.
+
+    @property
+    def _reports(self) -> bool:
+        return Action.REPORT in self.life[Event.WAIT] and self.share.have_main_grads
 
     @property
     def _trains(self) -> bool:
@@ -232,20 +239,6 @@ class RestoredExperts:
         for action in cell:
             _ACTIONS[action](self)
 
-    def _hand_on(self) -> None:
-        """Leave backward's weights to the layer's own pass, if that is next."""
-        following = None if self.previous is None else self.previous.first_in_backward
-        if following is not None and following.share is self.backward_weights.share:
-            self.backward_weights.hand_on(following)
-
-    def _fetch(self) -> None:
-        """Start the restore of the layer that backward comes to next, or hand the weights on."""
-        if self.previous is None:
-            if self.ends_backward is not None:
-                self.ends_backward(self.backward_weights)
-        elif (following := self.previous.first_in_backward) is not None:
-            self.backward_weights.fetch(following)
-
 
 _ACTIONS: Mapping[Action, Callable[[RestoredExperts], None]] = {
     Action.RESTORE: lambda experts: experts.weights.start_restore(),
@@ -253,7 +246,6 @@ _ACTIONS: Mapping[Action, Callable[[RestoredExperts], None]] = {
     Action.KEEP: lambda experts: experts.weights.keep(),
     Action.FREE: lambda experts: experts.weights.used(),
     Action.FREE_BACKWARD: lambda experts: experts.backward_weights.used(),
-    Action.HAND_ON: RestoredExperts._hand_on,
-    Action.FETCH: RestoredExperts._fetch,
-    Action.MAKE_WAIT: RestoredExperts.make_wait,
+    Action.HAND_ON: lambda experts: experts.backward_weights.fetch(experts.follow(), starts=False),
+    Action.FETCH: lambda experts: experts.backward_weights.fetch(experts.follow()),
 }

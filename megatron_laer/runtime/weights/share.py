@@ -6,7 +6,7 @@ Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns, h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -113,19 +113,21 @@ class Share:
     Attributes:
         matrices: for each matrix, its slice `[E, r, K]`, of a bias `[E·r]`; or the parameters of
             the h home experts, `[R, K]` or `[R]`. An adapter's may be one of all, `[h, R, K]`.
-        rows: R of each matrix.
+        sizes: R and K of each matrix.
         num_home: h; 0 for slices.
         packers: for each matrix whose experts travel as payloads, else None.
     """
 
     matrices: tuple[tuple[torch.nn.Parameter, ...], ...]
-    rows: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
     num_home: int
     packers: tuple[Packers | None, ...]
 
     @classmethod
     def of_slices(cls, slices: Sequence[torch.nn.Parameter], rows: Sequence[int]) -> Self:
-        return cls(tuple((part,) for part in slices), tuple(rows), 0, (None,) * len(slices))
+        columns = [part.shape[-1] if part.dim() > 1 else 1 for part in slices]
+        sizes = tuple(zip(rows, columns, strict=True))
+        return cls(tuple((part,) for part in slices), sizes, 0, (None,) * len(slices))
 
     @classmethod
     def of_homes(
@@ -133,26 +135,30 @@ class Share:
         homes: Sequence[tuple[torch.nn.Parameter, ...]],
         packers: Sequence[Packers | None] = (),
     ) -> Self:
-        shapes = (matrix[0].shape for matrix in homes)
-        rows = tuple(shape[-2] if len(shape) > 1 else 1 for shape in shapes)
-        return cls(tuple(homes), rows, len(homes[0]), tuple(packers) or (None,) * len(homes))
+        shapes = ((1, *matrix[0].shape)[-2:] for matrix in homes)
+        sizes = tuple((rows, columns) for rows, columns in shapes)
+        return cls(tuple(homes), sizes, len(homes[0]), tuple(packers) or (None,) * len(homes))
 
     @property
     def at_home(self) -> bool:
         """Whether parameters are stock's, whose gradients and hooks come from its own backward."""
         return self.num_home > 0
 
+    @property
+    def device(self) -> torch.device:
+        return self.matrices[0][0].device
+
     @cached_property
     def owned(self) -> tuple[tuple[Owned, ...], ...]:
         """Return the tensors that exchanges carry of each matrix."""
 
-        def of(parts: Sequence[torch.nn.Parameter], packer: Packer | None) -> Iterator[Owned]:
-            for at in range(max(1, self.num_home)):
-                whole = len(parts) < self.num_home
-                yield Owned(parts[0], at, packer) if whole else Owned(parts[at], None, packer)
+        def of(parts: Sequence[torch.nn.Parameter], packers: Packers | None) -> tuple[Owned, ...]:
+            packer = packers and packers[0]
+            if len(parts) < self.num_home:
+                return tuple(Owned(parts[0], at, packer) for at in range(self.num_home))
+            return tuple(Owned(part, None, packer) for part in parts)
 
-        pairs = zip(self.matrices, self.packers, strict=True)
-        return tuple(tuple(of(parts, packers and packers[0])) for parts, packers in pairs)
+        return tuple(map(of, self.matrices, self.packers))
 
     @cached_property  # passes through one layer hand on weights of one share
     def for_backward(self) -> Share:
@@ -161,33 +167,20 @@ class Share:
         return self if packers == self.packers else replace(self, packers=packers)
 
     @cached_property
-    def columns(self) -> tuple[int, ...]:
-        return tuple(like.shape[-1] if self.at_home or like.dim() > 1 else 1 for like in self.likes)
-
-    @cached_property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
-        return tuple(parameter for matrix in self.matrices for parameter in matrix)
-
-    @cached_property
-    def likes(self) -> tuple[torch.nn.Parameter, ...]:
-        """Return a parameter of each matrix, for its dtype and device."""
-        return tuple(matrix[0] for matrix in self.matrices)
+        return tuple(chain(*self.matrices))
 
     @cached_property
     def own(self) -> tuple[Carried, ...]:
         """Return the form of each matrix's parameters and gradients."""
-        matrices = zip(self.rows, self.columns, self.likes, strict=True)
-        return tuple(Carried(rows, columns, like.dtype) for rows, columns, like in matrices)
-
-    @cached_property
-    def carried(self) -> tuple[Carried, ...]:
-        """Return the form of each matrix in restores."""
-        pairs = zip(self.own, self.packers, strict=True)
-        return tuple(own if packers is None else packers[0].carried for own, packers in pairs)
+        pairs = zip(self.sizes, self.matrices, strict=True)
+        return tuple(Carried(*size, matrix[0].dtype) for size, matrix in pairs)
 
     @cached_property
     def form(self) -> ExpertRows:
-        return ExpertRows.of(self.carried)
+        """Return the form of all matrices in restores."""
+        pairs = zip(self.own, self.packers, strict=True)
+        return ExpertRows.of([packers[0].carried if packers else own for own, packers in pairs])
 
     @cached_property
     def grads_form(self) -> ExpertRows:
@@ -209,7 +202,7 @@ class Share:
 
     @cached_property
     def trained(self) -> tuple[torch.nn.Parameter, ...]:
-        return tuple(parameter for at in self.trained_at for parameter in self.matrices[at])
+        return tuple(chain(*(self.matrices[at] for at in self.trained_at)))
 
     @property
     def have_main_grads(self) -> bool:
@@ -218,23 +211,25 @@ class Share:
 
     def restored_bytes(self, replica_slots: int) -> int:
         """Return the bytes of restored weights on this rank, for one direction."""
-        return replica_slots * sum(carried.num_bytes for carried in self.carried)
+        return replica_slots * sum(part.num_bytes for part in self.form.parts)
 
     def weights(self) -> Sequence[torch.Tensor]:
         """Return the weights from which an exchange restores, in rows; read without gradients."""
-        return _InRows(Owned.weight, self.owned, self.form.columns, self.form.dtype)
+        return _InRows(
+            self.owned, self.form.columns, lambda one: one.weight().view(self.form.dtype)
+        )
 
     def new_sums(self) -> tuple[torch.Tensor, ...]:
         """Return zeros for the sums of `trained`, or nothing where main gradients take them."""
         return () if self.have_main_grads else tuple(map(torch.zeros_like, self.trained))
 
     def sums_in_rows(self, sums: tuple[torch.Tensor, ...]) -> Sequence[torch.Tensor]:
-        """Return what a reduce adds to, in rows: the new sums, or else the main gradients."""
+        """Return the tensors that a reduce adds to, in rows: new sums, or else main gradients."""
         of: Callable[[torch.nn.Parameter], torch.Tensor] = main_grads.main_grad_of
         if sums:
             of = dict(zip(self.trained, sums, strict=True)).__getitem__
         trained = [self.owned[at] for at in self.trained_at]
-        return _InRows(lambda one: one.part(of(one.parameter)), trained, self.grads_form.columns)
+        return _InRows(trained, self.grads_form.columns, lambda one: one.part(of(one.parameter)))
 
     def reduced(self, sums: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
         """Return autograd's gradients of `trained`, with these new sums, if there are any."""
@@ -262,19 +257,14 @@ class _InRows(Sequence[torch.Tensor]):
 
     def __init__(
         self,
-        make: Callable[[Owned], torch.Tensor],
         owned: Sequence[Sequence[Owned]],
         columns: int,
-        dtype: torch.dtype | None = None,
+        make: Callable[[Owned], torch.Tensor],
     ) -> None:
-        self._make, self._owned = make, [*chain(*owned)]
-        self._columns, self._dtype = columns, dtype
+        self._owned, self._columns, self._make = [*chain(*owned)], columns, make
 
     def __len__(self) -> int:
         return len(self._owned)
 
     def __getitem__(self, at: Any) -> Any:
-        tensor = self._make(self._owned[at])
-        if self._dtype not in (None, tensor.dtype):
-            tensor = tensor.view(self._dtype)
-        return tensor.view(-1, self._columns)
+        return self._make(self._owned[at]).view(-1, self._columns)
