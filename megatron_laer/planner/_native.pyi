@@ -63,6 +63,8 @@ class CostModel:
         host_forward_s: float,
         host_slot_s: float,
         replicas_host_s: float,
+        hidden_s: float,
+        hidden_over_mean: float,
         ways: list[tuple[Way, float]],
         solve_s: float,
         least_change_s: float,

@@ -75,8 +75,8 @@ class SolveTime:
         return SolveTime(self.base_s * factor, self.slot_s * factor, self.count_s * factor)
 
 
-# Launches that take the host as long as a MoE layer's forward without attention, and a slot of it.
-_LAYER_LAUNCHES, _SLOT_LAUNCHES = 207, 24.25
+# Launches that take the host as long as forward of a MoE layer, of a slot, and of attention.
+_LAYER_LAUNCHES, _SLOT_LAUNCHES, _ATTENTION_LAUNCHES = 207, 24.25, 182
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,10 @@ class HostTime:
     def slot_s(self) -> float:
         return _SLOT_LAUNCHES * self.launch_s
 
-    def forward_seconds(self, slots: int) -> float:
+    def forward_seconds(self, slots: int, *, attention: bool = False) -> float:
         """Return the time of a layer's forward whose ranks use this number of slots."""
-        return _LAYER_LAUNCHES * self.launch_s + slots * self.slot_s
+        launches = _LAYER_LAUNCHES + _ATTENTION_LAUNCHES * attention
+        return launches * self.launch_s + slots * self.slot_s
 
 
 # NCCL's MAXCHANNELS, which also bounds its thread blocks.

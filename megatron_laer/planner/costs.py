@@ -5,6 +5,8 @@ overlap with compute, and `exposed` predicts the part of their time that is not 
 has hardware constants, `traffic` element counts. With experts at home only replicas move, and a
 layout without any costs nothing.
 
+Over 400 lines: one model, whose Python and native forms share constants.
+
 The formulas are native code (`native/costs.cpp`), which explains why all ranks get bitwise equal
 numbers. Their constants are made here.
 
@@ -50,6 +52,13 @@ _LAUNCHES, _LAUNCHES_OF_MORE_HOPS = 49, 3
 _BESIDE_COUNTS, _COUNT_BYTES = 3, 8
 # GEMMs around an exchange are measured a tenth to a fifth slower on cards.
 _LEAST_HIDDEN_SHARE = 0.125
+# Passes over rows of hidden states in forward: put in order on both ranks, there and back.
+_ROW_PASSES = 8
+# FLOPs of attention in forward, over the square of hidden states' width, and over the width for a
+# token of a sequence: Qwen3's, whose queries are wide. The latter take 1.6 times as long as GEMMs.
+_ATTENTION_FLOPS, _PRODUCT_FLOPS = 9.0, 6.4
+# Part of a card's memory that rows above the mean may take, where the host hides their time.
+_IMBALANCE_PART = 1 / 8
 # Slack of lower bounds, above the rounding errors (about 1e-15) of the bounded times.
 _BELOW_ROUNDING = 1.0 - 1e-9
 
@@ -85,10 +94,14 @@ class CostModel:
         tokens: exchange of tokens, and rows of hidden states per (token, expert) pair.
         pairs_per_rank: these pairs of one rank in a microbatch, which give forecasts their unit;
             None if not known.
+        tokens_per_rank: tokens that have these pairs.
         by_layout: whether each layout of home experts is fetched by the faster exchange;
             `restore_algorithm` is then the one of typical loads.
         precision: of experts' products, and of home experts on the wire. Layers whose experts are
             not quantised have prices of their own, `in_bf16`.
+        layers: whose rows a rank holds at once: as many as the model has, or twice with combined
+            1F1B and no pipeline. None takes the device to hide all of the host's work.
+        sharers: ranks that share a sequence, of which a microbatch is taken to have one.
     """
 
     cluster: Cluster
@@ -100,8 +113,11 @@ class CostModel:
     restore_algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT
     tokens: TokenPrices = BY_RANK
     pairs_per_rank: int | None = None
+    tokens_per_rank: int | None = None
     by_layout: bool = False
     precision: Precision = Precision.PARAMETERS
+    layers: int | None = None
+    sharers: int = 1
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "bytes_per_element"):
@@ -188,6 +204,32 @@ class CostModel:
         hops = len(way_of(geometry, self.restore_algorithm).links)
         launches = _LAUNCHES + _LAUNCHES_OF_MORE_HOPS * (hops > 1)
         return gate_s + launches * host.launch_s
+
+    def hidden_by_host(self, geometry: Geometry) -> tuple[float, float]:
+        """Return the seconds of experts and tokens that the host hides, and the most rows.
+
+        A layer that fetches an expert takes the host at least so long, less the device's time for
+        the rest of the layer. So no replica makes a layer faster that takes less without any. The
+        rows are the busiest rank's over the mean, for which a card has room. No imbalance is hidden
+        (0, 1) where host, card, tokens or the number of layers are not known.
+        """
+        host, card, tokens = self.cluster.host, self.cluster.card, self.tokens_per_rank
+        if host is None or card is None or tokens is None or self.layers is None:
+            return 0.0, 1.0
+        home, passes = geometry.home_slots, self._forwards + _BACKWARD_GEMMS
+        slots = home + 1 if home else geometry.capacity
+        host_s = passes * host.forward_seconds(slots, attention=True) + host.replicas_s
+        flops = _ATTENTION_FLOPS * self.hidden + _PRODUCT_FLOPS * tokens * self.sharers
+        flops *= tokens * self.hidden
+        rest_s = self._passes * flops / max(speed for _, speed in self.gemm.points)
+        pair_bytes = (self.pairs_per_rank or tokens) * self.bytes_per_element
+        in_experts = (3 if self.gated else 2) * self.ffn
+        moved = passes * pair_bytes * (_ROW_PASSES * self.hidden + in_experts)
+        rest_s += moved / self.cluster.memory_rate(self.bytes_per_element)
+        # Rows stay for backward as they arrive and leave, and without recompute inside experts.
+        kept = 2 * self.hidden + in_experts * (self.recompute == Recompute.NONE)
+        room = card.memory_gib * 2**30 * _IMBALANCE_PART / (self.layers * pair_bytes * kept)
+        return max(host_s - rest_s, 0.0), 1.0 + room
 
     def token_latency_seconds(self, geometry: Geometry) -> float:
         """Return the latency of one pass of the token exchange."""
@@ -314,10 +356,13 @@ class CostModel:
         return 2 if self.recompute == Recompute.FULL else 1
 
     @property
+    def _forwards(self) -> int:
+        return 1 if self.recompute == Recompute.NONE else 2
+
+    @property
     def _passes(self) -> float:
         """Return the time of all the experts' passes in units of a forward one."""
-        forwards = 1 if self.recompute == Recompute.NONE else 2
-        return forwards + _BACKWARD_GEMMS * self.cluster.backward_gemm_factor
+        return self._forwards + _BACKWARD_GEMMS * self.cluster.backward_gemm_factor
 
     @property
     def _expert_flops(self) -> float:
@@ -379,6 +424,7 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         0.0 if host is None else host.forward_seconds(geometry.home_slots or geometry.capacity),
         0.0 if host is None else host.slot_s,
         0.0 if host is None else host.replicas_s,
+        *costs.hidden_by_host(geometry),
         [(way.native, costs._latency_of(way)) for way in costs._ways(geometry)],
         costs.solve_seconds(geometry),
         costs.least_change_seconds(geometry),

@@ -63,7 +63,7 @@ def with_token_exchange(
             rows.intra / leaving_pairs if leaving_pairs else 1.0,
             rows.inter / pairs.inter if pairs.inter else 1.0,
         )
-    return replace(costs, tokens=prices, pairs_per_rank=tokens * top_k)
+    return replace(costs, tokens=prices, pairs_per_rank=tokens * top_k, tokens_per_rank=tokens)
 
 
 @dataclass(frozen=True)

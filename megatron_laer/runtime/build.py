@@ -72,8 +72,11 @@ def build_coordinator(
     device: torch.device,
 ) -> Coordinator:
     """Build the coordinator of one rank; `tokens` per rank and microbatch are priced if given."""
+    has_tokens = tokens is not None
     top_k, tokens = transformer_config.moe_router_topk, tokens or _TOKENS
     costs = layer_costs(config, transformer_config, device)
+    if has_tokens:
+        costs = in_model(config, costs, transformer_config)
 
     def priced(geometry: Geometry) -> CostModel:
         of = token_dispatch(config, costs, geometry, transformer_config, tokens)
@@ -211,6 +214,21 @@ def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.devic
         recompute=_recompute(transformer_config),
         precision=precision,
     )
+
+
+def in_model(config: FSEPConfig, costs: CostModel, transformer_config: Any) -> CostModel:
+    """Return the prices of a layer whose model hides the host's work, or not all of it.
+
+    CUDA graphs leave the host few launches, and a tolerance no imbalance.
+    """
+    model = transformer_config
+    if model.cuda_graph_impl != "none" or config.imbalance_tolerance is not None:
+        return costs
+    is_held_twice = (
+        model.overlap_moe_expert_parallel_comm and model.pipeline_model_parallel_size == 1
+    )
+    sharers = model.tensor_model_parallel_size * model.context_parallel_size
+    return replace(costs, layers=model.num_layers * (1 + is_held_twice), sharers=sharers)
 
 
 def _precision(config: FSEPConfig, transformer_config: Any) -> Precision:

@@ -241,6 +241,8 @@ def run_settings(
         "bytes_per_element": costs.bytes_per_element,
         "precision": costs.precision if costs.precision.is_quantised else None,
         "recompute": costs.recompute,
+        "layers": costs.layers,
+        "sharers": costs.sharers,
         "token_exchange": costs.tokens.dispatch,
         "token_intra_rows": costs.tokens.intra_rows,
         "token_inter_rows": costs.tokens.inter_rows,

@@ -21,7 +21,7 @@ from megatron_laer.files.shipped import yaml_file
 from megatron_laer.layer.experts.gemm import slot_gemm
 from megatron_laer.planner.cluster_files import cluster_text, load_cluster, parse_cluster
 from megatron_laer.planner.clusters import Figure, Link, SolveTime
-from megatron_laer.runtime.build import layer_costs
+from megatron_laer.runtime.build import in_model, layer_costs
 from megatron_laer.tools.calibration import quantities
 from megatron_laer.tools.calibration.constants import implausible, measured_cluster, with_card
 from megatron_laer.tools.calibration.fitting import (
@@ -304,6 +304,25 @@ def test_training_prices_what_megatron_recomputes(granularity, modules, recomput
     more = {"recompute_granularity": granularity, "recompute_modules": modules}
     model = SimpleNamespace(**MODEL | more)
     assert layer_costs(FSEPConfig(), model, torch.device("cpu")).recompute == recompute
+
+
+@pytest.mark.parametrize(
+    ("more", "tolerance", "layers"),
+    [
+        ({}, None, 24),
+        ({"overlap_moe_expert_parallel_comm": True}, None, 48),
+        ({"overlap_moe_expert_parallel_comm": True, "pipeline_model_parallel_size": 2}, None, 24),
+        ({"cuda_graph_impl": "transformer_engine"}, None, None),
+        ({}, 0.1, None),
+    ],
+)
+def test_training_lets_the_host_hide_imbalance_by_its_models_sizes(more, tolerance, layers):
+    sizes = {"num_layers": 24, "tensor_model_parallel_size": 2, "context_parallel_size": 4}
+    usual = {"pipeline_model_parallel_size": 1, "overlap_moe_expert_parallel_comm": False}
+    model = SimpleNamespace(**MODEL | sizes | usual | {"cuda_graph_impl": "none"} | more)
+    config = FSEPConfig(imbalance_tolerance=tolerance)
+    found = in_model(config, layer_costs(config, model, torch.device("cpu")), model)
+    assert (found.layers, found.sharers) == (layers, 1 if layers is None else 8)
 
 
 def test_an_expert_that_does_not_fit_into_memory_is_refused():

@@ -20,7 +20,7 @@ from megatron_laer.choices import (
     Split,
 )
 from megatron_laer.planner.cluster_files import load_cluster
-from megatron_laer.planner.clusters import HostTime, Link, SolveTime
+from megatron_laer.planner.clusters import Card, HostTime, Link, SolveTime
 from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
@@ -197,6 +197,45 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
             found_s = costs.exposed(Placed(balanced, geometry), beside_s).host_s
             assert found_s == pytest.approx(expected_s)
             assert costs.exposed(Placed(stock, geometry), beside_s).host_s == 0.0
+
+
+@pytest.mark.parametrize(
+    ("late", "gib", "layers", "stays"),
+    [(1.01, 100, 8, True), (0.99, 100, 8, False), (1.01, 50, 8, False), (1.01, 100, None, False)],
+    ids=["host is later", "device is later", "no memory", "device not known"],
+)
+def test_imbalance_that_the_host_hides_stays_where_memory_has_room(
+    late: float, gib: float, layers: int | None, stays: bool
+) -> None:
+    """Let one of three ranks, on one node or on three, have three fifths of the tokens."""
+    counts_NE = np.array([[6, 2, 2]] * 3) * 1000
+    free = make_costs(intra=FREE, inter=FREE, points=((1, 1e12),), ffn=24000)
+    free = replace(free, pairs_per_rank=10**4, tokens_per_rank=10**4)
+    for node_size in (1, 3):
+        geometry = Geometry(3, 3, 2, node_size, Sharding.EXPERTS)
+        stock = Placed(geometry.static_layout, geometry)
+
+        def with_launches(launch_s: float) -> CostModel:
+            host = HostTime(launch_s, SolveTime(0.0, 0.0, 0.0))
+            cluster = replace(free.cluster, host=host, card=Card(gib, 0.0, 1))
+            return replace(free, cluster=cluster, layers=8)
+
+        def later_s(launch_s: float, stock: Placed = stock) -> float:
+            costs = with_launches(launch_s)
+            hidden_s, _ = costs.hidden_by_host(stock.geometry)
+            return hidden_s - costs.layer_seconds(counts_NE, stock)
+
+        # The host's time grows with that of a launch; here both are as late.
+        even_s = 1.0 - later_s(1.0) / (later_s(2.0) - later_s(1.0))
+        assert later_s(even_s) == pytest.approx(0.0, abs=1e-9)
+        costs = replace(with_launches(late * even_s), layers=layers)
+        planned = GreedyStrategy(geometry, costs).plan(counts_NE, stock.layout)
+        assert (planned == stock.layout) == stays
+        for mode in (PlanMode.EXACT, PlanMode.ADAPTIVE):
+            decision = Guard(mode, costs, geometry).decide(counts_NE, stock.layout)
+            assert decision.replanned != stays
+        if stays:
+            assert decision.gain_s == 0.0 and not decision.solved, "nothing is left to gain"
 
 
 @pytest.mark.parametrize("tokens", [TokenPrices(), NODE])

@@ -104,6 +104,8 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
         restore_algorithm=ExchangeAlgorithm.NODE,
         tokens=TokenPrices(Dispatch.NODE, 0.1 + 0.2, 1 / 3),
         precision=Precision.BLOCKWISE,
+        layers=12,
+        sharers=4,
     )
     priced = {"top_k": 2, "tokens_per_rank": 4096}
     config = FSEPConfig(sharding=Sharding.ROWS)
@@ -112,7 +114,7 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
     ((_, run),) = recording.runs
     assert recording.clusters == (costs.cluster,)
     sizes = ("hidden", "ffn", "gated", "bytes_per_element")
-    for name in (*sizes, "recompute", "restore_algorithm", "precision"):
+    for name in (*sizes, "recompute", "restore_algorithm", "precision", "layers", "sharers"):
         assert run[name] == str(getattr(costs, name))
     assert run["token_exchange"] == costs.tokens.dispatch
     rows = [float(run[f"token_{link}_rows"]) for link in ("intra", "inter")]

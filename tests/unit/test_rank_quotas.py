@@ -137,7 +137,7 @@ def test_the_core_refuses_costs_of_other_sizes() -> None:
         return native.Carried(1.0, 1.0, np.ones(ranks, dtype=np.int64))
 
     of_one = np.array([1]), *[np.ones(1)] * 4
-    numbers = 1.0, 0.3, 4.0, *[1.0] * 2, False, *[1.0] * 2, *[0.0] * 5
+    numbers = 1.0, 0.3, 4.0, *[1.0] * 2, False, *[1.0] * 2, *[0.0] * 7
     way = native.Way(4, 6, 3, 2, 0, (4, 1), (0,), 4), 0.0
     for points, ways, weights, grads, message in (
         ((*of_one[:2], np.ones(2), *of_one[3:]), [way], 4, 4, "wrong size of the GEMM curve"),

@@ -52,6 +52,9 @@ struct CostModel {
   double host_s;                       // of any microbatch, a constant of the shape
   // Of forward without replicas, of each slot more in it, and of any replicas.
   double host_forward_s, host_slot_s, replicas_host_s;
+  // Of a layer without replicas that the host hides, and the busiest rank's rows over the mean that
+  // memory has room for.
+  double hidden_s, hidden_over_mean;
   std::vector<PricedWay> ways;  // at least one; each layout takes the fastest
   double solve_s, least_change_s;      // constants of the shape
   double hidden_share;  // of a hidden exchange, that the compute around it takes longer

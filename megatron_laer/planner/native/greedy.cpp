@@ -194,7 +194,8 @@ class Judge {
 };
 
 // Home experts: replicas for balance, or each rank's slots filled for drift and for tokens that stay
-// in their node. Where stock's placement is nearly balanced, loads are taken to stay so.
+// in their node. Where stock's placement is nearly balanced, loads are taken to stay so. None where the
+// host hides imbalance.
 std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs,
                                       const int64_t* counts_NE, const int64_t* node_counts_QE) {
   const bool is_balanced = is_nearly_balanced(stock_placement(shape, node_counts_QE),
@@ -202,8 +203,9 @@ std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs
   if (is_balanced && shape.nodes() == 1) return at_home(shape);
   const Judge judge(shape, costs, counts_NE, node_counts_QE, is_balanced ? 0 : kDisturbed);
   const auto seconds = [&](const HomeLayout& layout) { return judge.assigned_seconds(layout); };
-  std::vector<int16_t> best =
-      balance_by_time(shape, node_counts_QE, costs, 0.0, seconds).slots_S;
+  HomeLayout layout = balance_by_time(shape, node_counts_QE, costs, 0.0, seconds);
+  std::vector<int16_t> best = std::move(layout.slots_S);
+  if (layout.is_hidden) return best;
   double best_s = judge.seconds(best, kAny);
   for (std::vector<int16_t>& slots_S : filled_layouts(shape, node_counts_QE, best)) {
     const double filled_s = judge.seconds(slots_S, best_s);

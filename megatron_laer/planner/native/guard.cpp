@@ -69,12 +69,15 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   const double kept_s = microbatch.seconds(costs, planned, decision.loads_S);
   // Fresh replicas of home experts are placed by the rules of the planned ones, so that little but
   // balance is left to gain: a bound over all layouts would hope for exchanges that none reaches.
-  const double least_s =
-      shape.home > 0 ? kept_s - unbalanced_seconds(shape, costs,
-                                                   ideal_load(shape, microbatch.node_counts_QE),
-                                                   decision.loads_S)
-                     : least_layer_seconds(shape, costs, microbatch.counts,
-                                           microbatch.node_counts_QE);
+  double least_s = kept_s;
+  if (shape.home == 0) {
+    least_s = least_layer_seconds(shape, costs, microbatch.counts, microbatch.node_counts_QE);
+  } else {
+    const int64_t ideal = ideal_load(shape, microbatch.node_counts_QE);
+    if (!is_hidden_by_host(costs, microbatch.largest(decision.loads_S), ideal, kept_s)) {
+      least_s -= unbalanced_seconds(shape, costs, ideal, decision.loads_S);
+    }
+  }
   // Next to a layer that takes as little as this one could. One hop takes as long for all layouts.
   const auto exposed_s = [&](const int16_t* slots_S) {
     if (shape.home == 0 && costs.ways.front().way.links.size() == 1) return 0.0;

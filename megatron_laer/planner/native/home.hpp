@@ -20,6 +20,7 @@ struct HomeLayout {
   int64_t largest = 0;      // load of a rank
   int replicas = 0;         // slots that are used besides home slots
   bool is_ideal = false;    // whether the largest load is ceil(total / N)
+  bool is_hidden = false;   // whether the host hides its imbalance
 };
 
 // Stock's placement: every replica slot is empty.

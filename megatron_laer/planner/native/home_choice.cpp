@@ -1,6 +1,7 @@
 // Replicas by predicted time, in numbered phases of choose_replicas():
 //   1. Bound. Where stock's placement is nearly balanced, or balance would save less than the least
-//      exchange takes, no replica is made for balance. So balanced loads get none.
+//      exchange takes, no replica is made for balance. So balanced loads get none. Where the device
+//      waits for the host even so, and rows fit in memory, no replica is made at all.
 //   2. Balance. Layouts are made for levels between stock's largest load and the ideal. A lower level
 //      needs more replicas. The layer's seconds under the loads that the construction assigns, of
 //      all passes, and the exchange's are compared: a replica is made only as part of a layout that
@@ -58,6 +59,11 @@ bool is_nearly_balanced(const HomeLayout& stock, int64_t ideal) {
   return stock.largest <= ideal + ideal / kNearlyPart;
 }
 
+bool is_hidden_by_host(const CostModel& costs, int64_t largest, int64_t ideal, double layer_s) {
+  return layer_s <= costs.hidden_s &&
+         static_cast<double>(largest) <= costs.hidden_over_mean * static_cast<double>(ideal);
+}
+
 HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, const CostModel& costs,
                            double least_gain_s,
                            const std::function<double(const HomeLayout&)>& seconds) {
@@ -66,6 +72,8 @@ HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, co
   if (is_nearly_balanced(best, ideal)) return best;
   if (unbalanced_seconds(shape, costs, ideal, best.loads_S) <= least_gain_s) return best;
   double best_s = seconds(best);
+  best.is_hidden = is_hidden_by_host(costs, best.largest, ideal, best_s);
+  if (best.is_hidden) return best;
   const auto compete = [&](HomeLayout layout) {
     const double layout_s = seconds(layout);
     if (layout_s >= best_s) return;
@@ -115,7 +123,7 @@ HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const Cou
   HomeLayout best = balance_by_time(
       shape, node_counts_QE, costs, least_fetch_seconds(costs),
       [&](const HomeLayout& layout) { return seconds_of(layout.slots_S, layout.loads_S); });
-  if (shape.nodes() == 1) return best;
+  if (shape.nodes() == 1 || best.is_hidden) return best;
   double best_s = std::numeric_limits<double>::infinity();
   const auto compete = [&](const std::vector<int16_t>& slots_S) {
     std::vector<int64_t> loads_S(shape.slots());

@@ -28,9 +28,14 @@ double unbalanced_seconds(const Shape& shape, const CostModel& costs, int64_t id
 // enough to tell if less is worth an exchange.
 bool is_nearly_balanced(const HomeLayout& stock, int64_t ideal);
 
+// Whether the host takes so long for a layer of `layer_s` seconds that replicas make none faster, and
+// memory has room for the rows of the largest load.
+bool is_hidden_by_host(const CostModel& costs, int64_t largest, int64_t ideal, double layer_s);
+
 // Stock's placement, or the fastest of layouts between that and the best balanced one, each with
-// more replicas than the one before. Stock's where it is nearly balanced, or where balance would
-// save less than `least_gain_s`. `seconds` prices a layout, with exchanges, by its loads.
+// more replicas than the one before. Stock's where it is nearly balanced, where balance would save
+// less than `least_gain_s`, or where the host hides its imbalance. `seconds` prices a layout, with
+// exchanges, by its loads.
 HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, const CostModel& costs,
                            double least_gain_s,
                            const std::function<double(const HomeLayout&)>& seconds);

@@ -195,7 +195,7 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            double token_passes, double intra_pair_bytes, double inter_pair_bytes,
                            bool tokens_in_stages, double intra_bytes_per_s, double inter_bytes_per_s,
                            double latency_s, double host_s, double host_forward_s, double host_slot_s,
-                           double replicas_host_s,
+                           double replicas_host_s, double hidden_s, double hidden_over_mean,
                            const std::vector<std::pair<laer::Way, double>>& ways, double solve_s,
                            double least_change_s, double hidden_share, int64_t pairs,
                            laer::Carried weights, laer::Carried grads, int backward_restores) {
@@ -216,8 +216,9 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
            to_vector(best_P)},
           expert_flops, forward_share, token_passes, intra_pair_bytes, inter_pair_bytes,
           tokens_in_stages, intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s, host_forward_s,
-          host_slot_s, replicas_host_s, std::move(priced), solve_s, least_change_s, hidden_share,
-          pairs, std::move(weights), std::move(grads), is_alike, backward_restores};
+          host_slot_s, replicas_host_s, hidden_s, hidden_over_mean, std::move(priced), solve_s,
+          least_change_s, hidden_share, pairs, std::move(weights), std::move(grads), is_alike,
+          backward_restores};
 }
 
 void check_layout(const laer::Shape& shape, const Slots& slots_S) {

@@ -190,6 +190,8 @@ def prediction_settings(
         bytes_per_element=value("bytes_per_element", between(1, _MOST_BYTES), _BYTES_PER_ELEMENT),
         recompute=value("recompute", Recompute, Recompute.NONE),
         precision=sizes.precision,
+        layers=None if model is not None else value("layers", width, None),
+        sharers=value("sharers", between(1, MOST_RANKS), 1),
     )
     return RunSettings(
         sizes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from megatron_laer.choices import Auto, Dispatch, Recompute, Restore, Sharding
@@ -203,6 +203,8 @@ def _chosen(
 ) -> Candidate:
     """Return the sharding, slots and prices that training takes."""
     costs = model.costs(rates.cluster, _recompute(args), routing.pairs)
+    layers = len(model.layer_has_experts) * (2 if args.overlap and args.pipeline == 1 else 1)
+    costs = replace(costs, layers=layers, sharers=args.tensor_parallel)
     dispatch: Dispatch | Auto = Auto.AUTO
     if args.token_exchange != Auto.AUTO:
         dispatch = Dispatch(args.token_exchange)

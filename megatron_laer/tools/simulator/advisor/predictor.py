@@ -227,7 +227,9 @@ class Predictor:
     def _by_rank(self, num_ranks: int) -> CostModel:
         """Return prices of a group's planner, for tokens that travel by rank."""
         run, pairs = self.run, self._extent(num_ranks, False).routing.pairs
-        return run.model.costs(run.rates[0].cluster, run.shape.recompute, pairs)
+        costs = run.model.costs(run.rates[0].cluster, run.shape.recompute, pairs)
+        # Combined 1F1B may hold twice as many, which work that both share leaves out.
+        return replace(costs, layers=len(run.model.layer_has_experts), sharers=run.shape.tensor)
 
     def _priced(self, geometry: Geometry, tokens: Dispatch) -> CostModel:
         """Return prices with training's choice of the exchange of experts."""
