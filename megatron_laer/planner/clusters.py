@@ -75,8 +75,12 @@ class SolveTime:
         return SolveTime(self.base_s * factor, self.slot_s * factor, self.count_s * factor)
 
 
-# Launches that take the host as long as forward of a MoE layer, of a slot, and of attention.
-_LAYER_LAUNCHES, _SLOT_LAUNCHES, _ATTENTION_LAUNCHES = 207, 24.25, 182
+# Operations of a layer in forward and backward: without experts, more with them, and of each slot.
+# All but the first were counted (`python -m benchmarks.launches`).
+DENSE_OPERATIONS, MOE_OPERATIONS, SLOT_OPERATIONS = 75, 85, 10
+# Launches that take the host as long as one of these, in Python with autograd: from one published
+# time, in which the host is slower than the device (docs/simulator.md).
+_OPERATION_LAUNCHES = 7.3
 
 
 @dataclass(frozen=True)
@@ -99,14 +103,9 @@ class HostTime:
         for name in ("launch_s", "replicas_s"):
             _check_seconds(name, getattr(self, name))
 
-    @property
-    def slot_s(self) -> float:
-        return _SLOT_LAUNCHES * self.launch_s
-
-    def forward_seconds(self, slots: int, *, attention: bool = False) -> float:
-        """Return the time of a layer's forward whose ranks use this number of slots."""
-        launches = _LAYER_LAUNCHES + _ATTENTION_LAUNCHES * attention
-        return launches * self.launch_s + slots * self.slot_s
+    def forward_seconds(self, operations: float) -> float:
+        """Return the time of forward's part of a layer's operations, a third."""
+        return operations / 3 * _OPERATION_LAUNCHES * self.launch_s
 
 
 # NCCL's MAXCHANNELS, which also bounds its thread blocks.

@@ -23,7 +23,12 @@ import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, Split
-from megatron_laer.planner.clusters import Cluster
+from megatron_laer.planner.clusters import (
+    DENSE_OPERATIONS,
+    MOE_OPERATIONS,
+    SLOT_OPERATIONS,
+    Cluster,
+)
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.planner.geometry import Geometry
@@ -218,7 +223,8 @@ class CostModel:
             return 0.0, 1.0
         home, passes = geometry.home_slots, self._forwards + _BACKWARD_GEMMS
         slots = home + 1 if home else geometry.capacity
-        host_s = passes * host.forward_seconds(slots, attention=True) + host.replicas_s
+        operations = DENSE_OPERATIONS + MOE_OPERATIONS + SLOT_OPERATIONS * slots
+        host_s = passes * host.forward_seconds(operations) + host.replicas_s
         flops = _ATTENTION_FLOPS * self.hidden + _PRODUCT_FLOPS * tokens * self.sharers
         flops *= tokens * self.hidden
         rest_s = self._passes * flops / max(speed for _, speed in self.gemm.points)
@@ -409,7 +415,11 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
 @lru_cache(maxsize=64)
 def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
     intra, inter = costs.cluster.intra, costs.cluster.inter
-    host = costs.cluster.host
+    host_forward_s = host_slot_s = replicas_host_s = 0.0
+    if (host := costs.cluster.host) is not None:
+        slots = geometry.home_slots or geometry.capacity
+        host_forward_s = host.forward_seconds(MOE_OPERATIONS + SLOT_OPERATIONS * slots)
+        host_slot_s, replicas_host_s = host.forward_seconds(SLOT_OPERATIONS), host.replicas_s
     return native.CostModel(
         *costs.gemm.columns(),
         costs._expert_flops,
@@ -421,9 +431,9 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         inter.bytes_per_s,
         costs.token_latency_seconds(geometry),
         costs.host_seconds(geometry),
-        0.0 if host is None else host.forward_seconds(geometry.home_slots or geometry.capacity),
-        0.0 if host is None else host.slot_s,
-        0.0 if host is None else host.replicas_s,
+        host_forward_s,
+        host_slot_s,
+        replicas_host_s,
         *costs.hidden_by_host(geometry),
         [(way.native, costs._latency_of(way)) for way in costs._ways(geometry)],
         costs.solve_seconds(geometry),

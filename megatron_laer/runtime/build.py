@@ -72,11 +72,13 @@ def build_coordinator(
     device: torch.device,
 ) -> Coordinator:
     """Build the coordinator of one rank; `tokens` per rank and microbatch are priced if given."""
-    has_tokens = tokens is not None
-    top_k, tokens = transformer_config.moe_router_topk, tokens or _TOKENS
-    costs = layer_costs(config, transformer_config, device)
-    if has_tokens:
+    top_k, costs = (
+        transformer_config.moe_router_topk,
+        layer_costs(config, transformer_config, device),
+    )
+    if tokens is not None:
         costs = in_model(config, costs, transformer_config)
+    tokens = tokens or _TOKENS
 
     def priced(geometry: Geometry) -> CostModel:
         of = token_dispatch(config, costs, geometry, transformer_config, tokens)

@@ -192,8 +192,9 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
         for beside_s in (0.0, balanced_s, 9.0):
             device_s = beside_s * costs.forward_share
             # Later than the device, with and without the replicas.
-            with_s = max(host.forward_seconds(2) + host.replicas_s - device_s, 0.0)
-            expected_s = with_s - max(host.forward_seconds(1) - device_s, 0.0)
+            one_s, two_s = (host.forward_seconds(85 + 10 * slots) for slots in (1, 2))
+            with_s = max(two_s + host.replicas_s - device_s, 0.0)
+            expected_s = with_s - max(one_s - device_s, 0.0)
             found_s = costs.exposed(Placed(balanced, geometry), beside_s).host_s
             assert found_s == pytest.approx(expected_s)
             assert costs.exposed(Placed(stock, geometry), beside_s).host_s == 0.0

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_laer.choices import Dispatch, Recompute
+from megatron_laer.planner.clusters import DENSE_OPERATIONS, MOE_OPERATIONS, SLOT_OPERATIONS
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes
@@ -37,14 +38,9 @@ _LOGIT_BYTES = 16
 # through the softmax's backward (two reads and a write) and is read twice, the scores once. These
 # give the times of standard attention in FlashAttention-3's paper.
 _SCORE_PASSES, _SCORE_PASSES_BACKWARD = 4, 7
-# Operations of a layer in forward and backward: without experts, more with them, and of each slot;
-# of each rank whose tokens Megatron's All-to-All dispatcher sorts; and of rows through nodes. All
-# but the first were counted (`python -m benchmarks.launches`).
-_DENSE_OPERATIONS, _MOE_OPERATIONS, _SLOT_OPERATIONS = 75, 85, 10
+# Operations of a layer in forward and backward, of each rank whose tokens Megatron's All-to-All
+# dispatcher sorts, and of rows through nodes (`python -m benchmarks.launches`).
 _RANK_OPERATIONS, _NODE_OPERATIONS = 6, 64
-# Launches that take the host as long as one of these, in Python with autograd: from one published
-# time, in which the host is slower than the device (docs/simulator.md).
-_OPERATION_LAUNCHES = 7.3
 # Speed of attention's core over the fastest GEMM's, forward and backward. It reaches 185 and 150
 # TFLOP/s on an A100, and cuDNN's 539 and 516 on an H100, by FlashAttention's papers. GEMMs reach
 # 237 and 685.
@@ -119,7 +115,7 @@ class Timing:
         host = self.rates.cluster.host
         if host is None:
             return 0.0, 0.0
-        forward_s = _operations(work) / 3 * _OPERATION_LAUNCHES * host.launch_s
+        forward_s = host.forward_seconds(_operations(work))
         backward_s = 2 * forward_s
         if self.run.recompute == Recompute.COMPUTE:
             backward_s += forward_s
@@ -282,9 +278,9 @@ class Timing:
 def _operations(work: LayerWork | None) -> float:
     """Return the operations of a layer in forward and backward; None has no experts."""
     if work is None:
-        return _DENSE_OPERATIONS
-    passing, found = work.passing, _DENSE_OPERATIONS + _MOE_OPERATIONS
-    found += _SLOT_OPERATIONS * work.used_slots
+        return DENSE_OPERATIONS
+    passing, found = work.passing, DENSE_OPERATIONS + MOE_OPERATIONS
+    found += SLOT_OPERATIONS * work.used_slots
     if passing.sorts_chunks:
         found += _RANK_OPERATIONS * (work.passing.group or 0)
     if passing.prices.dispatch == Dispatch.NODE:
