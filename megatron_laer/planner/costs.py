@@ -211,7 +211,7 @@ class CostModel:
         return gate_s + launches * host.launch_s
 
     def hidden_by_host(self, geometry: Geometry) -> tuple[float, float]:
-        """Return the seconds of experts and tokens that the host hides, and the most rows.
+        """Return the seconds of home experts and tokens that the host hides, and the most rows.
 
         A layer that fetches an expert takes the host at least so long, less the device's time for
         the rest of the layer. So no replica makes a layer faster that takes less without any. The
@@ -221,9 +221,9 @@ class CostModel:
         host, card, tokens = self.cluster.host, self.cluster.card, self.tokens_per_rank
         if host is None or card is None or tokens is None or self.layers is None:
             return 0.0, 1.0
-        home, passes = geometry.home_slots, self._forwards + _BACKWARD_GEMMS
-        slots = home + 1 if home else geometry.capacity
-        operations = DENSE_OPERATIONS + MOE_OPERATIONS + SLOT_OPERATIONS * slots
+        passes = self._forwards + _BACKWARD_GEMMS
+        operations = DENSE_OPERATIONS + MOE_OPERATIONS
+        operations += SLOT_OPERATIONS * (geometry.home_slots + 1)
         host_s = passes * host.forward_seconds(operations) + host.replicas_s
         flops = _ATTENTION_FLOPS * self.hidden + _PRODUCT_FLOPS * tokens * self.sharers
         flops *= tokens * self.hidden

@@ -72,13 +72,10 @@ def build_coordinator(
     device: torch.device,
 ) -> Coordinator:
     """Build the coordinator of one rank; `tokens` per rank and microbatch are priced if given."""
-    top_k, costs = (
-        transformer_config.moe_router_topk,
-        layer_costs(config, transformer_config, device),
-    )
+    costs = layer_costs(config, transformer_config, device)
     if tokens is not None:
         costs = in_model(config, costs, transformer_config)
-    tokens = tokens or _TOKENS
+    top_k, tokens = transformer_config.moe_router_topk, tokens or _TOKENS
 
     def priced(geometry: Geometry) -> CostModel:
         of = token_dispatch(config, costs, geometry, transformer_config, tokens)
@@ -226,11 +223,9 @@ def in_model(config: FSEPConfig, costs: CostModel, transformer_config: Any) -> C
     model = transformer_config
     if model.cuda_graph_impl != "none" or config.imbalance_tolerance is not None:
         return costs
-    is_held_twice = (
-        model.overlap_moe_expert_parallel_comm and model.pipeline_model_parallel_size == 1
-    )
+    twice = model.overlap_moe_expert_parallel_comm and model.pipeline_model_parallel_size == 1
     sharers = model.tensor_model_parallel_size * model.context_parallel_size
-    return replace(costs, layers=model.num_layers * (1 + is_held_twice), sharers=sharers)
+    return replace(costs, layers=model.num_layers * (1 + twice), sharers=sharers)
 
 
 def _precision(config: FSEPConfig, transformer_config: Any) -> Precision:
