@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 
 from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Auto, PlanMode, Sharding
+from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
+from tests.costs import FREE, make_costs
 from tests.oracles.exact import hosted_by_node, proportional_experts
 from tests.unit.planner_cases import KINDS, any_counts, counts_of, geometries
 
@@ -105,6 +109,26 @@ def test_known_layouts_stay_as_they_are_on_every_machine() -> None:
         3: (2812499659646349188, -1228292041803928090, 2812499659646349188),
         4: (4297546431667611404, 6601285617979389404, 6601285617979389404),
         6: (-3384109150207657573, 3716978080227568637, 3716978080227568637),
+    }
+
+
+def test_known_layouts_of_homes_stay_as_they_are_on_every_machine() -> None:
+    """Balance, a plan for drift, and the choice after the gate."""
+    counts_NE = (np.arange(16 * 32).reshape(16, 32) * 7919) % 1009 * (1 + np.arange(32) % 5)
+    digests = {}
+    for capacity, node_size in ((3, 16), (3, 8), (5, 4)):
+        geometry = Geometry(16, 32, capacity, node_size, Sharding.EXPERTS)
+        costs = make_costs(intra=FREE, inter=Link(1e12, 0.0)).with_exchange(Auto.AUTO, geometry)
+        static = geometry.static_layout
+        digests[capacity, node_size] = (
+            construct_layout(counts_NE, static, node_size, Sharding.EXPERTS).digest,
+            GreedyStrategy(geometry, costs).plan(counts_NE, static).digest,
+            Guard(PlanMode.EXACT, costs, geometry).decide(counts_NE, static).layout.digest,
+        )
+    assert digests == {
+        (3, 16): (-9164800746618237989, 8632243184633575054, -9164800746618237989),
+        (3, 8): (-5190096014475730988, -1600905883361972232, -5190096014475730988),
+        (5, 4): (6113471462026529630, 3242405053156934397, 5914639607241676653),
     }
 
 

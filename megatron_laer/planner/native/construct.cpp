@@ -24,8 +24,9 @@ bool can_balance(const Shape& shape) {
   return shape.experts <= static_cast<int64_t>(shape.ranks) * (shape.capacity - 1) + 1;
 }
 
-std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE, Purpose purpose) {
-  const int64_t cap = ideal_load(shape, node_counts_QE);
+std::vector<int16_t> construct(const Shape& shape, const Sums& sums, Purpose purpose) {
+  const int64_t cap = ideal_load(shape, sums);
+  const int64_t* node_counts_QE = sums.node_counts_QE.data();
   RankContents contents(shape);
   if (!pack_by_node(shape, node_counts_QE, cap, contents)) {
     pack_scarce(shape, node_counts_QE, cap, purpose == Purpose::kNow ? kLocal : kSteady, contents);
@@ -33,18 +34,17 @@ std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE
   return contents.finish(node_counts_QE);
 }
 
-Fresh fresh(const Shape& shape, const CostModel* costs, const Counts& counts,
-            const int64_t* node_counts_QE) {
+Fresh fresh(const Shape& shape, const CostModel* costs, const Counts& counts) {
   if (shape.home > 0) {
-    HomeLayout made = costs == nullptr ? replicate(shape, node_counts_QE, 0)
-                                       : choose_replicas(shape, *costs, counts, node_counts_QE);
+    HomeLayout made = costs == nullptr ? replicate(shape, counts.sums(), 0)
+                                       : choose_replicas(shape, *costs, counts);
     // Between nodes a flow also keeps tokens in their node: the choice has solved it.
     const bool has_loads = shape.nodes() == 1 ? made.is_ideal : costs != nullptr;
     if (!has_loads) made.loads_S.clear();
     return {std::move(made.slots_S), std::move(made.loads_S)};
   }
-  return {can_balance(shape) ? construct(shape, node_counts_QE, Purpose::kNow)
-                             : proportional(shape, node_counts_QE, Purpose::kNow),
+  return {can_balance(shape) ? construct(shape, counts.sums(), Purpose::kNow)
+                             : proportional(shape, counts.sums(), Purpose::kNow),
           {}};
 }
 

@@ -17,7 +17,7 @@ namespace laer {
 bool can_balance(const Shape& shape);
 
 // Slots for counts by node. Needs can_balance(shape).
-std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE, Purpose purpose);
+std::vector<int16_t> construct(const Shape& shape, const Sums& sums, Purpose purpose);
 
 struct Fresh {
   std::vector<int16_t> slots_S;
@@ -26,7 +26,6 @@ struct Fresh {
 
 // For these very counts and any shape: with too few slots for the theorem, replicas in proportion
 // to load. Next to home experts, replicas that pay by `costs`, or without it all that balance.
-Fresh fresh(const Shape& shape, const CostModel* costs, const Counts& counts,
-            const int64_t* node_counts_QE);
+Fresh fresh(const Shape& shape, const CostModel* costs, const Counts& counts);
 
 }  // namespace laer

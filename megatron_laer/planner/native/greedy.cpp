@@ -26,25 +26,27 @@ bool is_scarce(const Shape& shape) {
 
 // An expert that is small against a rank can grow fast; a hot one hardly can, and has replicas to
 // shed load by. So each is planned for with an eighth more, at most an eighth of a rank's share.
-std::vector<int64_t> with_headroom(const Shape& shape, const int64_t* node_counts_QE) {
+Sums with_headroom(const Shape& shape, const Sums& sums) {
   const int nodes = shape.nodes(), experts = shape.experts;
-  const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
+  const std::vector<int64_t>& loads_E = sums.loads_E;
   const int64_t total = std::accumulate(loads_E.begin(), loads_E.end(), int64_t{0});
-  std::vector<int64_t> raised_QE(static_cast<size_t>(nodes) * experts);
+  Sums raised;
+  raised.node_counts_QE.resize(sums.node_counts_QE.size());
   for (int node = 0; node < nodes; ++node) {
     for (int e = 0; e < experts; ++e) {
       const size_t at = static_cast<size_t>(node) * experts + e;
-      const int64_t tokens = node_counts_QE[at];
+      const int64_t tokens = sums.node_counts_QE[at];
       const int64_t room = std::min(loads_E[e], total / shape.ranks) / 8;
       const int64_t load = std::max<int64_t>(loads_E[e], 1);
       // A division of 128 bits takes several times as long.
       const bool is_small = (tokens | room) < int64_t{1} << 31;
-      raised_QE[at] = tokens + (is_small ? tokens * room / load
+      raised.node_counts_QE[at] = tokens + (is_small ? tokens * room / load
                                          : static_cast<int64_t>(
                                                static_cast<__int128>(tokens) * room / load));
     }
   }
-  return raised_QE;
+  raised.loads_E = expert_loads(shape, raised.node_counts_QE.data());
+  return raised;
 }
 
 // Any fixed number: the same forecast gives the same layout.
@@ -58,11 +60,10 @@ constexpr double kAny = std::numeric_limits<double>::infinity();
 class Judge {
  public:
   Judge(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
-        const int64_t* node_counts_QE, int disturbed = kDisturbed)
+        const Sums& forecast, int disturbed = kDisturbed)
       : shape_(shape), costs_(costs), counts_NE_(counts_NE), scenarios_(1 + disturbed) {
-    const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
     const int64_t total = std::max<int64_t>(
-        std::accumulate(node_counts_QE, node_counts_QE + size, int64_t{0}), 1);
+        std::accumulate(forecast.loads_E.begin(), forecast.loads_E.end(), int64_t{0}), 1);
     const __int128 wanted = costs.pairs > 0 ? shape.ranks * costs.pairs
                                             : shape.slots() * costs.gemm.tokens_P.back();
     // Rounded up, so that what divides without a rest stays so.
@@ -83,24 +84,23 @@ class Judge {
     }
     add_sums();
     for (Scenario& of : scenarios_) {
-      of.node_counts_QE.resize(size);
-      int64_t* scaled = of.node_counts_QE.data();
-      const int64_t* tokens = node_counts_QE;
+      of.sums.node_counts_QE = forecast.node_counts_QE;
+      int64_t* tokens = of.sums.node_counts_QE.data();
       for (int node = 0; node < shape.nodes(); ++node) {
-        for (int e = 0; e < shape.experts; ++e) {
-          *scaled++ = counts(of).times_factor(*tokens++, e);
+        for (int e = 0; e < shape.experts; ++e, ++tokens) {
+          *tokens = counts(of).times_factor(*tokens, e);
         }
       }
+      of.sums.loads_E = expert_loads(shape, of.sums.node_counts_QE.data());
     }
     if (shape.home == 0) {
       const std::vector<int64_t> factor_E(shape.experts, scale(1, 1));
-      std::vector<int64_t> node_tokens_QE = scenarios_.front().node_counts_QE;
-      std::vector<int64_t> sums_N = scenarios_.front().sums_N;
-      to_tokens(node_tokens_QE);
-      to_tokens(sums_N);
-      beside_s_ = least_layer_seconds(
-          shape, costs, Counts(shape, counts_NE, factor_E.data(), shift_, sums_N.data()),
-          node_tokens_QE.data());
+      Sums tokens = scenarios_.front().sums;
+      to_tokens(tokens.node_counts_QE);
+      to_tokens(tokens.tokens_N);
+      beside_s_ = least_layer_seconds(shape, costs,
+                                      Counts(shape, counts_NE, tokens, factor_E.data(), shift_),
+                                      tokens.node_counts_QE.data());
     }
   }
 
@@ -111,7 +111,7 @@ class Judge {
     std::vector<int64_t> loads_S(shape_.slots());
     double sum = 0;
     for (const Scenario& of : scenarios_) {
-      slot_loads(shape_, counts(of), of.node_counts_QE.data(), replicas, loads_S.data(), false);
+      slot_loads(shape_, counts(of), replicas, loads_S.data(), false);
       sum += priced(of, replicas, exchanges, loads_S);
       if (sum >= limit) break;
     }
@@ -133,12 +133,13 @@ class Judge {
 
   // Each expert's tokens times a factor.
   struct Scenario {
-    std::vector<int64_t> factor_E, node_counts_QE, sums_N;
+    std::vector<int64_t> factor_E;
+    Sums sums;
   };
 
   double priced(const Scenario& of, const Replicas& replicas, const Exchanges& exchanges,
                 const std::vector<int64_t>& loads_S) const {
-    Totals sums = totals(shape_, counts(of), of.node_counts_QE.data(), replicas, loads_S.data());
+    Totals sums = totals(shape_, counts(of), replicas, loads_S.data());
     for (std::vector<int64_t>* parts :
          {&sums.near_S, &sums.far_S, &sums.sent_near_N, &sums.sent_far_N, &sums.own_N}) {
       // Rounded up, so that no layout gains by small parts.
@@ -158,7 +159,7 @@ class Judge {
   }
 
   Counts counts(const Scenario& of) const {
-    return {shape_, counts_NE_, of.factor_E.data(), shift_, of.sums_N.data()};
+    return {shape_, counts_NE_, of.sums, of.factor_E.data(), shift_};
   }
 
   // Sums over each rank, of all scenarios in one pass over the forecast.
@@ -167,7 +168,7 @@ class Judge {
     const double unit = std::ldexp(1.0, -shift_);
     std::vector<std::array<double, 1 + kDisturbed>> factors(shape_.experts);
     for (int k = 0; k < scenarios; ++k) {
-      scenarios_[k].sums_N.resize(shape_.ranks);
+      scenarios_[k].sums.tokens_N.resize(shape_.ranks);
       for (int e = 0; e < shape_.experts; ++e) {
         factors[e][k] = static_cast<double>(scenarios_[k].factor_E[e]) * unit;
       }
@@ -180,7 +181,7 @@ class Judge {
         for (int k = 0; k < scenarios; ++k) sums[k] += tokens * factors[e][k];
       }
       for (int k = 0; k < scenarios; ++k) {
-        scenarios_[k].sums_N[rank] = static_cast<int64_t>(sums[k]);
+        scenarios_[k].sums.tokens_N[rank] = static_cast<int64_t>(sums[k]);
       }
     }
   }
@@ -197,17 +198,17 @@ class Judge {
 // in their node. Where stock's placement is nearly balanced, loads are taken to stay so. None where the
 // host hides imbalance.
 std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs,
-                                      const int64_t* counts_NE, const int64_t* node_counts_QE) {
-  const bool is_balanced = is_nearly_balanced(stock_placement(shape, node_counts_QE),
-                                              ideal_load(shape, node_counts_QE));
+                                      const int64_t* counts_NE, const Sums& sums) {
+  const bool is_balanced =
+      is_nearly_balanced(stock_placement(shape, sums), ideal_load(shape, sums));
   if (is_balanced && shape.nodes() == 1) return at_home(shape);
-  const Judge judge(shape, costs, counts_NE, node_counts_QE, is_balanced ? 0 : kDisturbed);
+  const Judge judge(shape, costs, counts_NE, sums, is_balanced ? 0 : kDisturbed);
   const auto seconds = [&](const HomeLayout& layout) { return judge.assigned_seconds(layout); };
-  HomeLayout layout = balance_by_time(shape, node_counts_QE, costs, 0.0, seconds);
+  HomeLayout layout = balance_by_time(shape, sums, costs, 0.0, seconds);
   std::vector<int16_t> best = std::move(layout.slots_S);
   if (layout.is_hidden) return best;
   double best_s = judge.seconds(best, kAny);
-  for (std::vector<int16_t>& slots_S : filled_layouts(shape, node_counts_QE, best)) {
+  for (std::vector<int16_t>& slots_S : filled_layouts(shape, sums, best)) {
     const double filled_s = judge.seconds(slots_S, best_s);
     if (filled_s >= best_s) continue;
     best_s = filled_s;
@@ -218,24 +219,24 @@ std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs
 
 }  // namespace
 
-std::vector<int16_t> for_drift(const Shape& shape, const int64_t* node_counts_QE) {
+std::vector<int16_t> for_drift(const Shape& shape, const Sums& sums) {
   if (shape.home > 0) {
-    return replicate(shape, with_headroom(shape, node_counts_QE).data(), 0).slots_S;
+    return replicate(shape, with_headroom(shape, sums), 0).slots_S;
   }
   if (!is_scarce(shape) || !can_balance(shape)) {
-    return proportional(shape, node_counts_QE, Purpose::kForecast);
+    return proportional(shape, sums, Purpose::kForecast);
   }
-  return construct(shape, with_headroom(shape, node_counts_QE).data(), Purpose::kForecast);
+  return construct(shape, with_headroom(shape, sums), Purpose::kForecast);
 }
 
 std::vector<int16_t> greedy(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
-                            const int64_t* node_counts_QE) {
-  if (shape.home > 0) return replicas_by_time(shape, costs, counts_NE, node_counts_QE);
-  std::vector<int16_t> best = for_drift(shape, node_counts_QE);
+                            const Sums& sums) {
+  if (shape.home > 0) return replicas_by_time(shape, costs, counts_NE, sums);
+  std::vector<int16_t> best = for_drift(shape, sums);
   // The most experts beside which every rank of a node can have a replica more.
   const int most_experts = shape.node_size * (shape.capacity - 1);
   if (shape.nodes() == 1 || shape.experts <= most_experts || !can_balance(shape)) return best;
-  const Judge judge(shape, costs, counts_NE, node_counts_QE);
+  const Judge judge(shape, costs, counts_NE, sums);
   double best_s = judge.seconds(best, kAny);
   auto compete = [&](std::vector<int16_t> slots_S) {
     const double seconds = judge.seconds(slots_S, best_s);
@@ -244,9 +245,9 @@ std::vector<int16_t> greedy(const Shape& shape, const CostModel& costs, const in
     best = std::move(slots_S);
   };
   // With slots to spare it leaves load fewer ways to flow off than the others have.
-  if (is_scarce(shape)) compete(construct(shape, node_counts_QE, Purpose::kNow));
+  if (is_scarce(shape)) compete(construct(shape, sums, Purpose::kNow));
   if (static_cast<int64_t>(shape.nodes()) * most_experts >= shape.experts) {
-    compete(proportional_by_node(shape, node_counts_QE, most_experts));
+    compete(proportional_by_node(shape, sums, most_experts));
   }
   return best;
 }

@@ -14,13 +14,13 @@ namespace laer {
 
 // By how scarce slots are: connected pair graphs with fewer than two spare slots per rank, replicas
 // in proportion to load with more.
-std::vector<int16_t> for_drift(const Shape& shape, const int64_t* node_counts_QE);
+std::vector<int16_t> for_drift(const Shape& shape, const Sums& sums);
 
 // The fastest by the cost model, over the forecast and disturbed copies of it, of for_drift, the
 // construction for known counts (with fewer than two spare slots per rank), and replicas in
 // proportion inside each node. Nothing is compared where each node can host all experts, as then no
 // token leaves its node for want of one.
 std::vector<int16_t> greedy(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
-                            const int64_t* node_counts_QE);
+                            const Sums& sums);
 
 }  // namespace laer

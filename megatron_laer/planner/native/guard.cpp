@@ -19,11 +19,10 @@ namespace {
 struct Microbatch {
   const Shape& shape;
   const Counts& counts;
-  const int64_t* node_counts_QE;
 
   std::vector<int64_t> loads(const Replicas& replicas) const {
     std::vector<int64_t> loads_S(shape.slots());
-    slot_loads(shape, counts, node_counts_QE, replicas, loads_S.data());
+    slot_loads(shape, counts, replicas, loads_S.data());
     return loads_S;
   }
 
@@ -33,7 +32,7 @@ struct Microbatch {
 
   // A layout for these counts, and the loads of its slots.
   Fresh fresh(const CostModel* costs, const int16_t* planned_S) const {
-    Fresh made = laer::fresh(shape, costs, counts, node_counts_QE);
+    Fresh made = laer::fresh(shape, costs, counts);
     if (shape.home == 0) match_previous(shape, planned_S, made.slots_S);
     if (made.loads_S.empty()) made.loads_S = loads(made.slots_S.data());
     return made;
@@ -41,8 +40,7 @@ struct Microbatch {
 
   double seconds(const CostModel& costs, const Replicas& replicas,
                  const std::vector<int64_t>& loads_S) const {
-    return layer_seconds(
-        shape, costs, totals(shape, counts, node_counts_QE, replicas, loads_S.data()));
+    return layer_seconds(shape, costs, totals(shape, counts, replicas, loads_S.data()));
   }
 
   int64_t largest(const std::vector<int64_t>& loads_S) const {
@@ -71,9 +69,10 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   // balance is left to gain: a bound over all layouts would hope for exchanges that none reaches.
   double least_s = kept_s;
   if (shape.home == 0) {
-    least_s = least_layer_seconds(shape, costs, microbatch.counts, microbatch.node_counts_QE);
+    least_s = least_layer_seconds(shape, costs, microbatch.counts,
+                                  microbatch.counts.sums().node_counts_QE.data());
   } else {
-    const int64_t ideal = ideal_load(shape, microbatch.node_counts_QE);
+    const int64_t ideal = ideal_load(shape, microbatch.counts.sums());
     if (!is_hidden_by_host(costs, microbatch.largest(decision.loads_S), ideal, kept_s)) {
       least_s -= unbalanced_seconds(shape, costs, ideal, decision.loads_S);
     }
@@ -126,9 +125,8 @@ void by_tolerance(const Microbatch& microbatch, double tolerance, const int16_t*
 }  // namespace
 
 Decision decide(const Shape& shape, Mode mode, const CostModel& costs, double tolerance,
-                const int64_t* counts_NE, const Sums& sums, const int16_t* planned_S) {
-  const Counts counts(shape, counts_NE, sums.tokens_N.data());
-  const Microbatch microbatch{shape, counts, sums.node_counts_QE.data()};
+                const Counts& counts, const int16_t* planned_S) {
+  const Microbatch microbatch{shape, counts};
   Decision decision;
   switch (mode) {
     case Mode::kForecast:

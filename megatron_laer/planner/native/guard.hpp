@@ -25,6 +25,6 @@ struct Decision {
 
 // `costs` is for kByCost, and for kExact with home experts; `tolerance` for kByTolerance.
 Decision decide(const Shape& shape, Mode mode, const CostModel& costs, double tolerance,
-                const int64_t* counts_NE, const Sums& sums, const int16_t* planned_S);
+                const Counts& counts, const int16_t* planned_S);
 
 }  // namespace laer

@@ -32,8 +32,8 @@
 //      are for goes first: these tokens then stay in their node. Every layout here is at least as
 //      balanced as stock's placement, since a step only lowers loads that are above the level.
 //   3. Experts of a rank's replica slots ascend, empty slots come last.
-// A step takes O(H + log N) and uses a slot, so all take O(N * (C - H) * (H + log N)) besides
-// sorting.
+// A step uses a slot and takes O(H + G + log N), besides a shift in the list of givers. Only where
+// no expert of the most loaded givers fills the room are all of them compared.
 //
 // Source: A. J. Walker, An Efficient Method for Generating Discrete Random Variables with General
 // Distributions, ACM Transactions on Mathematical Software 3(3), 1977.
@@ -43,8 +43,9 @@
 #include "home.hpp"
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
-#include <set>
+#include <queue>
 #include <utility>
 
 #include "quotas.hpp"
@@ -60,55 +61,46 @@ constexpr int64_t kParts = 1024;
 
 class AliasMethod {
  public:
-  AliasMethod(const Shape& shape, const int64_t* node_counts_QE,
-              const std::vector<int64_t>& loads_E, int64_t level)
-      : shape_(shape), node_counts_QE_(node_counts_QE), level_(level),
-        tokens_E_(loads_E), order_E_(loads_E.size()),
-        load_N_(shape.ranks, 0), givers_Q_(shape.nodes()), replicas_N_(shape.ranks) {
+  AliasMethod(const Shape& shape, const Sums& sums, int64_t level)
+      : shape_(shape), node_counts_QE_(sums.node_counts_QE), level_(level),
+        tokens_E_(sums.loads_E), order_E_(shape.experts), load_N_(shape.ranks, 0),
+        used_N_(shape.ranks, 0) {
+    layout_.slots_S = at_home(shape);
+    layout_.loads_S.assign(shape.slots(), 0);
     std::iota(order_E_.begin(), order_E_.end(), 0);
     for (int rank = 0; rank < shape.ranks; ++rank) {
       const auto first = order_E_.begin() + rank * shape.home;
       std::sort(first, first + shape.home, [&](int a, int b) { return is_less(a, b); });
       for (int i = 0; i < shape.home; ++i) load_N_[rank] += tokens_E_[rank * shape.home + i];
-      enter(rank);
+      if (load_N_[rank] > level_) givers_.push_back({-load_N_[rank], rank});
+      else enter(rank);
     }
+    std::sort(givers_.begin(), givers_.end(), std::greater<>());
   }
 
   HomeLayout run() {
     while (!givers_.empty() && !takers_.empty()) {
-      const int taker = takers_.begin()->second;
+      const int taker = takers_.top().second;
       const int64_t room = level_ - load_N_[taker];
       int place = shape_.nodes() > 1 ? place_for_locality(taker, room) : kNowhere;
       if (place == kNowhere) place = largest_place(choose_giver(taker, room));
       const int giver = place / shape_.home;
-      leave(taker);
-      leave(giver);
+      takers_.pop();
+      givers_.erase(place_of(giver));
       move(place, taker, room);
       enter(taker);
       enter(giver);
     }
-    HomeLayout layout;
-    layout.slots_S = at_home(shape_);
-    layout.loads_S.assign(shape_.slots(), 0);
-    for (int rank = 0; rank < shape_.ranks; ++rank) {
-      const int first = rank * shape_.capacity;
-      for (int slot = first; slot < first + shape_.home; ++slot) {
-        layout.loads_S[slot] = tokens_E_[layout.slots_S[slot]];
-      }
-      std::sort(replicas_N_[rank].begin(), replicas_N_[rank].end());
-      int slot = first + shape_.home;
-      for (const auto& [expert, tokens] : replicas_N_[rank]) {
-        layout.slots_S[slot] = static_cast<int16_t>(expert);
-        layout.loads_S[slot++] = tokens;
-      }
-      layout.replicas += static_cast<int>(replicas_N_[rank].size());
-      layout.largest = std::max(layout.largest, load_N_[rank]);
+    for (int e = 0; e < shape_.experts; ++e) {
+      layout_.loads_S[e / shape_.home * shape_.capacity + e % shape_.home] = tokens_E_[e];
     }
-    return layout;
+    layout_.replicas = std::accumulate(used_N_.begin(), used_N_.end(), 0);
+    layout_.largest = *std::max_element(load_N_.begin(), load_N_.end());
+    return std::move(layout_);
   }
 
  private:
-  using ByLoad = std::set<std::pair<int64_t, int>>;
+  using Loaded = std::pair<int64_t, int>;  // a load and its rank
 
   bool is_less(int a, int b) const {
     return tokens_E_[a] != tokens_E_[b] ? tokens_E_[a] < tokens_E_[b] : a > b;
@@ -118,47 +110,43 @@ class AliasMethod {
   int largest_place(int rank) const { return (rank + 1) * shape_.home - 1; }
   int64_t most_of(int rank) const { return tokens_E_[order_E_[largest_place(rank)]]; }
 
-  // Sets of givers are in descending order, those of takers ascending.
-  void enter(int rank) {
-    if (load_N_[rank] > level_) {
-      givers_Q_[rank / shape_.node_size].insert({-load_N_[rank], rank});
-      givers_.insert({-load_N_[rank], rank});
-      by_largest_.insert({-most_of(rank), rank});
-    } else if (load_N_[rank] < level_ &&
-               static_cast<int>(replicas_N_[rank].size()) < shape_.capacity - shape_.home) {
-      takers_.insert({load_N_[rank], rank});
-    }
+  // The place of a giver in their list, or the one where it belongs.
+  std::vector<Loaded>::iterator place_of(int rank) {
+    return std::lower_bound(givers_.begin(), givers_.end(), Loaded{-load_N_[rank], rank},
+                            std::greater<>());
   }
 
-  void leave(int rank) {
+  void enter(int rank) {
     if (load_N_[rank] > level_) {
-      givers_Q_[rank / shape_.node_size].erase({-load_N_[rank], rank});
-      givers_.erase({-load_N_[rank], rank});
-      by_largest_.erase({-most_of(rank), rank});
-    } else {
-      takers_.erase({load_N_[rank], rank});
+      givers_.insert(place_of(rank), {-load_N_[rank], rank});
+    } else if (load_N_[rank] < level_ && used_N_[rank] < shape_.capacity - shape_.home) {
+      takers_.push({load_N_[rank], rank});
     }
   }
 
   int choose_giver(int taker, int64_t room) const {
-    for (const ByLoad* givers : {&givers_Q_[taker / shape_.node_size], &givers_}) {
-      if (givers->empty()) continue;
-      const int most_loaded = givers->begin()->second;
-      if (most_of(most_loaded) >= room) return most_loaded;
+    const auto first = load_N_.begin() + taker / shape_.node_size * shape_.node_size;
+    const int in_node = std::max_element(first, first + shape_.node_size) - load_N_.begin();
+    for (int giver : {in_node, givers_.back().second}) {
+      if (load_N_[giver] > level_ && most_of(giver) >= room) return giver;
     }
-    return by_largest_.begin()->second;
+    const auto has_less = [&](const Loaded& a, const Loaded& b) {
+      const int64_t more = most_of(b.second) - most_of(a.second);
+      return more != 0 ? more > 0 : a.second > b.second;
+    };
+    return std::max_element(givers_.begin(), givers_.end(), has_less)->second;
   }
 
   // The place of the expert that keeps most tokens of the taker's node there, or none.
   int place_for_locality(int taker, int64_t room) const {
     const int node = taker / shape_.node_size;
-    const int64_t* counts_E = node_counts_QE_ + static_cast<int64_t>(node) * shape_.experts;
-    int best = kNowhere, compared = 0;
+    const int64_t* counts_E = node_counts_QE_.data() + static_cast<int64_t>(node) * shape_.experts;
+    int best = kNowhere;
     int64_t most = 0;
-    for (const auto& giver : givers_) {
-      if (compared++ == kCompared) break;
-      const int first = giver.second * shape_.home;
-      if (giver.second / shape_.node_size == node) continue;
+    const auto end = givers_.rbegin() + std::min<size_t>(kCompared, givers_.size());
+    for (auto giver = givers_.rbegin(); giver != end; ++giver) {
+      if (giver->second / shape_.node_size == node) continue;
+      const int first = giver->second * shape_.home;
       for (int place = first + shape_.home - 1; place >= first; --place) {
         const int expert = order_E_[place];
         if (tokens_E_[expert] < room) break;
@@ -176,30 +164,37 @@ class AliasMethod {
     auto at = order_E_.begin() + place;
     const int expert = *at;
     const int64_t given = std::min(room, tokens_E_[expert]);
-    replicas_N_[taker].push_back({expert, given});
+    add_replica(taker, expert, given);
     tokens_E_[expert] -= given;
     load_N_[giver] -= given;
     load_N_[taker] += given;
     for (; at != first && is_less(*at, *(at - 1)); --at) std::swap(*at, *(at - 1));
   }
 
+  void add_replica(int taker, int expert, int64_t tokens) {
+    const int first = taker * shape_.capacity + shape_.home;
+    int slot = first + used_N_[taker]++;
+    for (; slot > first && layout_.slots_S[slot - 1] > expert; --slot) {
+      layout_.slots_S[slot] = layout_.slots_S[slot - 1];
+      layout_.loads_S[slot] = layout_.loads_S[slot - 1];
+    }
+    layout_.slots_S[slot] = static_cast<int16_t>(expert);
+    layout_.loads_S[slot] = tokens;
+  }
+
   static constexpr int kNowhere = -1;
 
   const Shape& shape_;
-  const int64_t* node_counts_QE_;
+  const std::vector<int64_t>& node_counts_QE_;
   const int64_t level_;
   std::vector<int64_t> tokens_E_;  // that are still at home
   std::vector<int> order_E_;       // experts of each rank, ascending by these
   std::vector<int64_t> load_N_;
-  std::vector<ByLoad> givers_Q_;
-  ByLoad givers_, by_largest_, takers_;
-  std::vector<std::vector<std::pair<int, int64_t>>> replicas_N_;  // experts and tokens
+  std::vector<int> used_N_;     // replica slots
+  std::vector<Loaded> givers_;  // by negative loads, descending: the last one gives first
+  std::priority_queue<Loaded, std::vector<Loaded>, std::greater<>> takers_;
+  HomeLayout layout_;
 };
-
-int64_t ideal_of(const Shape& shape, const std::vector<int64_t>& loads_E) {
-  const int64_t total = std::accumulate(loads_E.begin(), loads_E.end(), int64_t{0});
-  return (total + shape.ranks - 1) / shape.ranks;
-}
 
 }  // namespace
 
@@ -211,65 +206,82 @@ std::vector<int16_t> at_home(const Shape& shape) {
   return slots_S;
 }
 
-HomeLayout stock_placement(const Shape& shape, const int64_t* node_counts_QE) {
-  const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
+HomeLayout stock_placement(const Shape& shape, const Sums& sums) {
   HomeLayout stock{at_home(shape), std::vector<int64_t>(shape.slots(), 0)};
   for (int rank = 0; rank < shape.ranks; ++rank) {
-    const auto first = loads_E.begin() + rank * shape.home, last = first + shape.home;
+    const auto first = sums.loads_E.begin() + rank * shape.home, last = first + shape.home;
     std::copy(first, last, stock.loads_S.begin() + rank * shape.capacity);
     stock.largest = std::max(stock.largest, std::accumulate(first, last, int64_t{0}));
   }
-  stock.is_ideal = stock.largest <= ideal_of(shape, loads_E);
+  stock.is_ideal = stock.largest <= ideal_load(shape, sums);
   return stock;
 }
 
-int64_t ideal_load(const Shape& shape, const int64_t* node_counts_QE) {
-  return ideal_of(shape, expert_loads(shape, node_counts_QE));
+int64_t ideal_load(const Shape& shape, const Sums& sums) {
+  const int64_t total =
+      std::accumulate(sums.loads_E.begin(), sums.loads_E.end(), int64_t{0});
+  return (total + shape.ranks - 1) / shape.ranks;
 }
 
-HomeLayout replicate(const Shape& shape, const int64_t* node_counts_QE, int64_t level) {
-  const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
-  const int64_t ideal = ideal_of(shape, loads_E);
-  level = std::max(level, ideal);
-  HomeLayout made = AliasMethod(shape, node_counts_QE, loads_E, level).run();
+HomeLayout replicate(const Shape& shape, const Sums& sums, int64_t level) {
+  const int64_t ideal = ideal_load(shape, sums);
+  HomeLayout made = AliasMethod(shape, sums, std::max(level, ideal)).run();
   made.is_ideal = made.largest <= ideal;
   return made;
 }
 
-void fill_slots(const Shape& shape, const int64_t* node_counts_QE, int most, Fill fill,
+void fill_slots(const Shape& shape, const Sums& sums, int most, Fill fill,
                 std::vector<int16_t>& slots_S) {
   const int experts = shape.experts;
-  const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
+  const std::vector<int64_t>& loads_E = sums.loads_E;
   std::vector<int64_t> holders_E(experts, 0), spread_E(experts, 0), load_N(shape.ranks, 0);
-  std::vector<int64_t> missed_QE(node_counts_QE, node_counts_QE + shape.nodes() * experts);
+  std::vector<char> lacks_QE(static_cast<size_t>(shape.nodes()) * experts, 1);
   const auto hold = [&](int rank, int expert) {
     ++holders_E[expert];
     if (fill == Fill::kLoadAndNode) spread_E[expert] = loads_E[expert] * kParts / holders_E[expert];
-    missed_QE[rank / shape.node_size * experts + expert] = 0;
+    lacks_QE[static_cast<int64_t>(rank / shape.node_size) * experts + expert] = 0;
   };
   for (int slot = 0; slot < shape.slots(); ++slot) {
     if (slots_S[slot] != kEmpty) hold(slot / shape.capacity, slots_S[slot]);
   }
   for (int e = 0; e < experts; ++e) load_N[e / shape.home] += loads_E[e];
-  std::vector<int> order(shape.ranks);
+  std::vector<int> order(shape.ranks), by_spread_E(experts);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return load_N[a] < load_N[b]; });
+  const auto spreads_more = [&](int a, int b) { return spread_E[a] > spread_E[b]; };
+  std::iota(by_spread_E.begin(), by_spread_E.end(), 0);
+  std::sort(by_spread_E.begin(), by_spread_E.end(), spreads_more);
+  // The node's tokens for any one expert are not more.
+  std::vector<int64_t> bound_Q(shape.nodes());
+  for (int node = 0; node < shape.nodes(); ++node) {
+    const int64_t* counts_E = sums.node_counts_QE.data() + static_cast<int64_t>(node) * experts;
+    bound_Q[node] = *std::max_element(counts_E, counts_E + experts) * kParts;
+  }
   for (int place = shape.home; place < shape.home + most; ++place) {
     for (int rank : order) {
       const auto first = slots_S.begin() + rank * shape.capacity, last = first + place;
       if (*last != kEmpty) continue;
-      const int64_t* missed_E = missed_QE.data() + rank / shape.node_size * experts;
+      const int node = rank / shape.node_size;
+      const int64_t* counts_E = sums.node_counts_QE.data() + static_cast<int64_t>(node) * experts;
+      const char* lacks_E = lacks_QE.data() + static_cast<int64_t>(node) * experts;
       int best = kEmpty;
+      auto best_at = by_spread_E.begin();
       int64_t most_tokens = fill == Fill::kLoadAndNode ? -1 : 0;
-      for (int e = 0; e < experts; ++e) {
-        const int64_t tokens = missed_E[e] * kParts + spread_E[e];
-        if (tokens <= most_tokens || std::find(first, last, e) != last) continue;
+      for (auto at = by_spread_E.begin(); at != by_spread_E.end(); ++at) {
+        const int e = *at;
+        if (spread_E[e] + bound_Q[node] < most_tokens) break;
+        const int64_t tokens = counts_E[e] * lacks_E[e] * kParts + spread_E[e];
+        if (tokens < most_tokens || (tokens == most_tokens && e > best)) continue;
+        if (std::find(first, last, e) != last) continue;
         most_tokens = tokens;
         best = e;
+        best_at = at;
       }
       if (best == kEmpty) continue;
       *last = static_cast<int16_t>(best);
       hold(rank, best);
+      std::rotate(best_at, best_at + 1,
+                  std::lower_bound(best_at + 1, by_spread_E.end(), best, spreads_more));
       std::sort(first + shape.home, last + 1);
     }
   }

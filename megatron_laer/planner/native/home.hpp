@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "counts.hpp"
 #include "shape.hpp"
 
 namespace laer {
@@ -25,14 +26,14 @@ struct HomeLayout {
 
 // Stock's placement: every replica slot is empty.
 std::vector<int16_t> at_home(const Shape& shape);
-HomeLayout stock_placement(const Shape& shape, const int64_t* node_counts_QE);
+HomeLayout stock_placement(const Shape& shape, const Sums& sums);
 
 // ceil(total / N), below which no largest load can be.
-int64_t ideal_load(const Shape& shape, const int64_t* node_counts_QE);
+int64_t ideal_load(const Shape& shape, const Sums& sums);
 
 // Replicas with which no rank has to carry more than `level` tokens, if that is reached. A level
 // below ceil(total / N) counts as that, the ideal. No rank carries more than under stock's placement.
-HomeLayout replicate(const Shape& shape, const int64_t* node_counts_QE, int64_t level);
+HomeLayout replicate(const Shape& shape, const Sums& sums, int64_t level);
 
 // What a free slot is for: load that drifts has more ways to flow with more holders of an expert; and
 // tokens of a node whose ranks do not hold the expert stay in the node with it.
@@ -41,7 +42,7 @@ enum class Fill { kLoadAndNode, kNode };
 // Uses replica slots, `most` of each rank, for more than these counts need: ranks in turn, those with
 // least load at home first, each with the expert of most tokens among those that it lacks: tokens per
 // holder, if load counts, and the node's own. Slots that are used stay as they are.
-void fill_slots(const Shape& shape, const int64_t* node_counts_QE, int most, Fill fill,
+void fill_slots(const Shape& shape, const Sums& sums, int most, Fill fill,
                 std::vector<int16_t>& slots_S);
 
 }  // namespace laer

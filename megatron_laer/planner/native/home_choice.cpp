@@ -64,11 +64,11 @@ bool is_hidden_by_host(const CostModel& costs, int64_t largest, int64_t ideal, d
          static_cast<double>(largest) <= costs.hidden_over_mean * static_cast<double>(ideal);
 }
 
-HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, const CostModel& costs,
+HomeLayout balance_by_time(const Shape& shape, const Sums& sums, const CostModel& costs,
                            double least_gain_s,
                            const std::function<double(const HomeLayout&)>& seconds) {
-  HomeLayout best = stock_placement(shape, node_counts_QE);
-  const int64_t ideal = ideal_load(shape, node_counts_QE);
+  HomeLayout best = stock_placement(shape, sums);
+  const int64_t ideal = ideal_load(shape, sums);
   if (is_nearly_balanced(best, ideal)) return best;
   if (unbalanced_seconds(shape, costs, ideal, best.loads_S) <= least_gain_s) return best;
   double best_s = seconds(best);
@@ -80,18 +80,18 @@ HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, co
     best_s = layout_s;
     best = std::move(layout);
   };
-  HomeLayout most = replicate(shape, node_counts_QE, 0);
+  HomeLayout most = replicate(shape, sums, 0);
   const int64_t largest = most.largest, replicas = most.replicas, over = best.largest - largest;
   compete(std::move(most));
   for (int64_t parts : kLevelParts) {
     if (over < parts) break;
-    HomeLayout fewer = replicate(shape, node_counts_QE, largest + over / parts);
+    HomeLayout fewer = replicate(shape, sums, largest + over / parts);
     if (fewer.replicas < replicas) compete(std::move(fewer));
   }
   return best;
 }
 
-std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const int64_t* node_counts_QE,
+std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const Sums& sums,
                                                  const std::vector<int16_t>& balanced_S) {
   struct Way {
     std::vector<int16_t> slots_S;
@@ -102,32 +102,31 @@ std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const int64
                   Way{balanced_S, Fill::kLoadAndNode}}) {
     for (int most = 1, all = shape.capacity - shape.home; most < 2 * all; most *= 2) {
       const std::vector<int16_t> before_S = way.slots_S;
-      fill_slots(shape, node_counts_QE, std::min(most, all), way.fill, way.slots_S);
+      fill_slots(shape, sums, std::min(most, all), way.fill, way.slots_S);
       if (way.slots_S != before_S) layouts.push_back(way.slots_S);
     }
   }
   return layouts;
 }
 
-HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const Counts& counts,
-                           const int64_t* node_counts_QE) {
+HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const Counts& counts) {
   const auto seconds_of = [&](const std::vector<int16_t>& slots_S,
                               const std::vector<int64_t>& loads_S) {
     const Replicas replicas(shape, slots_S.data());
     const double layer_s = layer_seconds(
-        shape, costs, totals(shape, counts, node_counts_QE, replicas, loads_S.data()));
+        shape, costs, totals(shape, counts, replicas, loads_S.data()));
     // The layers around this one take about as long.
     const Exchanges exchanges = exchange_seconds(costs, slots_S.data());
     return layer_s + replica_seconds(shape, costs, slots_S.data(), exchanges, layer_s, true);
   };
   HomeLayout best = balance_by_time(
-      shape, node_counts_QE, costs, least_fetch_seconds(costs),
+      shape, counts.sums(), costs, least_fetch_seconds(costs),
       [&](const HomeLayout& layout) { return seconds_of(layout.slots_S, layout.loads_S); });
   if (shape.nodes() == 1 || best.is_hidden) return best;
   double best_s = std::numeric_limits<double>::infinity();
   const auto compete = [&](const std::vector<int16_t>& slots_S) {
     std::vector<int64_t> loads_S(shape.slots());
-    slot_loads(shape, counts, node_counts_QE, Replicas(shape, slots_S.data()), loads_S.data());
+    slot_loads(shape, counts, Replicas(shape, slots_S.data()), loads_S.data());
     const double seconds = seconds_of(slots_S, loads_S);
     if (seconds >= best_s) return;
     best_s = seconds;
@@ -139,7 +138,7 @@ HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const Cou
   compete(balanced_S);
   std::vector<int16_t> home_S = at_home(shape);
   const int most = std::min(shape.capacity - shape.home, kMostAfterGate);
-  fill_slots(shape, node_counts_QE, most, Fill::kLoadAndNode, home_S);
+  fill_slots(shape, counts.sums(), most, Fill::kLoadAndNode, home_S);
   compete(home_S);
   return best;
 }

@@ -36,18 +36,17 @@ bool is_hidden_by_host(const CostModel& costs, int64_t largest, int64_t ideal, d
 // more replicas than the one before. Stock's where it is nearly balanced, where balance would save
 // less than `least_gain_s`, or where the host hides its imbalance. `seconds` prices a layout, with
 // exchanges, by its loads.
-HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, const CostModel& costs,
+HomeLayout balance_by_time(const Shape& shape, const Sums& sums, const CostModel& costs,
                            double least_gain_s,
                            const std::function<double(const HomeLayout&)>& seconds);
 
 // Layouts that fill one slot of each rank, two, four and so on up to all: those that are free under
 // stock's placement, also for nodes alone, and those that are free in `balanced_S`.
-std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const int64_t* node_counts_QE,
+std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const Sums& sums,
                                                  const std::vector<int16_t>& balanced_S);
 
 // The fastest layout that is found for these counts, fetched after the gate. Where it is ideal, and
 // with several nodes, its loads are those of exact quotas.
-HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const Counts& counts,
-                           const int64_t* node_counts_QE);
+HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const Counts& counts);
 
 }  // namespace laer

@@ -9,7 +9,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <functional>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -62,8 +61,8 @@ void check_home(int64_t ranks, int64_t experts, int64_t capacity, int home) {
   }
 }
 
-// The shape, if these sizes have one, every expert has a slot and no count is negative: the core
-// relies on all of it.
+// The shape, if these sizes have one and every expert has a slot: the core relies on it. Negative
+// counts are refused where they are added up.
 laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_size, int home,
                      bool has_empty_slots) {
   if (counts_NE.ndim() != 2 || slots_S.ndim() != 1 || counts_NE.size() == 0) {
@@ -82,15 +81,6 @@ laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_siz
   if (slots_S.size() / ranks > experts ||
       std::count(is_held_E.begin(), is_held_E.end(), 1) != experts) {
     throw py::value_error("every expert must have a slot, and a rank no more slots than experts");
-  }
-  const int64_t *first = counts_NE.data(), *last = first + counts_NE.size();
-  // Any sign bit at all: many numbers at a time, where a search would take one.
-  if (std::accumulate(first, last, int64_t{0}, std::bit_or<int64_t>()) < 0) {
-    const auto at = std::min_element(first, last) - first;
-    throw py::value_error("counts_NE holds " + std::to_string(first[at]) + " at rank " +
-                          std::to_string(at / experts) + ", expert " +
-                          std::to_string(at % experts) +
-                          "; token counts must not be negative");
   }
   return {static_cast<int>(ranks), static_cast<int>(experts),
           static_cast<int>(slots_S.size() / ranks), node_size, home};
@@ -123,14 +113,15 @@ void check_costs(const laer::Shape& shape, const laer::CostModel& costs) {
   }
 }
 
-// Calls compute(shape, counts, node counts, replicas) without the GIL.
+// Calls compute(counts, replicas) without the GIL.
 template <typename Compute>
 void on_layout(const laer::Shape& shape, const Counts& counts_NE, const Slots& slots_S,
                Compute compute) {
   const int64_t* counts = counts_NE.data();
   const int16_t* slots = slots_S.data();
   py::gil_scoped_release release;
-  compute(counts, laer::sums_of(shape, counts).node_counts_QE.data(), laer::Replicas(shape, slots));
+  const laer::Sums sums = laer::sums_of(shape, counts);
+  compute(laer::Counts(shape, counts, sums), laer::Replicas(shape, slots));
 }
 
 // Counts of gathered rows, [N, E + X], which end in X tags; none where a rank has other tags.
@@ -152,8 +143,8 @@ py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, i
   const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size);
   py::array_t<int64_t> loads_S(shape.slots());
   int64_t* loads = loads_S.mutable_data();
-  on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
-    laer::slot_loads(shape, laer::Counts(shape, counts), by_node, replicas, loads);
+  on_layout(shape, counts_NE, slots_S, [&](const auto& counts, const auto& replicas) {
+    laer::slot_loads(shape, counts, replicas, loads);
   });
   return loads_S;
 }
@@ -169,9 +160,9 @@ py::array_t<int64_t> rank_part(const Counts& counts_NE, const Slots& slots_S,
   py::array_t<int64_t> part(is_row ? Sizes{shape.slots()} : Sizes{shape.ranks, shape.capacity});
   int64_t* numbers = part.mutable_data();
   const int64_t* loads = loads_S.data();
-  on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
+  on_layout(shape, counts_NE, slots_S, [&](const auto& counts, const auto& replicas) {
     const auto compute = is_row ? laer::rank_row : laer::rank_columns;
-    compute(shape, counts, by_node, replicas, loads, rank, numbers);
+    compute(shape, counts, replicas, loads, rank, numbers);
   });
   return part;
 }
@@ -182,8 +173,8 @@ py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& lo
   check_size(loads_S, shape.slots(), "loads");
   const int64_t* loads = loads_S.data();
   laer::Totals sums;
-  on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
-    sums = laer::totals(shape, laer::Counts(shape, counts), by_node, replicas, loads);
+  on_layout(shape, counts_NE, slots_S, [&](const auto& counts, const auto& replicas) {
+    sums = laer::totals(shape, counts, replicas, loads);
   });
   return py::make_tuple(to_array(sums.near_S), to_array(sums.far_S), to_array(sums.sent_near_N),
                         to_array(sums.sent_far_N), to_array(sums.own_N));
@@ -241,8 +232,9 @@ double layer_seconds(const laer::CostModel& costs, const Counts& near_S, const C
 double least_layer_seconds(const laer::CostModel& costs, const Counts& counts_NE) {
   const laer::Shape& shape = costs.shape();
   check_size(counts_NE, static_cast<int64_t>(shape.ranks) * shape.experts, "counts");
-  return laer::least_layer_seconds(shape, costs, laer::Counts(shape, counts_NE.data()),
-                                   laer::sums_of(shape, counts_NE.data()).node_counts_QE.data());
+  const laer::Sums sums = laer::sums_of(shape, counts_NE.data());
+  return laer::least_layer_seconds(shape, costs, laer::Counts(shape, counts_NE.data(), sums),
+                                   sums.node_counts_QE.data());
 }
 
 // Of one exchange in this way that nothing hides.
@@ -333,16 +325,16 @@ py::tuple decide(const std::string& mode, const laer::CostModel& costs,
   laer::Decision made;
   const int16_t* slots = planned_S.data();
   {
-    const int64_t* counts = counts_NE.data();
+    const int64_t* matrix = counts_NE.data();
     int64_t *row = row_S.mutable_data(), *columns = columns_NC.mutable_data();
     py::gil_scoped_release release;
-    const laer::Sums sums = laer::sums_of(shape, counts);
-    const int64_t* by_node = sums.node_counts_QE.data();
-    made = laer::decide(shape, way, costs, tolerance.value_or(0.0), counts, sums, slots);
+    const laer::Sums sums = laer::sums_of(shape, matrix);
+    const laer::Counts counts(shape, matrix, sums);
+    made = laer::decide(shape, way, costs, tolerance.value_or(0.0), counts, slots);
     if (!made.fresh_S.empty()) slots = made.fresh_S.data();
     const laer::Replicas replicas(shape, slots);
-    laer::rank_row(shape, counts, by_node, replicas, made.loads_S.data(), rank, row);
-    laer::rank_columns(shape, counts, by_node, replicas, made.loads_S.data(), rank, columns);
+    laer::rank_row(shape, counts, replicas, made.loads_S.data(), rank, row);
+    laer::rank_columns(shape, counts, replicas, made.loads_S.data(), rank, columns);
   }
   py::object fresh_S = py::none(), kept_loads_S = py::none();
   py::object gain_s = py::none(), cost_s = py::none();
@@ -365,7 +357,7 @@ void keep_in_place(const laer::Shape& shape, const int16_t* current_S,
   if (shape.home == 0) laer::match_previous(shape, current_S, slots_S);
 }
 
-// A layout made from counts and counts by node, with what it shares with `current` left in place.
+// A layout made from counts and their sums, with what it shares with `current` left in place.
 template <typename Make>
 py::array_t<int16_t> make_layout(const laer::Shape& shape, const Counts& counts_NE,
                                  const Slots& current_S, Make make) {
@@ -374,7 +366,7 @@ py::array_t<int16_t> make_layout(const laer::Shape& shape, const Counts& counts_
     const int64_t* counts = counts_NE.data();
     const int16_t* current = current_S.data();
     py::gil_scoped_release release;
-    slots_S = make(counts, laer::sums_of(shape, counts).node_counts_QE.data());
+    slots_S = make(counts, laer::sums_of(shape, counts));
     keep_in_place(shape, current, slots_S);
   }
   return to_array(slots_S);
@@ -383,8 +375,8 @@ py::array_t<int16_t> make_layout(const laer::Shape& shape, const Counts& counts_
 py::array_t<int16_t> construct(const Counts& counts_NE, const Slots& current_S, int node_size,
                                int home) {
   const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
-  return make_layout(shape, counts_NE, current_S, [&](auto counts, auto by_node) {
-    return laer::fresh(shape, nullptr, laer::Counts(shape, counts), by_node).slots_S;
+  return make_layout(shape, counts_NE, current_S, [&](auto counts, const auto& sums) {
+    return laer::fresh(shape, nullptr, laer::Counts(shape, counts, sums)).slots_S;
   });
 }
 
@@ -405,7 +397,7 @@ py::tuple replicate(const Counts& counts_NE, int capacity, int node_size, int64_
   {
     const int64_t* counts = counts_NE.data();
     py::gil_scoped_release release;
-    made = laer::replicate(shape, laer::sums_of(shape, counts).node_counts_QE.data(), level);
+    made = laer::replicate(shape, laer::sums_of(shape, counts), level);
   }
   return py::make_tuple(to_array(made.slots_S), to_array(made.loads_S), made.is_ideal);
 }
@@ -422,16 +414,16 @@ py::array_t<int16_t> proportional_by_node(const Counts& counts_NE, int capacity,
     throw py::value_error("nodes have too few places, or fewer slots than places");
   }
   const laer::Sums sums = laer::sums_of(shape, counts_NE.data());
-  return to_array(laer::proportional_by_node(shape, sums.node_counts_QE.data(), most_experts));
+  return to_array(laer::proportional_by_node(shape, sums, most_experts));
 }
 
 py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int node_size,
                             int home, const laer::CostModel* costs) {
   const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
   if (costs != nullptr) check_costs(shape, *costs);
-  return make_layout(shape, counts_NE, current_S, [&](auto counts, auto by_node) {
-    return costs == nullptr ? laer::for_drift(shape, by_node)
-                            : laer::greedy(shape, *costs, counts, by_node);
+  return make_layout(shape, counts_NE, current_S, [&](auto counts, const auto& sums) {
+    return costs == nullptr ? laer::for_drift(shape, sums)
+                            : laer::greedy(shape, *costs, counts, sums);
   });
 }
 

@@ -267,8 +267,8 @@ class Placement {
 
 }  // namespace
 
-std::vector<int16_t> proportional(const Shape& shape, const int64_t* node_counts_QE,
-                                  Purpose purpose) {
+std::vector<int16_t> proportional(const Shape& shape, const Sums& sums, Purpose purpose) {
+  const int64_t* node_counts_QE = sums.node_counts_QE.data();
   std::vector<int16_t> slots_S(shape.slots());
   const bool by_node = shape.experts <= shape.node_size * (shape.capacity - 1);
   const int parts = by_node ? shape.nodes() : 1;
@@ -289,9 +289,9 @@ std::vector<int16_t> proportional(const Shape& shape, const int64_t* node_counts
   return slots_S;
 }
 
-std::vector<int16_t> proportional_by_node(const Shape& shape, const int64_t* node_counts_QE,
-                                          int most_experts) {
-  const int64_t cap = ideal_load(shape, node_counts_QE);
+std::vector<int16_t> proportional_by_node(const Shape& shape, const Sums& sums, int most_experts) {
+  const int64_t* node_counts_QE = sums.node_counts_QE.data();
+  const int64_t cap = ideal_load(shape, sums);
   const NodeShares shares = share_among_nodes(shape, node_counts_QE, cap, most_experts);
   std::vector<int16_t> slots_S(shape.slots());
   for (int node = 0; node < shape.nodes(); ++node) {

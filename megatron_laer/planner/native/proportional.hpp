@@ -8,20 +8,19 @@
 #include <cstdint>
 #include <vector>
 
+#include "counts.hpp"
 #include "shape.hpp"
 
 namespace laer {
 
 // Slots for counts by node; any shape that admits a layout. Every node is served on its own where
 // its slots suffice for all experts and one more replica per rank.
-std::vector<int16_t> proportional(const Shape& shape, const int64_t* node_counts_QE,
-                                  Purpose purpose);
+std::vector<int16_t> proportional(const Shape& shape, const Sums& sums, Purpose purpose);
 
 // For a forecast: every node hosts its largest experts, at most `most_experts` (see node_shares.hpp)
 // and no more than its slots, and replicates them for the tokens that it takes. Fewer tokens leave
 // their node than with replicas placed over all nodes, and what of the node's slots is left beside
 // its experts links its ranks.
-std::vector<int16_t> proportional_by_node(const Shape& shape, const int64_t* node_counts_QE,
-                                          int most_experts);
+std::vector<int16_t> proportional_by_node(const Shape& shape, const Sums& sums, int most_experts);
 
 }  // namespace laer

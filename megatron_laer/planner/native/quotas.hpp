@@ -20,11 +20,7 @@ struct Totals {
   std::vector<int64_t> near_S, far_S, sent_near_N, sent_far_N, own_N;
 };
 
-// Tokens of each node for each expert, [Q, E], and of each rank, [N].
-struct Sums {
-  std::vector<int64_t> node_counts_QE, tokens_N;
-};
-
+// Throws std::invalid_argument, in Python ValueError, if a count is negative.
 Sums sums_of(const Shape& shape, const int64_t* counts_NE);
 
 // Tokens of all nodes for each expert, [E].
@@ -34,18 +30,18 @@ std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts
 // their node are minimal, then, keeping how many tokens of each expert every node takes, tokens
 // that leave their rank. Without `by_rank`, which takes half of the time, the last of these are not
 // minimal.
-void slot_loads(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
-                const Replicas& replicas, int64_t* loads_S, bool by_rank = true);
+void slot_loads(const Shape& shape, const Counts& counts, const Replicas& replicas,
+                int64_t* loads_S, bool by_rank = true);
 
 // Tokens that a source rank sends to each slot, [S].
-void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-              const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* row_S);
+void rank_row(const Shape& shape, const Counts& counts, const Replicas& replicas,
+              const int64_t* loads_S, int rank, int64_t* row_S);
 
 // Tokens that each source rank sends to the slots of a rank, [N, C].
-void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-                  const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* columns_NC);
+void rank_columns(const Shape& shape, const Counts& counts, const Replicas& replicas,
+                  const int64_t* loads_S, int rank, int64_t* columns_NC);
 
-Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
-              const Replicas& replicas, const int64_t* loads_S);
+Totals totals(const Shape& shape, const Counts& counts, const Replicas& replicas,
+              const int64_t* loads_S);
 
 }  // namespace laer

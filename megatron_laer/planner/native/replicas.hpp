@@ -14,25 +14,36 @@ namespace laer {
 // are left out.
 struct Replicas {
   const int16_t* slots_S;  // of the layout, which must outlive this
-  std::vector<int> begin_E, slot;
+  std::vector<int> begin_E, slot, rank;
 
   Replicas(const Shape& shape, const int16_t* layout_S) : slots_S(layout_S) {
-    const int slots = shape.slots();
     std::vector<int> last_rank_E(shape.experts, -1);
-    std::vector<char> first_S(slots, 0);
+    std::vector<char> first_S(shape.slots(), 0);
     begin_E.assign(shape.experts + 1, 0);
-    for (int s = 0; s < slots; ++s) {
-      const int expert = slots_S[s], rank = s / shape.capacity;
-      if (expert == kEmpty) continue;
-      first_S[s] = last_rank_E[expert] != rank;
-      last_rank_E[expert] = rank;
+    for_slots(shape, [&](int s, int of_rank) {
+      const int expert = slots_S[s];
+      if (expert == kEmpty) return;
+      first_S[s] = last_rank_E[expert] != of_rank;
+      last_rank_E[expert] = of_rank;
       begin_E[expert + 1] += first_S[s];
-    }
+    });
     for (int e = 0; e < shape.experts; ++e) begin_E[e + 1] += begin_E[e];
     slot.resize(begin_E[shape.experts]);
+    rank.resize(slot.size());
     std::vector<int> place(begin_E.begin(), begin_E.end() - 1);
-    for (int s = 0; s < slots; ++s) {
-      if (first_S[s]) slot[place[slots_S[s]]++] = s;
+    for_slots(shape, [&](int s, int of_rank) {
+      if (!first_S[s]) return;
+      const int at = place[slots_S[s]]++;
+      slot[at] = s;
+      rank[at] = of_rank;
+    });
+  }
+
+ private:
+  template <typename Visit>
+  static void for_slots(const Shape& shape, Visit visit) {
+    for (int of_rank = 0, s = 0; of_rank < shape.ranks; ++of_rank) {
+      for (int c = 0; c < shape.capacity; ++c) visit(s++, of_rank);
     }
   }
 };

@@ -4,6 +4,8 @@
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
+#include <string>
 
 #include "flow.hpp"
 #include "quotas.hpp"
@@ -15,11 +17,11 @@ namespace {
 
 // Pairs of one expert are neighbours, in rank order; each of its nodes is a group. Slots of experts
 // with no other have their loads, and no pair.
-FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Replicas& replicas,
+FlowGraph node_graph(const Shape& shape, const Counts& counts, const Replicas& replicas,
                      int64_t* loads_S) {
   FlowGraph graph;
   graph.ranks = shape.ranks;
-  graph.supply = expert_loads(shape, node_counts_QE);
+  graph.supply = counts.sums().loads_E;
   graph.taken_N.assign(shape.ranks, 0);
   graph.pair_rank.reserve(replicas.slot.size());
   graph.pair_slot.reserve(replicas.slot.size());
@@ -31,19 +33,19 @@ FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Re
     const int first = replicas.begin_E[e], last = replicas.begin_E[e + 1];
     if (last == first + 1) {
       loads_S[replicas.slot[first]] = graph.supply[e];
-      graph.taken_N[replicas.slot[first] / shape.capacity] += graph.supply[e];
+      graph.taken_N[replicas.rank[first]] += graph.supply[e];
       graph.supply[e] = 0;
       continue;
     }
-    int last_node = -1;
+    int next_node = 0;  // its first rank
     for (int i = first; i < last; ++i) {
-      const int rank = replicas.slot[i] / shape.capacity, node = rank / shape.node_size;
-      graph.pair_rank.push_back(rank);
+      graph.pair_rank.push_back(replicas.rank[i]);
       graph.pair_slot.push_back(replicas.slot[i]);
-      if (node == last_node) continue;
-      last_node = node;
+      if (replicas.rank[i] < next_node) continue;
+      const int node = replicas.rank[i] / shape.node_size;
+      next_node = (node + 1) * shape.node_size;
       graph.pair_begin.push_back(graph.pairs() - 1);
-      graph.own.push_back(node_counts_QE[static_cast<int64_t>(node) * shape.experts + e]);
+      graph.own.push_back(counts.of_node(node, e));
     }
   }
   graph.index();
@@ -147,15 +149,31 @@ int64_t lower_bound(const Shape& shape, const FlowGraph& graph) {
 }  // namespace
 
 Sums sums_of(const Shape& shape, const int64_t* counts_NE) {
-  Sums sums{std::vector<int64_t>(static_cast<size_t>(shape.nodes()) * shape.experts, 0),
-            std::vector<int64_t>(shape.ranks)};
+  const int experts = shape.experts;
+  Sums sums{std::vector<int64_t>(static_cast<size_t>(shape.nodes()) * experts, 0),
+            std::vector<int64_t>(shape.ranks), {}};
+  int64_t bits = 0;
   for (int rank = 0; rank < shape.ranks; ++rank) {
-    const int64_t* from = counts_NE + static_cast<int64_t>(rank) * shape.experts;
+    const int64_t* from = counts_NE + static_cast<int64_t>(rank) * experts;
     int64_t* to =
-        sums.node_counts_QE.data() + static_cast<int64_t>(rank / shape.node_size) * shape.experts;
-    for (int e = 0; e < shape.experts; ++e) to[e] += from[e];
-    sums.tokens_N[rank] = std::accumulate(from, from + shape.experts, int64_t{0});
+        sums.node_counts_QE.data() + static_cast<int64_t>(rank / shape.node_size) * experts;
+    int64_t tokens = 0;
+    for (int e = 0; e < experts; ++e) {
+      to[e] += from[e];
+      tokens += from[e];
+      bits |= from[e];
+    }
+    sums.tokens_N[rank] = tokens;
   }
+  if (bits < 0) {
+    const auto size = static_cast<int64_t>(shape.ranks) * experts;
+    const auto at = std::min_element(counts_NE, counts_NE + size) - counts_NE;
+    throw std::invalid_argument("counts_NE holds " + std::to_string(counts_NE[at]) + " at rank " +
+                                std::to_string(at / experts) + ", expert " +
+                                std::to_string(at % experts) +
+                                "; token counts must not be negative");
+  }
+  sums.loads_E = expert_loads(shape, sums.node_counts_QE.data());
   return sums;
 }
 
@@ -168,10 +186,10 @@ std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts
   return loads_E;
 }
 
-void slot_loads(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
-                const Replicas& replicas, int64_t* loads_S, bool by_rank) {
+void slot_loads(const Shape& shape, const Counts& counts, const Replicas& replicas,
+                int64_t* loads_S, bool by_rank) {
   std::fill(loads_S, loads_S + shape.slots(), 0);
-  const FlowGraph by_node = node_graph(shape, node_counts_QE, replicas, loads_S);
+  const FlowGraph by_node = node_graph(shape, counts, replicas, loads_S);
   if (by_node.pairs() == 0) return;
   std::vector<int64_t> flow(by_node.pairs(), 0), room_N(shape.ranks);
   const auto set_room = [&](int64_t cap) {

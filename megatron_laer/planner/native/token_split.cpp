@@ -37,27 +37,23 @@ int64_t shared_of(int64_t tokens, int64_t part, int64_t whole) {
 // the same way over all nodes.
 class ExpertSplit {
  public:
-  ExpertSplit(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
-              const int64_t* loads_S, const Replicas& replicas, int expert)
+  ExpertSplit(const Shape& shape, const Counts& counts, const int64_t* loads_S,
+              const Replicas& replicas, int expert)
       : shape_(shape),
         counts_(counts),
-        node_counts_QE_(node_counts_QE),
         loads_S_(loads_S),
-        slot_(replicas.slot.data()),
+        replicas_(replicas),
         begin_(replicas.begin_E[expert]),
         end_(replicas.begin_E[expert + 1]),
         expert_(expert) {}
 
   int begin() const { return begin_; }
   bool is_alone() const { return end_ == begin_ + 1; }
-  int slot(int replica) const { return slot_[replica]; }
-  int rank(int replica) const { return slot_[replica] / shape_.capacity; }
-  int64_t load(int replica) const { return loads_S_[slot_[replica]]; }
+  int slot(int replica) const { return replicas_.slot[replica]; }
+  int rank(int replica) const { return replicas_.rank[replica]; }
+  int64_t load(int replica) const { return loads_S_[slot(replica)]; }
   int64_t count(int rank) const { return counts_(rank, expert_); }
   int64_t own(int replica) const { return std::min(count(rank(replica)), load(replica)); }
-  int64_t node_supply(int node) const {
-    return node_counts_QE_[static_cast<int64_t>(node) * shape_.experts + expert_];
-  }
 
   // Calls visit(node, first replica, end replica) for every node, in order.
   template <typename Visit>
@@ -65,7 +61,7 @@ class ExpertSplit {
     int replica = begin_;
     for (int node = 0; node < shape_.nodes(); ++node) {
       const int first = replica;
-      while (replica < end_ && rank(replica) / shape_.node_size == node) ++replica;
+      replica = end_in(node, first);
       visit(node, first, replica);
     }
   }
@@ -99,7 +95,7 @@ class ExpertSplit {
       own_tokens += own(replica);
       load_tokens += load(replica);
     }
-    const int64_t supply = node_supply(node), stay = std::min(supply, load_tokens);
+    const int64_t supply = counts_.of_node(node, expert_), stay = std::min(supply, load_tokens);
     return {stay - own_tokens, supply - stay, load_tokens - stay};
   }
 
@@ -108,7 +104,7 @@ class ExpertSplit {
   void for_hosts(Visit visit) const {
     for (int replica = begin_; replica < end_;) {
       const int first = replica, node = rank(first) / shape_.node_size;
-      while (replica < end_ && rank(replica) / shape_.node_size == node) ++replica;
+      replica = end_in(node, first);
       visit(node, first, replica);
     }
   }
@@ -117,13 +113,9 @@ class ExpertSplit {
   template <typename Visit>
   void for_sources(int node, int first, int last, Visit visit) const {
     int64_t at = 0;
-    for (int position = 0; position < shape_.node_size; ++position) {
-      const int source = node * shape_.node_size + position;
+    for (int source = node * shape_.node_size; source < (node + 1) * shape_.node_size; ++source) {
       int64_t left = count(source);
-      if (left == 0) continue;
-      for (int replica = first; replica < last; ++replica) {
-        if (rank(replica) == source) left -= own(replica);
-      }
+      if (first < last && rank(first) == source) left -= own(first++);
       visit(source, Interval{at, at + left});
       at += left;
     }
@@ -140,23 +132,27 @@ class ExpertSplit {
   }
 
  private:
+  // The end of a node's replicas, from its first on.
+  int end_in(int node, int replica) const {
+    while (replica < end_ && rank(replica) < (node + 1) * shape_.node_size) ++replica;
+    return replica;
+  }
+
   const Shape& shape_;
   const Counts& counts_;
-  const int64_t* node_counts_QE_;
   const int64_t* loads_S_;
-  const int* slot_;
+  const Replicas& replicas_;
   int begin_, end_, expert_;
 };
 
 }  // namespace
 
-void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-              const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* row_S) {
-  const Counts counts(shape, counts_NE);
+void rank_row(const Shape& shape, const Counts& counts, const Replicas& replicas,
+              const int64_t* loads_S, int rank, int64_t* row_S) {
   std::fill(row_S, row_S + shape.slots(), 0);
   const int home = rank / shape.node_size;
   for (int e = 0; e < shape.experts; ++e) {
-    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, e);
+    const ExpertSplit split(shape, counts, loads_S, replicas, e);
     if (split.is_alone()) row_S[split.slot(split.begin())] = split.count(rank);
     if (split.is_alone() || split.count(rank) == 0) continue;
     int first = 0, last = 0;
@@ -190,17 +186,15 @@ void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_
   }
 }
 
-void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
-                  const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* columns_NC) {
-  const Counts counts(shape, counts_NE);
+void rank_columns(const Shape& shape, const Counts& counts, const Replicas& replicas,
+                  const int64_t* loads_S, int rank, int64_t* columns_NC) {
   std::fill(columns_NC, columns_NC + shape.slots(), 0);
   const int home = rank / shape.node_size;
   for (int c = 0; c < shape.capacity; ++c) {
     const int slot = rank * shape.capacity + c;
     if (loads_S[slot] == 0 || replicas.slots_S[slot] == kEmpty) continue;
     auto column = [&](int source) -> int64_t& { return columns_NC[source * shape.capacity + c]; };
-    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas,
-                            replicas.slots_S[slot]);
+    const ExpertSplit split(shape, counts, loads_S, replicas, replicas.slots_S[slot]);
     Interval far{0, 0};
     int64_t demand_begin = 0;
     split.for_nodes([&](int node, int first, int last) {
@@ -235,8 +229,8 @@ void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* n
   }
 }
 
-Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
-              const Replicas& replicas, const int64_t* loads_S) {
+Totals totals(const Shape& shape, const Counts& counts, const Replicas& replicas,
+              const int64_t* loads_S) {
   Totals sums;
   sums.near_S.assign(shape.slots(), 0);
   sums.far_S.assign(shape.slots(), 0);
@@ -245,7 +239,7 @@ Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_coun
   sums.own_N.assign(shape.ranks, 0);
   // What is sent far is the rest: most pairs of a node and an expert have no replica.
   for (int e = 0; e < shape.experts; ++e) {
-    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, e);
+    const ExpertSplit split(shape, counts, loads_S, replicas, e);
     split.for_hosts([&](int node, int first, int last) {
       const auto sums_of_node = split.node(node, first, last);
       for (int replica = first; replica < last; ++replica) {
