@@ -203,7 +203,7 @@ std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs
       is_nearly_balanced(stock_placement(shape, sums), ideal_load(shape, sums));
   if (is_balanced && shape.nodes() == 1) return at_home(shape);
   const Judge judge(shape, costs, counts_NE, sums, is_balanced ? 0 : kDisturbed);
-  const auto seconds = [&](const HomeLayout& layout) { return judge.assigned_seconds(layout); };
+  const auto seconds = [&](const HomeLayout& layout, double) { return judge.assigned_seconds(layout); };
   HomeLayout layout = balance_by_time(shape, sums, costs, 0.0, seconds);
   std::vector<int16_t> best = std::move(layout.slots_S);
   if (layout.is_hidden) return best;

@@ -9,6 +9,8 @@
 //   3. Traffic, with several nodes. That layout competes with ones that use one slot of each rank or
 //      more, for experts that most tokens of the rank's node want (fill_slots): by the layer's
 //      seconds under exact quotas, with the exchange of tokens of the busiest rank.
+// Quotas and sums of tokens take most of the time: a layout that could not win with the best split is
+// left out.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "home_choice.hpp"
@@ -28,6 +30,9 @@ constexpr int64_t kNearlyPart = 32;
 
 // Levels above the ideal, as parts of what stock's placement is above it.
 constexpr int64_t kLevelParts[] = {2, 8, 32};
+
+// Sums of floats in another order differ by less.
+constexpr double kBelowRounding = 1.0 - 1e-9;
 
 // Slots of a rank that are filled after the gate, where balance needs none.
 constexpr int kMostAfterGate = 2;
@@ -66,16 +71,16 @@ bool is_hidden_by_host(const CostModel& costs, int64_t largest, int64_t ideal, d
 
 HomeLayout balance_by_time(const Shape& shape, const Sums& sums, const CostModel& costs,
                            double least_gain_s,
-                           const std::function<double(const HomeLayout&)>& seconds) {
+                           const std::function<double(const HomeLayout&, double)>& seconds) {
   HomeLayout best = stock_placement(shape, sums);
   const int64_t ideal = ideal_load(shape, sums);
   if (is_nearly_balanced(best, ideal)) return best;
   if (unbalanced_seconds(shape, costs, ideal, best.loads_S) <= least_gain_s) return best;
-  double best_s = seconds(best);
+  double best_s = seconds(best, std::numeric_limits<double>::infinity());
   best.is_hidden = is_hidden_by_host(costs, best.largest, ideal, best_s);
   if (best.is_hidden) return best;
   const auto compete = [&](HomeLayout layout) {
-    const double layout_s = seconds(layout);
+    const double layout_s = seconds(layout, best_s);
     if (layout_s >= best_s) return;
     best_s = layout_s;
     best = std::move(layout);
@@ -109,37 +114,91 @@ std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const Sums&
   return layouts;
 }
 
+namespace {
+
+// A layout of one microbatch whose replicas are fetched after the gate.
+class Candidate {
+ public:
+  Candidate(const Shape& shape, const CostModel& costs, const Counts& counts,
+            const std::vector<int16_t>& slots_S)
+      : shape_(shape), costs_(costs), counts_(counts), replicas_(shape, slots_S.data()),
+        exchanges_(exchange_seconds(costs, slots_S.data())) {}
+
+  double seconds(const std::vector<int64_t>& loads_S) const {
+    return with_exchanges(
+        layer_seconds(shape_, costs_, totals(shape_, counts_, replicas_, loads_S.data())));
+  }
+
+  // What no split gets below whose experts take `expert_s` at least. Tokens travel between nodes if no
+  // rank of their node holds their expert, and some rank sends as many of them as the mean.
+  double least_seconds(double expert_s) const {
+    int64_t far = 0;
+    for (int e = 0; e < shape_.experts; ++e) {
+      far += counts_.sums().loads_E[e];
+      for (int i = replicas_.begin_E[e], next_node = 0; i < replicas_.begin_E[e + 1]; ++i) {
+        if (replicas_.rank[i] < next_node) continue;
+        const int node = replicas_.rank[i] / shape_.node_size;
+        next_node = (node + 1) * shape_.node_size;
+        far -= counts_.of_node(node, e);
+      }
+    }
+    const std::vector<int64_t> none_S(shape_.slots(), 0), none_N(shape_.ranks, 0);
+    Totals least{none_S, none_S, none_N, none_N, none_N};
+    least.sent_far_N.front() = (far + shape_.ranks - 1) / shape_.ranks;
+    return with_exchanges(expert_s + layer_seconds(shape_, costs_, least)) * kBelowRounding;
+  }
+
+  std::vector<int64_t> loads() const {
+    std::vector<int64_t> loads_S(shape_.slots());
+    slot_loads(shape_, counts_, replicas_, loads_S.data());
+    return loads_S;
+  }
+
+ private:
+  // The layers around this one take about as long. A longer layer never has a smaller sum.
+  double with_exchanges(double layer_s) const {
+    return layer_s +
+           replica_seconds(shape_, costs_, replicas_.slots_S, exchanges_, layer_s, true);
+  }
+
+  const Shape& shape_;
+  const CostModel& costs_;
+  const Counts& counts_;
+  const Replicas replicas_;
+  const Exchanges exchanges_;
+};
+
+}  // namespace
+
 HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const Counts& counts) {
-  const auto seconds_of = [&](const std::vector<int16_t>& slots_S,
-                              const std::vector<int64_t>& loads_S) {
-    const Replicas replicas(shape, slots_S.data());
-    const double layer_s = layer_seconds(
-        shape, costs, totals(shape, counts, replicas, loads_S.data()));
-    // The layers around this one take about as long.
-    const Exchanges exchanges = exchange_seconds(costs, slots_S.data());
-    return layer_s + replica_seconds(shape, costs, slots_S.data(), exchanges, layer_s, true);
-  };
+  const Sums& sums = counts.sums();
   HomeLayout best = balance_by_time(
-      shape, counts.sums(), costs, least_fetch_seconds(costs),
-      [&](const HomeLayout& layout) { return seconds_of(layout.slots_S, layout.loads_S); });
+      shape, sums, costs, least_fetch_seconds(costs), [&](const HomeLayout& layout, double limit) {
+        const Candidate candidate(shape, costs, counts, layout.slots_S);
+        const double least_s =
+            candidate.least_seconds(expert_seconds(shape, costs, layout.loads_S));
+        return least_s >= limit ? limit : candidate.seconds(layout.loads_S);
+      });
   if (shape.nodes() == 1 || best.is_hidden) return best;
+  const double expert_s =
+      costs.expert_flops * costs.gemm.least_unit_seconds(ideal_load(shape, sums));
   double best_s = std::numeric_limits<double>::infinity();
-  const auto compete = [&](const std::vector<int16_t>& slots_S) {
-    std::vector<int64_t> loads_S(shape.slots());
-    slot_loads(shape, counts, Replicas(shape, slots_S.data()), loads_S.data());
-    const double seconds = seconds_of(slots_S, loads_S);
+  const auto compete = [&](std::vector<int16_t> slots_S) {
+    const Candidate candidate(shape, costs, counts, slots_S);
+    if (candidate.least_seconds(expert_s) >= best_s) return;
+    std::vector<int64_t> loads_S = candidate.loads();
+    const double seconds = candidate.seconds(loads_S);
     if (seconds >= best_s) return;
     best_s = seconds;
-    best.slots_S = slots_S;
+    best.slots_S = std::move(slots_S);
     best.loads_S = std::move(loads_S);
   };
   // Ranks wait for this choice, and nothing hides the fetch: few slots are filled.
-  const std::vector<int16_t> balanced_S = best.slots_S;
-  compete(balanced_S);
+  compete(best.slots_S);
   std::vector<int16_t> home_S = at_home(shape);
   const int most = std::min(shape.capacity - shape.home, kMostAfterGate);
-  fill_slots(shape, counts.sums(), most, Fill::kLoadAndNode, home_S);
-  compete(home_S);
+  fill_slots(shape, sums, most, Fill::kLoadAndNode, home_S);
+  compete(std::move(home_S));
   return best;
 }
 

@@ -35,10 +35,10 @@ bool is_hidden_by_host(const CostModel& costs, int64_t largest, int64_t ideal, d
 // Stock's placement, or the fastest of layouts between that and the best balanced one, each with
 // more replicas than the one before. Stock's where it is nearly balanced, where balance would save
 // less than `least_gain_s`, or where the host hides its imbalance. `seconds` prices a layout, with
-// exchanges, by its loads.
+// exchanges, by its loads, or returns any number from the limit on if they are not fewer.
 HomeLayout balance_by_time(const Shape& shape, const Sums& sums, const CostModel& costs,
                            double least_gain_s,
-                           const std::function<double(const HomeLayout&)>& seconds);
+                           const std::function<double(const HomeLayout&, double)>& seconds);
 
 // Layouts that fill one slot of each rank, two, four and so on up to all: those that are free under
 // stock's placement, also for nodes alone, and those that are free in `balanced_S`.
