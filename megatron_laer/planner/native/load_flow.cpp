@@ -19,9 +19,14 @@ class LoadFlow {
     const int suppliers = graph.suppliers();
     excess_ = graph.supply;
     load_ = graph.taken_N;
-    for (int pair = 0; pair < graph.pairs(); ++pair) {
-      excess_[supplier(pair)] -= flow[pair];
-      load_[graph.pair_rank[pair]] += flow[pair];
+    for (int group : graph.group_begin) first_pair_.push_back(graph.pair_begin[group]);
+    supplier_.resize(graph.pairs());
+    for (int u = 0; u < suppliers; ++u) {
+      for (int pair = first_pair_[u]; pair < first_pair_[u + 1]; ++pair) {
+        supplier_[pair] = u;
+        excess_[u] -= flow[pair];
+        load_[graph.pair_rank[pair]] += flow[pair];
+      }
     }
     level_.resize(suppliers + graph.ranks);
     queue_.resize(suppliers + graph.ranks);
@@ -40,9 +45,6 @@ class LoadFlow {
   }
 
  private:
-  int supplier(int pair) const { return graph_.group_supplier[graph_.pair_group[pair]]; }
-  int first_pair(int supplier) const { return graph_.pair_begin[graph_.group_begin[supplier]]; }
-
   bool any_excess() const {
     return std::any_of(excess_.begin(), excess_.end(), [](int64_t left) { return left > 0; });
   }
@@ -63,7 +65,7 @@ class LoadFlow {
       const int node = queue_[head++];
       if (level_[node] >= found) break;
       if (node < suppliers) {
-        for (int pair = first_pair(node); pair < first_pair(node + 1); ++pair) {
+        for (int pair = first_pair_[node]; pair < first_pair_[node + 1]; ++pair) {
           const int next = suppliers + graph_.pair_rank[pair];
           if (level_[next] >= 0) continue;
           level_[next] = level_[node] + 1;
@@ -74,7 +76,7 @@ class LoadFlow {
         const int rank = node - suppliers;
         for (int i = graph_.rank_begin[rank]; i < graph_.rank_begin[rank + 1]; ++i) {
           const int pair = graph_.rank_pair[i];
-          const int next = supplier(pair);
+          const int next = supplier_[pair];
           if (flow_[pair] == 0 || level_[next] >= 0) continue;
           level_[next] = level_[node] + 1;
           queue_[tail++] = next;
@@ -103,7 +105,7 @@ class LoadFlow {
 
   void block() {
     const int suppliers = graph_.suppliers();
-    for (int u = 0; u < suppliers; ++u) cursor_[u] = first_pair(u);
+    for (int u = 0; u < suppliers; ++u) cursor_[u] = first_pair_[u];
     for (int rank = 0; rank < graph_.ranks; ++rank) {
       cursor_[suppliers + rank] = graph_.rank_begin[rank];
     }
@@ -122,7 +124,7 @@ class LoadFlow {
       if (node >= suppliers && load_[node - suppliers] < cap_) break;
       int next = -1, via = -1;
       if (node < suppliers) {
-        for (int& pair = cursor_[node]; pair < first_pair(node + 1); ++pair) {
+        for (int& pair = cursor_[node]; pair < first_pair_[node + 1]; ++pair) {
           const int rank_node = suppliers + graph_.pair_rank[pair];
           if (level_[rank_node] == level_[node] + 1) {
             next = rank_node;
@@ -134,8 +136,8 @@ class LoadFlow {
         const int rank = node - suppliers;
         for (int& i = cursor_[node]; i < graph_.rank_begin[rank + 1]; ++i) {
           const int pair = graph_.rank_pair[i];
-          if (flow_[pair] > 0 && level_[supplier(pair)] == level_[node] + 1) {
-            next = supplier(pair);
+          if (flow_[pair] > 0 && level_[supplier_[pair]] == level_[node] + 1) {
+            next = supplier_[pair];
             via = pair;
             break;
           }
@@ -170,6 +172,7 @@ class LoadFlow {
   const FlowGraph& graph_;
   int64_t cap_;
   std::vector<int64_t>& flow_;
+  std::vector<int> first_pair_, supplier_;  // of each supplier, and of each pair
   std::vector<int64_t> excess_, load_;
   std::vector<int> level_, queue_, cursor_;
   std::vector<Step> path_;

@@ -252,8 +252,11 @@ Totals totals(const Shape& shape, const Counts& counts, const Replicas& replicas
         sums.far_S[split.slot(replica)] += interval.size() - near;
       });
       if (sums_of_node.near == 0) return;
+      int64_t before = 0;
       split.for_sources(node, first, last, [&](int source, const Interval& interval) {
-        sums.sent_near_N[source] += sums_of_node.inside(interval).size();
+        const int64_t staying = sums_of_node.staying(interval.end);
+        sums.sent_near_N[source] += staying - before;
+        before = staying;
       });
     });
   }
