@@ -105,8 +105,7 @@ def compute(
 
 def experts(restored: RestoredExperts, tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     """Compute as the module does: first matrix, probabilities, second matrix."""
-    first, second = restored.weight_placeholders()
-    tokens, probs = restored.before_compute(tokens, probs)
+    (tokens, probs), (first, second) = restored.before_compute(tokens, probs)
     hidden = Scaled.apply(tokens, first, restored, 0) * probs
     output = Scaled.apply(hidden, second, restored, 1)
     return restored.after_compute(output)

@@ -134,12 +134,11 @@ class RestoredCompute:
         if self.config.moe_apply_probs_on_input:
             input_TH = (probs_T.unsqueeze(-1) * input_TH).to(input_TH.dtype)
             probs_T = torch.ones_like(probs_T)
-        placeholders = restored.weight_placeholders()
-        differentiable = [input_TH, probs_T, *placeholders]
-        if self._trains_shared and not any(part.requires_grad for part in differentiable):
+        needs_grad = restored.trains or input_TH.requires_grad or probs_T.requires_grad
+        if self._trains_shared and not needs_grad:
             # No other gradient would end the use of the restored weights in backward.
             input_TH = input_TH.detach().requires_grad_(torch.is_grad_enabled())
-        input_TH, probs_T = restored.before_compute(input_TH, probs_T)
+        (input_TH, probs_T), placeholders = restored.before_compute(input_TH, probs_T)
 
         def product(input_TK: torch.Tensor, at: int, gemm: SlotGemm) -> torch.Tensor:
             return slot_linear(input_TK, placeholders[at], restored, at, tokens_C, gemm)

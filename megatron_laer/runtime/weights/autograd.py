@@ -1,9 +1,9 @@
 """Autograd nodes between a layer's parameters and its restored experts.
 
-One node receives the gradients of whole matrices. Their reduce starts after the tokens' gradients
-have arrived (`run_on_backward` at the dispatch), since the backward pass waits for those. The
-tokens' gradients go on to a node that waits for the reduce (`RestoredExperts.make_wait`), and hands
-the parameters' gradients to Megatron:
+The node before the experts (`run_on_backward`) receives the gradients of whole matrices. Their
+reduce starts after the tokens' gradients have arrived at the dispatch's, since the backward pass
+waits for those. The tokens' gradients go on to a node that waits for the reduce
+(`RestoredExperts.make_wait`), and hands the parameters' gradients to Megatron:
 
 - Autograd runs the newest node first. So one created early in forward, during the previous layer's
   compute, waits only after that layer's backward.
@@ -41,19 +41,27 @@ def unused(like: torch.Tensor) -> torch.Tensor:
     return placeholder(like).requires_grad_()
 
 
-def run_on_backward(call: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the tensors; backward calls `call` once all their gradients have arrived."""
+def run_on_backward(
+    call: Callable[..., None],
+    *tensors: torch.Tensor,
+    placeholders: Sequence[torch.Tensor] = (),
+) -> tuple[torch.Tensor, ...]:
+    """Return the tensors, and placeholders that need gradients.
+
+    Backward calls `call` once all their gradients have arrived, with those of the placeholders.
+    """
+    marked = [tensor for tensor in tensors if tensor.requires_grad]
+    number = len(marked)  # not the tensors, which would live as long as the node
+
+    def make(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in (*given[:number], *placeholders))
 
     def back(*grads: torch.Tensor) -> Gradients:
-        call()
-        return grads
+        call(*grads[number:])
+        return (*grads[:number], None) if len(grads) > number else grads
 
-    marked = iter(node(views, back, *(part for part in tensors if part.requires_grad)))
-    return tuple(next(marked) if tensor.requires_grad else tensor for tensor in tensors)
-
-
-def views(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return tuple(tensor.view_as(tensor) for tensor in tensors)
+    made = iter(node(make, back, *marked, *(unused(like) for like in placeholders[:1])))
+    return (*(next(made) if tensor.requires_grad else tensor for tensor in tensors), *made)
 
 
 def node(make: Callable[..., Any], back: Callable[..., Gradients], *inputs: torch.Tensor) -> Any:

@@ -24,7 +24,6 @@ from megatron_laer.runtime.weights.autograd import (
     placeholder,
     run_on_backward,
     unused,
-    views,
 )
 from megatron_laer.runtime.weights.share import Share
 from megatron_laer.runtime.weights.slots import ExchangeStreams, RestoredWeights, SlotGrads
@@ -77,6 +76,10 @@ class RestoredExperts:
     def index(self) -> LayoutIndex:
         return self.weights.index
 
+    @property
+    def trains(self) -> bool:
+        return torch.is_grad_enabled() and bool(self.share.trained)
+
     # Called by the scheduler and the planner of microbatches.
 
     def begin_step(self, index: LayoutIndex, num_passes: int) -> None:
@@ -118,7 +121,7 @@ class RestoredExperts:
 
     def make_wait(self) -> None:
         """Make the node that waits for this pass's gradients: the earlier, the later it runs."""
-        if not self._trains:
+        if not self.trains:
             return
         parameters: tuple[torch.Tensor, ...] = self.share.trained
         # Hooks of stock's parameters run in the experts' part, with stock's gradients.
@@ -141,7 +144,7 @@ class RestoredExperts:
                 Kind.FIRST: not reruns and Kind.FIRST in self._kinds,
                 Kind.RERUN: reruns,
                 Kind.EMPTY: not self.index.placed.has_replicas,
-                Kind.FROZEN: not self._trains,
+                Kind.FROZEN: not self.trains,
             }
         )
         joins = Action.JOIN_WAIT in self.life[Event.GATE]
@@ -166,23 +169,25 @@ class RestoredExperts:
             return tokens
         return run_on_backward(partial(self.grads.let_go, sums=Action.SUM in leaves), tokens)[0]
 
-    def weight_placeholders(self) -> tuple[torch.Tensor, ...]:
+    def before_compute(
+        self, *inputs: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
+        """Return the restored experts' inputs, and placeholders of the weights, `[C, R, K]`.
+
+        The arrival of their gradients ends the weights' use.
+        """
         share, slots = self.share, self.weights.replica_slots
         weights = [
             placeholder(matrix[0], (slots, *size))
             for matrix, size in zip(share.matrices, share.sizes, strict=True)
         ]
-        if self._trains:
-            trained = [weights[at] for at in share.trained_at]
-            computed = partial(self._grads_computed, self.life)
-            made = node(lambda _: views(*trained), computed, unused(trained[0]))
-            for at, matrix in zip(share.trained_at, made, strict=True):
-                weights[at] = matrix
-        return tuple(weights)
-
-    def before_compute(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Mark the restored experts' inputs, whose gradients' arrival ends the weights' use."""
-        return run_on_backward(partial(self._do, self.life[Event.INPUT_GRAD]), *inputs)
+        trained_at = share.trained_at if self.trains else ()
+        placeholders = [weights[at] for at in trained_at]
+        arrived = partial(self._grads_arrived, self.life)
+        marked = run_on_backward(arrived, *inputs, placeholders=placeholders)
+        for at, matrix in zip(trained_at, marked[len(inputs) :], strict=True):
+            weights[at] = matrix
+        return marked[: len(inputs)], weights
 
     def weight_grads(self, position: int, compute: Callable[[torch.Tensor], None]) -> torch.Tensor:
         """Return a matrix's gradients, or zeros if `backward_dw` will compute them."""
@@ -202,14 +207,16 @@ class RestoredExperts:
         self._exchange.count.backwards += 1
         self._do(life[Event.OUTPUT_GRAD])
 
-    def _grads_computed(self, life: Column, *grads_CRK: torch.Tensor) -> Gradients:
-        # Nodes of the inputs were created later and have run, so frozen matrices are unused too.
+    def _grads_arrived(self, life: Column, *grads_CRK: torch.Tensor) -> None:
+        """End the use of the weights; these are the gradients of those that are trained."""
+        self._do(life[Event.INPUT_GRAD])
+        if not grads_CRK:
+            return
         self.grads.receive(grads_CRK)
         if Action.DELAY in life[Event.WEIGHT_GRADS]:
             self._delayed.append(self.grads.compute_delayed)
         else:
             self.grads.defer()
-        return (None,)
 
     def _finish(self) -> Gradients:
         finishes = Action.FINISH in self.life[Event.WAIT]
@@ -225,10 +232,6 @@ class RestoredExperts:
     @property
     def _reports(self) -> bool:
         return Action.REPORT in self.life[Event.WAIT] and self.share.have_main_grads
-
-    @property
-    def _trains(self) -> bool:
-        return torch.is_grad_enabled() and bool(self.share.trained)
 
     def _become(self, found: Mapping[Kind, bool]) -> None:
         """Pick the column of the pass, of which these kinds are known now."""
