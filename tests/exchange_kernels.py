@@ -16,7 +16,7 @@ import torch
 
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import kernels, segments
-from megatron_laer.runtime.comm.segments import Part, Segments, Table
+from megatron_laer.runtime.comm.segments import Segments, Table
 
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,24 +30,23 @@ HOT = ExpertLayout.from_slots(
 SIZES = [(5, 1, 7), (8, 3, 16), (7, 2, 1030), (8, 1, 512), (20, 2, 515), (67, 1, 65), (8, 4, 1)]
 
 
-def segments_of(held_Z: Any, wire_Z: Any, size_Z: Any, tensor_rows: int) -> tuple[Any, Segments]:
-    """Return a table, and its segments of tensors that have as many rows each."""
+# A table, segments in it, and the tensors of a holding that have any, by which they are numbered.
+Drawn = tuple[Any, Segments, list[int]]
+
+
+def segments_of(held_Z: Any, wire_Z: Any, size_Z: Any, tensor_rows: int) -> Drawn:
+    """Return segments of tensors that have as many rows each."""
     order_Z = np.argsort(held_Z, kind="stable")
-    rows_Z = np.stack([held_Z, wire_Z, size_Z], axis=1)[order_Z]
-    first_T = np.unique(rows_Z[:, 0], return_index=True)[1]
-    tensor_Z, rows_Z[:, 0] = np.divmod(rows_Z[:, 0], tensor_rows)
-    parts = []
-    for tensor in np.unique(tensor_Z).tolist():
-        first, last = np.searchsorted(tensor_Z, (tensor, tensor + 1)).tolist()
-        first_sum, last_sum = np.searchsorted(first_T, (first, last)).tolist()
-        sizes = first, last - first, first_sum, last_sum - first_sum
-        parts.append(Part(tensor, *sizes))
-    table = np.concatenate([[-1], rows_Z.ravel(), first_T, [len(rows_Z)]])
-    sizes = len(rows_Z), int(size_Z.sum()), int(size_Z.max(initial=0))
-    return table, Segments(1, *sizes, end=-1, in_place=None, parts=parts)
+    first_T = np.unique(held_Z[order_Z], return_index=True)[1]
+    tensor_Z, row_Z = np.divmod(held_Z[order_Z], tensor_rows)
+    tensors, tensor_Z = np.unique(tensor_Z, return_inverse=True)
+    rows_Z4 = np.stack([tensor_Z, row_Z, wire_Z[order_Z], size_Z[order_Z]], axis=1)
+    table = np.concatenate([[-1], rows_Z4.ravel(), first_T, [len(rows_Z4)]])
+    sizes = len(rows_Z4), len(first_T), int(size_Z.sum()), int(size_Z.max(initial=0))
+    return table, Segments(1, *sizes, end=-1, in_place=None), tensors.tolist()
 
 
-def draw(rows: int, tensors: int, seed: int, *, parts: int) -> tuple[Any, Segments]:
+def draw(rows: int, tensors: int, seed: int, *, parts: int) -> Drawn:
     """Cut the rows of a holding at random places, and give each segment up to `parts` on the wire.
 
     Some have none.
@@ -72,18 +71,20 @@ def tables_of(numbers: Any, device: str) -> tuple[Table, Table]:
 
 def check_copies(rows: int, tensors: int, columns: int, dtype: torch.dtype, device: str) -> None:
     """Pack segments and unpack others; all other memory must stay unchanged."""
-    numbers, part = draw(rows, tensors, rows + columns, parts=1)
+    numbers, part, used = draw(rows, tensors, rows + columns, parts=1)
     theirs, mine = tables_of(numbers, device)
     held = [numbered(rows, columns, dtype=dtype, first=at) for at in range(tensors)]
     held_there = [one.to(device, copy=True) for one in held]
     wire = numbered(part.rows + 3, columns, dtype=dtype, first=7)
     wire_there = wire.to(device, copy=True)
-    theirs.pack(part, held, wire)
-    mine.pack(part, held_there, wire_there)
+    theirs.pack(part, [held[at] for at in used], wire)
+    placed = [held_there[at] for at in used]
+    mine.place(placed)
+    mine.pack(part, placed, wire_there)
     equal([wire_there], [wire])
     wire.add_(1), wire_there.add_(1)
-    theirs.unpack(part, wire, held)
-    mine.unpack(part, wire_there, held_there)
+    theirs.unpack(part, wire, [held[at] for at in used])
+    mine.unpack(part, wire_there, placed)
     equal(held_there, held)
 
 
@@ -92,7 +93,7 @@ def check_sums(
 ) -> None:
     """Sum segments, into new memory and onto existing sums."""
     rows, tensors, columns = size
-    numbers, part = draw(rows, tensors, rows + columns, parts=5)
+    numbers, part, used = draw(rows, tensors, rows + columns, parts=5)
     theirs, mine = tables_of(numbers, device)
     generator = torch.Generator().manual_seed(1)
     wire = torch.randn(part.rows, columns, generator=generator).to(dtypes[0])
@@ -101,8 +102,10 @@ def check_sums(
             torch.randn(rows, columns, generator=generator).to(dtypes[1]) for _ in range(tensors)
         ]
         held_there = [one.to(device, copy=True) for one in held]
-        theirs.add(part, wire, held, adds=adds)
-        mine.add(part, wire.to(device), held_there, adds=adds)
+        theirs.add(part, wire, [held[at] for at in used], adds=adds)
+        placed = [held_there[at] for at in used]
+        mine.place(placed)
+        mine.add(part, wire.to(device), placed, adds=adds)
         equal(held_there, held)
 
 
@@ -112,16 +115,18 @@ def check_far_apart(device: str) -> None:
     far = torch.empty(last + 1, columns, dtype=torch.float16, device=device)
     far[0], far[-1] = 1, 2
     given = np.array([0, 1, 1]), np.array([last, 0, last]), np.ones(3, np.int64)
-    numbers, sums = segments_of(*given, 2)
+    numbers, sums, _ = segments_of(*given, 2)
     table = tables_of(numbers, device)[1]
     out = torch.zeros(2, columns, device=device)
+    table.place([out])
     table.add(sums, far, [out], adds=False)
     assert out.unique(dim=1).tolist() == [[2.0], [3.0]]
 
     one, there = torch.full((1, columns), 5.0, dtype=torch.float16, device=device), last - 1
     given = np.zeros(1, np.int64), np.array([there]), np.ones(1, np.int64)
-    numbers, copy = segments_of(*given, 1)
+    numbers, copy, _ = segments_of(*given, 1)
     table = tables_of(numbers, device)[1]
+    table.place([one])
     table.pack(copy, [one], far)
     assert far[there].unique().tolist() == [5] and far[last].unique().tolist() == [2]
     table.unpack(copy, far.add_(1), [one])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -28,6 +28,9 @@ WRITES: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
     "_sum_rows": lambda _: ("sums_TH",),
 }
 """Arguments that a kernel writes, by its name and its arguments; it reads all others."""
+
+# Tensors of a holding, which kernels of the exchange find by their distances to the first.
+_held: list[torch.Tensor] = []
 
 
 class Launches:
@@ -74,14 +77,17 @@ def _replaced(launches: Launches, *, runs: bool) -> Iterator[None]:
     """Count launches, and tell the checker of races about their reads and writes."""
     from triton.runtime.interpreter import InterpretedFunction
 
+    from megatron_laer.runtime.comm import kernels
+
     run = InterpretedFunction.run
 
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         launches.add(kernel, given)
         name = kernel.fn.__name__
-        tensors = {key: value for key, value in given.items() if isinstance(value, torch.Tensor)}
-        for key, tensor in tensors.items():
+        tensors = [(key, value) for key, value in given.items() if isinstance(value, torch.Tensor)]
+        tensors += [("held", one) for one in _held[1:]]
+        for key, tensor in tensors:
             if not labels.on_card(tensor):
                 what = f"{name} is launched with host memory as {key}"
                 findings.current.note(findings.Kind.MISMATCH, what)
@@ -93,8 +99,8 @@ def _replaced(launches: Launches, *, runs: bool) -> Iterator[None]:
         written = WRITES[name](given)
         streams.launched(
             name,
-            [tensor for key, tensor in tensors.items() if key not in written],
-            [tensor for key, tensor in tensors.items() if key in written],
+            [tensor for key, tensor in tensors if key not in written],
+            [tensor for key, tensor in tensors if key in written],
         )
 
     begin_step = Coordinator.begin_step
@@ -103,11 +109,24 @@ def _replaced(launches: Launches, *, runs: bool) -> Iterator[None]:
         launches.begin_step()
         begin_step(coordinator, *args)
 
-    with (
-        mock.patch.object(InterpretedFunction, "run", launch),
-        mock.patch.object(Coordinator, "begin_step", begin),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(InterpretedFunction, "run", launch))
+        stack.enter_context(mock.patch.object(Coordinator, "begin_step", begin))
+        for function in (kernels.copy_segments, kernels.sum_segments):
+            patch = mock.patch.object(kernels, function.__name__, _noting_held(function))
+            stack.enter_context(patch)
         yield
+
+
+def _noting_held(function: Callable[..., None]) -> Callable[..., None]:
+    def launch(held: Sequence[torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        _held[:] = held
+        try:
+            function(held, *args, **kwargs)
+        finally:
+            _held.clear()
+
+    return launch
 
 
 interpreted: Kernels = partial(_replaced, runs=True)

@@ -1,4 +1,4 @@
-"""An exchange of one matrix launches few kernels on CUDA, however often an expert is replicated.
+"""An exchange launches few kernels on CUDA, however many replicas and matrices experts have.
 
 Launches are counted, and collectives do nothing, so that one process acts for 32 ranks.
 """
@@ -78,9 +78,10 @@ def test_exchanges_launch_two_kernels_and_one_more_if_they_go_through_nodes(
     exchange = Exchange(groups_of(HOT.num_ranks, node_size)[RANK], ways)
     index = layout_index(hot, torch.device("cpu"))
     bounds = row_bounds(num_rows, HOT.num_ranks)
-    owned = [torch.zeros(HOT.num_experts * (bounds[RANK + 1] - bounds[RANK]), COLUMNS)]
-    matrices = ((num_rows, 1),)
-    grad_CRK = torch.zeros(HOT.capacity, num_rows, COLUMNS, dtype=torch.bfloat16)
+    own_rows = HOT.num_experts * (bounds[RANK + 1] - bounds[RANK])
+    owned = [torch.zeros(own_rows * each, COLUMNS) for each in (1, 2)]
+    matrices = ((num_rows, 1), (num_rows, 2))
+    grad_CRK = torch.zeros(HOT.capacity, 3 * num_rows, COLUMNS, dtype=torch.bfloat16)
     with launches:
         finish(exchange.reduce_steps(grad_CRK, index, matrices, add_to=owned))
     assert launches.counted == Counter(dict(zip(LAUNCHES, reduce, strict=True)))

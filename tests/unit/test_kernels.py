@@ -69,7 +69,12 @@ def test_kernels_compile_for_cards_that_are_not_here(
     types = {"table": "*i64", "wire": f"*{parts}"}
     # Rows of 16 bytes are moved at once; those of a bias's elements are not.
     for value, columns, is_wide in ((False, 8, True), (True, 8, True), (True, 1, False)):
-        given = {"COLUMNS": columns, "PACKS": value, "ADDS": value, "BLOCK": 1024}
         for kernel, held in ((exchanges._copy_segments, parts), (exchanges._sum_segments, out)):
+            given = {"COLUMNS": columns, "ALIGNMENT": 4 if held == "fp32" else 8}
+            given |= {"PACKS": value, "ADDS": value, "BLOCK": 1024}
             code = compile_for(capability, kernel, types | {"held": f"*{held}"}, given)
             assert ("ld.global.v4.b32" in code) == is_wide
+    # Nor are those of tensors that are not aligned.
+    given = {"COLUMNS": 8, "ALIGNMENT": 1, "PACKS": True, "BLOCK": 1024}
+    types["held"] = f"*{parts}"
+    assert "ld.global.v4" not in compile_for(capability, exchanges._copy_segments, types, given)

@@ -333,7 +333,6 @@ Segments segments(const End& held, const std::vector<int64_t>& wire, std::vector
     return row.tensor != first.tensor || row.row - wire[i] != first.row - wire[order[0]];
   };
   if (count > 0 && std::none_of(order.begin(), order.end(), is_elsewhere)) {
-    made.tensor = held.row[order[0]].tensor;
     made.in_place = held.row[order[0]].row - wire[order[0]];
   }
   std::stable_sort(order.begin(), order.end(),
@@ -342,18 +341,15 @@ Segments segments(const End& held, const std::vector<int64_t>& wire, std::vector
   for (int64_t segment = 0; segment < count; ++segment) {
     const size_t i = order[segment];
     const Row& row = held.row[i];
-    const bool is_sum = segment == 0 || held.row[order[segment - 1]] < row;
-    if (segment == 0 || row.tensor != made.parts.back().tensor) {
-      made.parts.push_back({row.tensor, segment, 0, static_cast<int64_t>(first_T1.size()), 0});
-    }
-    ++made.parts.back().count;
-    made.parts.back().sums += is_sum;
-    if (is_sum) first_T1.push_back(segment);
-    table.insert(table.end(), {row.row, wire[i], held.size[i]});
+    if (segment == 0 || held.row[order[segment - 1]] < row) first_T1.push_back(segment);
+    if (made.tensors.empty() || row.tensor != made.tensors.back()) made.tensors.push_back(row.tensor);
+    const int64_t tensor = static_cast<int64_t>(made.tensors.size()) - 1;
+    table.insert(table.end(), {tensor, row.row, wire[i], held.size[i]});
     made.rows += held.size[i];
     made.most_rows = std::max(made.most_rows, held.size[i]);
     made.end = row.row + held.size[i];
   }
+  made.sums = static_cast<int64_t>(first_T1.size());
   first_T1.push_back(count);
   table.insert(table.end(), first_T1.begin(), first_T1.end());
   return made;
@@ -391,6 +387,7 @@ Moves rank_moves(const Way& way, const std::vector<Hop>& hops, int rank,
     Segments leaves = segments(sent, on_wire ? starts(sent.size) : rows_of(received), made.table);
     Segments arrives =
         segments(received, on_wire ? starts(received.size) : rows_of(sent), made.table);
+    if (is_first) made.owned = leaves.tensors;
     made.moves.push_back({hop.link, hop.is_kept, is_first, is_last, sent.of_peer, received.of_peer,
                           std::move(leaves), std::move(arrives)});
   }

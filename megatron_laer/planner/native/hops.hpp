@@ -61,20 +61,15 @@ struct Matrix {
   int64_t rows, width;
 };
 
-// Segments of rows that are both in a holding and on the wire, in a table: three integers each (row
-// in its tensor of the holding, row on the wire, rows), in ascending order of tensor and row.
-// Segments of the same rows of the holding are parts of a sum, in the order of addition. Behind them
-// the table has the first segment of each sum, and their number.
+// Segments of rows that are both in a holding and on the wire, in a table: four integers each
+// (tensor of the holding, row in it, row on the wire, rows), in ascending order. Tensors are numbered
+// among those that have any. Segments of the same rows of the holding are parts of a sum, in the
+// order of addition. Behind them the table has the first segment of each sum, and their number.
 struct Segments {
-  // Those in one tensor of the holding.
-  struct Part {
-    int64_t tensor, first, count, first_sum, sums;
-  };
-
-  int64_t at;         // in the table
-  int64_t count, rows, most_rows, end;  // `end` is the row of the last tensor behind the last
-  int64_t tensor, in_place;  // the first row, if all lie in one piece as on the wire, or -1
-  std::vector<Part> parts;
+  int64_t at;  // in the table
+  int64_t count, sums, rows, most_rows, end;  // `end` is the row of the last tensor behind the last
+  int64_t in_place;  // the first row, if all lie in one piece as on the wire, or -1
+  std::vector<int64_t> tensors;
 };
 
 // Rows of an expert's matrices that a rank sends and receives in one hop. Where the link has one
@@ -86,8 +81,10 @@ struct Move {
   Segments leaves, arrives;
 };
 
+// The moves of a rank, and the owned tensors that it sends from or receives into.
 struct Moves {
   std::vector<Move> moves;
+  std::vector<int64_t> owned;
   std::vector<int64_t> table;
 };
 

@@ -458,17 +458,14 @@ py::tuple traffic(const laer::Way& way, const Slots& slots_S, const std::optiona
 }
 
 py::tuple to_tuple(const laer::Segments& made) {
-  py::list parts;
-  for (const auto& part : made.parts) {
-    parts.append(py::make_tuple(part.tensor, part.first, part.count, part.first_sum, part.sums));
-  }
   py::object in_place = py::none();
-  if (made.in_place >= 0) in_place = py::make_tuple(made.tensor, made.in_place);
-  return py::make_tuple(made.at, made.count, made.rows, made.most_rows, made.end, in_place, parts);
+  if (made.in_place >= 0) in_place = py::int_(made.in_place);
+  return py::make_tuple(made.at, made.count, made.sums, made.rows, made.most_rows, made.end,
+                        in_place);
 }
 
-// A rank's table of segments, and its moves: runtime/comm/segments.py names their parts. Matrices
-// are (rows, rows of the table for each).
+// A rank's table of segments, the owned tensors that they are of, and its moves:
+// runtime/comm/segments.py names their parts. Matrices are (rows, rows of the table for each).
 py::tuple rank_moves(const laer::Way& way, const Slots& slots_S,
                      const std::optional<Slots>& before_S, int rank,
                      const std::vector<std::pair<int64_t, int64_t>>& sizes) {
@@ -482,7 +479,7 @@ py::tuple rank_moves(const laer::Way& way, const Slots& slots_S,
                                 move.is_last, move.sent_P, move.received_P,
                                 to_tuple(move.leaves), to_tuple(move.arrives)));
   }
-  return py::make_tuple(to_array(made.table), moves);
+  return py::make_tuple(to_array(made.table), made.owned, moves);
 }
 
 laer::Pairs pairs_of(const Counts& pairs_EE, int nodes, int top_k) {

@@ -177,9 +177,12 @@ def _carry(
         most_bytes: of buffers; where whole experts go directly, they grow to what is needed.
         dtypes: of the rows of the source and of all others on the wire.
     """
-    table, sums, held = chain.table, direction.sums, source
+    table, sums = chain.table, direction.sums
+    owned = [(target if sums else source)[at] for at in chain.owned]
+    source, target = (source, owned) if sums else (owned, target)
+    table.place(owned)
+    held, slots = source, (source if sums else target)[0]
     stages = [direction.stages[move.link] for move in chain.moves]
-    slots = (source if sums else target)[0]
     columns, device = slots.shape[1], slots.device
 
     def take(name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:

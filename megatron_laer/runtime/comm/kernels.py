@@ -1,9 +1,10 @@
 """Triton kernels that copy and sum segments of rows; `segments` has the torch code of each.
 
 Every result has one writer, so nothing is atomic and bits never depend on timing. Programs share
-the elements of one segment, whose start is computed in 64 bits. Numbers that change with layouts
-are not specialised, so that no kernel is compiled again during training. Columns are: programs move
-as many bytes at once as these are aligned to.
+the elements of one segment, whose start is computed in 64 bits. Tensors of a holding are found by
+their distances to the first one, so that a copy or a sum has one launch. Numbers that change with
+layouts are not specialised, so that no kernel is compiled again during training. Columns and the
+tensors' alignment are: programs move as many bytes at once as these allow.
 """
 
 from __future__ import annotations
@@ -12,90 +13,129 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_laer.runtime.comm.segments import Part, Segments
+from megatron_laer.runtime.comm.segments import Held, Segments
 
 _BLOCK_COPIED = 4096
 _BLOCK_SUMMED = 1024
+_ALIGNMENT = 16  # of memory, in bytes
 
 
 def copy_segments(
-    held: torch.Tensor,
+    held: Held,
     wire: torch.Tensor,
     table: torch.Tensor,
+    places: int,
     segments: Segments,
-    part: Part,
     *,
     packs: bool,
 ) -> None:
-    """Copy a part of segments between its tensor of the holding and the wire."""
-    columns = held.shape[1]
-    assert held.is_contiguous() and wire.is_contiguous()
+    """Copy segments between the tensors of the holding and the wire.
+
+    Args:
+        places: where the table has the distances of the tensors to the first one, in elements.
+    """
+    columns, alignment = _common(held, wire)
     programs = triton.cdiv(segments.most_rows * columns, _BLOCK_COPIED)
-    numbers = segments.at + 3 * part.first, programs
-    _copy_segments[(programs * part.segments,)](
-        held, wire, table, *numbers, COLUMNS=columns, PACKS=packs, BLOCK=_BLOCK_COPIED
+    _copy_segments[(programs * segments.number,)](
+        held[0],
+        wire,
+        table,
+        places,
+        segments.at,
+        programs,
+        COLUMNS=columns,
+        ALIGNMENT=alignment,
+        PACKS=packs,
+        BLOCK=_BLOCK_COPIED,
     )
 
 
 def sum_segments(
+    held: Held,
     wire: torch.Tensor,
     table: torch.Tensor,
-    held: torch.Tensor,
+    places: int,
     segments: Segments,
-    part: Part,
     *,
     adds: bool,
 ) -> None:
-    """Sum a part of segments of the wire into or onto its tensor of the holding."""
-    columns = held.shape[1]
-    assert held.is_contiguous() and wire.is_contiguous()
+    """Sum segments of the wire into or onto the tensors of the holding; `places` as above."""
+    columns, alignment = _common(held, wire)
     programs = triton.cdiv(segments.most_rows * columns, _BLOCK_SUMMED)
-    first_sum = segments.at + 3 * segments.number + part.first_sum
-    numbers = segments.at, first_sum, programs
-    _sum_segments[(programs * part.sums,)](
-        wire, held, table, *numbers, COLUMNS=columns, ADDS=adds, BLOCK=_BLOCK_SUMMED
+    _sum_segments[(programs * segments.sums,)](
+        held[0],
+        wire,
+        table,
+        places,
+        segments.at,
+        segments.at + 4 * segments.number,
+        programs,
+        COLUMNS=columns,
+        ALIGNMENT=alignment,
+        ADDS=adds,
+        BLOCK=_BLOCK_SUMMED,
     )
 
 
-@triton.jit(do_not_specialize=["at", "programs"])
+def _common(held: Held, wire: torch.Tensor) -> tuple[int, int]:
+    """Return the columns of rows, and the elements to which the holding's tensors are aligned."""
+    assert all(tensor.is_contiguous() for tensor in (*held, wire))
+    is_aligned = all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in held)
+    return wire.shape[1], _ALIGNMENT // held[0].element_size() if is_aligned else 1
+
+
+@triton.jit(do_not_specialize=["places", "at", "programs"])
 def _copy_segments(
-    held, wire, table, at, programs, COLUMNS: tl.constexpr, PACKS: tl.constexpr, BLOCK: tl.constexpr
+    held,
+    wire,
+    table,
+    places,
+    at,
+    programs,
+    COLUMNS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    PACKS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Copy a block of one segment."""
-    segment = table + at + 3 * (tl.program_id(0) // programs)
+    segment = table + at + 4 * (tl.program_id(0) // programs)
     element = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
-    inside = element < tl.load(segment + 2) * COLUMNS
-    in_held = held + tl.load(segment) * COLUMNS + element
-    in_wire = wire + tl.load(segment + 1) * COLUMNS + element
+    inside = element < tl.load(segment + 3) * COLUMNS
+    place = tl.multiple_of(tl.load(table + places + tl.load(segment)), ALIGNMENT)
+    in_held = held + place + tl.load(segment + 1) * COLUMNS + element
+    in_wire = wire + tl.load(segment + 2) * COLUMNS + element
     if PACKS:
         tl.store(in_wire, tl.load(in_held, mask=inside), mask=inside)
     else:
         tl.store(in_held, tl.load(in_wire, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["at", "first_sum", "programs"])
+@triton.jit(do_not_specialize=["places", "at", "first_sum", "programs"])
 def _sum_segments(
-    wire,
     held,
+    wire,
     table,
+    places,
     at,
     first_sum,
     programs,
     COLUMNS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     ADDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum a block of the segments of one sum."""
     first = table + first_sum + tl.program_id(0) // programs
-    segment = table + at + 3 * tl.load(first)
+    segment = table + at + 4 * tl.load(first)
     element = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
-    inside = element < tl.load(segment + 2) * COLUMNS
-    part = wire + tl.load(segment + 1) * COLUMNS + element
+    inside = element < tl.load(segment + 3) * COLUMNS
+    part = wire + tl.load(segment + 2) * COLUMNS + element
     total = tl.load(part, mask=inside, other=0.0).to(tl.float32)
     for other in range(tl.load(first) + 1, tl.load(first + 1)):
-        part = wire + tl.load(table + at + 3 * other + 1) * COLUMNS + element
+        part = wire + tl.load(table + at + 4 * other + 2) * COLUMNS + element
         total += tl.load(part, mask=inside, other=0.0).to(tl.float32)
-    target = held + tl.load(segment) * COLUMNS + element
+    place = tl.multiple_of(tl.load(table + places + tl.load(segment)), ALIGNMENT)
+    target = held + place + tl.load(segment + 1) * COLUMNS + element
     if ADDS:
         total = tl.load(target, mask=inside, other=0.0).to(tl.float32) + total
     tl.store(target, total.to(held.dtype.element_ty), mask=inside)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,12 +22,14 @@ from megatron_laer.arrays import Int64
 from megatron_laer.planner.hops import Way
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.placed import Placed
-from megatron_laer.runtime.comm.copies import upload_arrays
+from megatron_laer.runtime.comm.copies import upload, upload_arrays
 
 # Tensors [rows, K] of a holding.
 Held = Sequence[torch.Tensor]
 # Matrices of an expert, each with its rows, and the rows of K elements that each of them is.
 Matrices = tuple[tuple[int, int], ...]
+# Rows to read and those to write, which are slices where they are neighbours.
+_Rows = tuple[slice | torch.Tensor, slice | torch.Tensor]
 
 
 @cache
@@ -43,45 +44,33 @@ def exchange_kernels(device: torch.device) -> Any:
     return kernels_of("megatron_laer.runtime.comm", device)
 
 
-class Part(NamedTuple):
-    """Segments in one tensor of a holding, and their sums."""
-
-    tensor: int
-    first: int
-    segments: int
-    first_sum: int
-    sums: int
-
-
 class Segments(NamedTuple):
     """Rows that are both in a holding and on the wire, as a part of a table.
 
-    The table has three numbers for each segment: its first row in its tensor, in ascending order,
-    its first row on the wire, and its rows, at least one. Segments of the same rows of a tensor are
-    parts of a sum, in the order of addition. Behind them are the first segment of each sum, and the
-    number of segments.
+    The table has four numbers for each segment: its tensor of the holding, its first row there, its
+    first row on the wire, and its rows, at least one. They are in ascending order. Segments of the
+    same rows of a tensor are parts of a sum, in the order of addition. Behind them are the first
+    segment of each sum, and the number of segments.
 
     Attributes:
-        at: begin of the part; `number` of segments.
+        at: begin of the part; `number` of segments, and of their `sums`.
         rows: of all segments; `most_rows` of one.
         end: the row of the last tensor behind its last segment.
-        in_place: tensor and row of the holding where all rows, some at least, lie in one piece as
-            on the wire.
+        in_place: first row of the holding, if all lie there in one piece as on the wire.
     """
 
     at: int
     number: int
+    sums: int
     rows: int
     most_rows: int
     end: int
-    in_place: tuple[int, int] | None
-    parts: Sequence[Part]
+    in_place: int | None
 
     def view(self, held: Held) -> torch.Tensor:
         """Return the rows of the holding as they are on the wire, which is possible in place."""
         assert self.in_place is not None
-        tensor, first = self.in_place
-        return held[tensor][first : first + self.rows]
+        return held[0][self.in_place : self.in_place + self.rows]
 
 
 class Move(NamedTuple):
@@ -124,11 +113,22 @@ class Table:
 
     def __init__(self, table: Int64, device: torch.device) -> None:
         self._numbers = table
+        self._device = device
         self._kernels = exchange_kernels(device)
-        self._rows: dict[tuple[int, int, bool], list[slice | torch.Tensor]] = {}
-        self._sums: dict[tuple[int, int], list[list[list[int]]]] = {}
-        if self._kernels is not None:
-            (self._uploaded,) = upload_arrays([table], device)
+        self._rows: dict[tuple[int, bool], list[_Rows]] = {}
+        self._sums: dict[int, tuple[list[_Rows], list[_Rows]]] = {}
+        self._places: list[int] = []
+
+    def place(self, owned: Held) -> None:
+        """Note where the owned tensors lie, which kernels find by their distances to the first."""
+        if self._kernels is None:
+            return
+        begins = [tensor.data_ptr() for tensor in owned] or [0]
+        places = [(begin - begins[0]) // owned[0].element_size() for begin in begins[1:]]
+        if [0, *places] != self._places:
+            self._places = [0, *places]
+            numbers = self._numbers, np.array(self._places)
+            self._uploaded = upload(torch.from_numpy(np.concatenate(numbers)), self._device)
 
     def pack(self, segments: Segments, held: Held, wire: torch.Tensor) -> None:
         """Copy rows from the holding to the wire."""
@@ -146,52 +146,74 @@ class Table:
         Args:
             adds: whether to add the sums to the holding's rows.
         """
-        for part in segments.parts:
-            tensor = held[part.tensor]
-            if self._kernels is not None:
-                self._kernels.sum_segments(wire, self._uploaded, tensor, segments, part, adds=adds)
-                continue
-            key = segments.at, part.tensor
-            if key not in self._sums:
-                rows_Z = self._of(segments).tolist()
-                begin = segments.at + 3 * segments.number + part.first_sum
-                firsts_T1 = self._numbers[begin : begin + part.sums + 1].tolist()
-                self._sums[key] = [rows_Z[slice(*ends)] for ends in pairwise(firsts_T1)]
-            for rows_Z in self._sums[key]:
-                to, _, size = rows_Z[0]
-                summed = [wire[row : row + size] for _, row, _ in rows_Z]
-                total = sum(summed[1:], start=summed[0].float())
-                target = tensor[to : to + size]
-                target.add_(total) if adds else target.copy_(total)
+        if not segments.number:
+            return
+        if self._kernels is not None:
+            self._kernels.sum_segments(held, wire, *self._on_device, segments, adds=adds)
+            return
+        if segments.at not in self._sums:
+            self._sums[segments.at] = self._rows_of_sums(segments, len(held))
+        ((first, _), *others), results = self._sums[segments.at]
+        total = wire[first].float()
+        for read, written in others:
+            _write(total, written, wire[read], adds=True)
+        for tensor, (read, written) in zip(held, results, strict=True):
+            _write(tensor, written, total[read], adds=adds)
 
     def _copy(self, segments: Segments, held: Held, wire: torch.Tensor, *, packs: bool) -> None:
-        for part in segments.parts:
-            tensor = held[part.tensor]
-            if self._kernels is not None:
-                self._kernels.copy_segments(
-                    tensor, wire, self._uploaded, segments, part, packs=packs
-                )
-                continue
-            key = segments.at, part.tensor, packs
-            if key not in self._rows:
-                held_Z, wire_Z, size_Z = self._of(segments)[part.first :][: part.segments].T
-                ends_Z = (held_Z, wire_Z) if packs else (wire_Z, held_Z)
-                self._rows[key] = _rows(*ends_Z, size_Z, wire.device)
+        if not segments.number:
+            return
+        if self._kernels is not None:
+            self._kernels.copy_segments(held, wire, *self._on_device, segments, packs=packs)
+            return
+        key = segments.at, packs
+        if key not in self._rows:
+            tensor_Z, held_Z, wire_Z, size_Z = self._of(segments).T
+            from_Z, to_Z = (held_Z, wire_Z) if packs else (wire_Z, held_Z)
+            of_tensors = [tensor_Z == at for at in range(len(held))]
+            self._rows[key] = [
+                _rows(from_Z[of], to_Z[of], size_Z[of], self._device) for of in of_tensors
+            ]
+        for tensor, (read, written) in zip(held, self._rows[key], strict=True):
             source, target = (tensor, wire) if packs else (wire, tensor)
-            read, written = self._rows[key]
-            if isinstance(written, torch.Tensor):
-                target.index_copy_(0, written, source[read])
-            elif isinstance(read, torch.Tensor):
+            if isinstance(written, slice) and not isinstance(read, slice):
                 torch.index_select(source, 0, read, out=target[written])
             else:
-                target[written].copy_(source[read])
+                _write(target, written, source[read], adds=False)
+
+    def _rows_of_sums(self, segments: Segments, tensors: int) -> tuple[list[_Rows], list[_Rows]]:
+        """Return the rows of the first parts of all sums, of the second, …, and of the results.
+
+        Parts are added from the wire to a tensor of all sums. Its rows go to each tensor.
+        """
+        begin = segments.at + 4 * segments.number
+        firsts_T1 = self._numbers[begin : begin + segments.sums + 1]
+        rows_Z4, first_T, parts_T = self._of(segments), firsts_T1[:-1], np.diff(firsts_T1)
+        tensor_T, held_T, _, size_T = rows_Z4[first_T].T
+        begin_T, device = np.cumsum(size_T) - size_T, self._device
+        parts, results = [], []
+        for part in range(parts_T.max()):
+            has = parts_T > part
+            wire_T = rows_Z4[first_T[has] + part, 2]
+            parts.append(_rows(wire_T, begin_T[has], size_T[has], device))
+        for at in range(tensors):
+            of = tensor_T == at
+            results.append(_rows(begin_T[of], held_T[of], size_T[of], device))
+        return parts, results
 
     def _of(self, segments: Segments) -> Int64:
-        return self._numbers[segments.at :][: 3 * segments.number].reshape(-1, 3)
+        return self._numbers[segments.at :][: 4 * segments.number].reshape(-1, 4)
+
+    @property
+    def _on_device(self) -> tuple[torch.Tensor, int]:
+        """Return the table on the device, and where the places of owned tensors begin in it."""
+        return self._uploaded, len(self._numbers)
 
 
 class Chain:
     """One rank's moves of experts, from the owners to the slots or back.
+
+    `owned` has the numbers of the owned tensors of which it moves rows, in the order of segments.
 
     Args:
         before: the layout whose experts the slots have when a restore begins; None for no experts.
@@ -210,9 +232,9 @@ class Chain:
     ) -> None:
         before_S = None if before is None else before.layout.slot_expert_S
         slots_S = placed.layout.slot_expert_S
-        table, found = native.rank_moves(way.native, slots_S, before_S, rank, matrices)
+        table, self.owned, found = native.rank_moves(way.native, slots_S, before_S, rank, matrices)
         moves = [
-            Move._make((*others, _segments(leaves), _segments(arrives)))
+            Move._make((*others, Segments._make(leaves), Segments._make(arrives)))
             for *others, leaves, arrives in found
         ]
         self.way = way
@@ -220,15 +242,7 @@ class Chain:
         self.table = Table(table, device)
 
 
-def _segments(found: tuple[Any, ...]) -> Segments:
-    *others, parts = found
-    return Segments._make((*others, [Part._make(part) for part in parts]))
-
-
-def _rows(
-    from_Z: Int64, to_Z: Int64, size_Z: Int64, device: torch.device
-) -> list[slice | torch.Tensor]:
-    """Return the rows to read and those to write, which are slices where they are neighbours."""
+def _rows(from_Z: Int64, to_Z: Int64, size_Z: Int64, device: torch.device) -> _Rows:
     order_Z = np.argsort(to_Z)
     size_Z = size_Z[order_Z]
     before_Z = np.cumsum(size_Z) - size_Z
@@ -240,4 +254,15 @@ def _rows(
         else:
             rows = np.repeat(shift_Z, size_Z) + np.arange(size_Z.sum())
             found += upload_arrays([rows], device)
-    return found
+    return found[0], found[1]
+
+
+def _write(
+    target: torch.Tensor, rows: slice | torch.Tensor, source: torch.Tensor, *, adds: bool
+) -> None:
+    """Copy to rows of the target, or add to them in the wider dtype of both."""
+    if isinstance(rows, slice):
+        target[rows].add_(source) if adds else target[rows].copy_(source)
+    else:
+        written = target[rows] + source if adds else source
+        target.index_copy_(0, rows, written.to(target.dtype))

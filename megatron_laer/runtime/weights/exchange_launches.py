@@ -9,19 +9,20 @@ Legend: K columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
 import torch
 
-from megatron_laer.runtime.comm.segments import Part, Segments, Table, exchange_kernels
+from megatron_laer.runtime.comm.segments import Held, Segments, Table, exchange_kernels
 from megatron_laer.runtime.weights.share import Share
 
 # Triton specialises on whether a tensor's address is a multiple of this.
 _ALIGNMENT = 16
 
 # One row of a holding and of the wire, in a table that has nothing else.
-_ROW = Segments(0, 1, 1, 1, 1, (0, 0), [Part(0, 0, 1, 0, 1)])
+_ROW = Segments(0, 1, 1, 1, 1, 1, 0)
 
 
 @torch.no_grad()
@@ -37,12 +38,13 @@ def launch_exchange_kernels(
     device = share.device
     if exchange_kernels(device) is None:
         return
-    table = Table(np.array([*(0, 0, 1), *(0, 1)]), device)
+    table = Table(np.array([*(0, 0, 0, 1), *(0, 1)]), device)
     weights, form = share.weights(), share.form
-    _copy(table, torch.empty(1, form.columns, dtype=form.dtype, device=device))
+    rows = [torch.empty(1, form.columns, dtype=form.dtype, device=device)]
     for at, one in enumerate(chain(*share.owned)):
         if one.packer is None:  # a payload's memory is aligned as any
-            _copy(table, _row_like(weights[at]))
+            rows.append(_row_like(weights[at]))
+    _copy(table, rows)
     if not share.trained_at:
         return
     form, targets = share.grads_form, share.sums_in_rows(share.new_sums())
@@ -52,17 +54,28 @@ def launch_exchange_kernels(
     for dtype in {*grads, wire}:
         part = torch.empty(1, form.columns, dtype=dtype, device=device)
         if dtype in grads:
-            _copy(table, part)
-        table.add(_ROW, part, [between], adds=False)
-        for target in targets:
-            table.add(_ROW, part, [_row_like(target)], adds=True)
+            _copy(table, [part])
+        for adds, holdings in ((False, [[between]]), (True, _holdings(map(_row_like, targets)))):
+            for held in holdings:
+                table.place(held)
+                table.add(_ROW, part, held, adds=adds)
 
 
-def _copy(table: Table, row: torch.Tensor) -> None:
-    """Copy a row of slots or owned rows to a buffer, and back."""
-    buffer = torch.empty_like(row)
-    table.pack(_ROW, [row], buffer)
-    table.unpack(_ROW, row, [buffer])
+def _copy(table: Table, rows: Sequence[torch.Tensor]) -> None:
+    """Copy rows of slots and of owned tensors to a buffer, and back."""
+    buffer = torch.empty_like(rows[0])
+    for held in _holdings(rows):
+        table.place(held)
+        table.pack(_ROW, held, buffer)
+        table.unpack(_ROW, buffer, held)
+
+
+def _holdings(rows: Iterable[torch.Tensor]) -> list[Held]:
+    """Return each tensor alone, and an aligned one before an unaligned one, if there are both."""
+    held = [[one] for one in rows]
+    aligned = [one for (one,) in held if one.data_ptr() % _ALIGNMENT == 0]
+    others = [one for (one,) in held if one.data_ptr() % _ALIGNMENT]
+    return [*held, *([aligned[0], one] for one in others[:1] if aligned)]
 
 
 def _row_like(rows: torch.Tensor) -> torch.Tensor:
