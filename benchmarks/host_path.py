@@ -11,7 +11,9 @@ One rank of N runs Megatron's MoE layer with FSEP on the CPU, with torch's fake 
 few small tokens, without its router and the compute of its home experts. So Python, torch and our
 native code are timed, but neither a driver nor NCCL. The gap is from the counts' arrival to the
 plan, in which a card has nothing to do; indices are made for the dispatch behind it. Every
-microbatch is different, as in training. Times are CPU time of the single thread.
+microbatch is different, as in training. Times are CPU time of the single thread. Launches are those
+of a card, as `benchmarks.launches` counts them, in a process of their own: torch's operations that
+stand in for Triton's kernels are timed, but not counted.
 
 Legend: N ranks, E experts, C slots per rank, K experts of a token, T tokens of a rank.
 """
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _rows(case: Case, trees: dict[str, Path], rounds: int) -> Iterator[dict[str, Any]]:
-    """Run a case's workers in turns; yield medians and quartiles of their rounds."""
+    """Run a case's workers in turns; yield medians and quartiles of their rounds, and counts."""
     workers = {name: _start(case, tree) for name, tree in trees.items()}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     try:
@@ -94,19 +96,19 @@ def _rows(case: Case, trees: dict[str, Path], rounds: int) -> Iterator[dict[str,
                     found[name].append(answer)
     finally:
         for worker in workers.values():
-            assert worker.stdin is not None
-            worker.stdin.close()
-            worker.wait()
+            _end(worker)
     for name, answers in found.items():
         row: dict[str, Any] = {"layer": str(case), "commit": name}
         for part in _TIMES:
             low, middle, high = statistics.quantiles([one[part] for one in answers], n=4)
             row[f"{part} µs"] = f"{middle:.0f} ({low:.0f} to {high:.0f})"
-        row |= {part: answers[0][part] for part in ("launches", "collectives")}
+        counting = _start(case, trees[name], TRITON_INTERPRET="1")
+        row |= _ask(counting)
+        _end(counting)
         yield row
 
 
-def _start(case: Case, tree: Path) -> subprocess.Popen[str]:
+def _start(case: Case, tree: Path, **variables: str) -> subprocess.Popen[str]:
     # This file's own worker, with the package of the tree.
     environment = {"PYTHONPATH": str(tree), "PYTHONWARNINGS": "ignore"}
     environment |= {"OMP_NUM_THREADS": "1", "MEGATRON_LAER_DEVICE": "cpu"}
@@ -117,8 +119,14 @@ def _start(case: Case, tree: Path) -> subprocess.Popen[str]:
         stderr=subprocess.DEVNULL,
         text=True,
         cwd=tree,
-        env=os.environ | environment,
+        env=os.environ | environment | variables,
     )
+
+
+def _end(worker: subprocess.Popen[str]) -> None:
+    assert worker.stdin is not None
+    worker.stdin.close()
+    worker.wait()
 
 
 def _ask(worker: subprocess.Popen[str]) -> dict[str, float]:
@@ -140,7 +148,10 @@ def _work(case: Case) -> None:
 
 
 def _layer(case: Case) -> Callable[[], dict[str, float]]:
-    """Build the layer; the returned function runs its microbatches and returns times in µs."""
+    """Build the layer; the returned function runs its microbatches and returns times in µs.
+
+    Where Triton interprets, it counts launches instead, of the second run of a microbatch.
+    """
     launches = import_module("launches")  # next to this file
     from megatron_laer import launch
 
@@ -186,22 +197,26 @@ def _layer(case: Case) -> Callable[[], dict[str, float]]:
             output, _ = timed("forward", layer)(inputs[0])
         timed("backward", output.backward)(output.detach())
 
-    with launches.counting() as counter:
-        once(*microbatches[0])
-    kinds = Counter[str]()
-    for (_, name), number in counter.found.items():
-        kinds[launches.kind_of(name)] += number
-
     def run() -> dict[str, float]:
         taken.clear()
         for _ in range(REPEATS):
             for one in microbatches:
                 once(*one)
-        times = {part: taken[part] / (REPEATS * MICROBATCHES) * 1e6 for part in _TIMES}
-        counts = {"collectives": kinds["collectives"]}
-        return times | counts | {"launches": kinds.total() - kinds["collectives"]}
+        return {part: taken[part] / (REPEATS * MICROBATCHES) * 1e6 for part in _TIMES}
 
-    return run
+    def count() -> dict[str, float]:
+        with launches.counting() as counter:
+            launches.take_kernels_of_cuda(lambda: counter.add("triton::kernel"))
+            for _ in range(2):
+                counter.found.clear()
+                once(*microbatches[0])
+        kinds = Counter[str]()
+        for (_, name), number in counter.found.items():
+            kinds[launches.kind_of(name)] += number
+        collectives = kinds.pop("collectives")
+        return {"launches": kinds.total(), "collectives": collectives}
+
+    return count if "TRITON_INTERPRET" in os.environ else run
 
 
 def _timed(taken: Counter[str]) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:

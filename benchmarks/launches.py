@@ -149,7 +149,7 @@ def _count(case: Case) -> dict[str, Any]:
     probs_TE = torch.rand(case.tokens, case.experts) * routing_TE
     hidden = torch.randn(case.tokens, 1, HIDDEN, dtype=torch.bfloat16)
     with gathering(torch.from_numpy(counts_NE)), counting() as counter:
-        _take_kernels_of_cuda(lambda: counter.add("triton::kernel"))
+        take_kernels_of_cuda(lambda: counter.add("triton::kernel"))
         for _ in range(2):
             counter.found.clear()
             inputs = [part.detach().requires_grad_() for part in (hidden, probs_TE)]
@@ -304,7 +304,7 @@ def _uncounted() -> Any:
     return _disable_current_modes()
 
 
-def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
+def take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
     """Use Triton's kernels where CUDA would, and call `on_launch` at each launch.
 
     A commit without `segments.kernels_of` is counted without kernels.
