@@ -88,7 +88,7 @@ def _priced(case: Case, geometry: Geometry, counts_NE: Int64) -> dict[str, float
     totals = exact_split(layout, geometry.node_size).totals(counts_NE)
     layer_s = costs.split_seconds(totals, geometry)
     exchanges_s = costs.exchanges_seconds(placed, layer_s)
-    traffic = costs.restore_bytes(placed, costs.exchange_of(placed))
+    traffic = costs.restore_bytes(placed, costs.way_of(placed))
     filled = int(layout.replicas_E.sum()) - geometry.num_experts
     return {
         "layer_ms": layer_s * 1e3,

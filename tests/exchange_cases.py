@@ -11,9 +11,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from megatron_laer.choices import ExchangeAlgorithm, Sharding
+from megatron_laer.choices import Sharding
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import Way, way_of
+from megatron_laer.planner.hops import Way, ways_of
 from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
@@ -35,7 +35,7 @@ class Case:
     """
 
     geometry: Geometry
-    algorithm: ExchangeAlgorithm
+    way: Way
     matrices: tuple[tuple[int, int], ...]
     dtype: torch.dtype
     grad: torch.dtype
@@ -54,9 +54,11 @@ class Case:
         least += home or -(-experts // num_ranks)
         capacity = int(rng.integers(least, min(least + 3, experts) + 1))
         sharding = Sharding.EXPERTS if at_home else Sharding.ROWS
+        geometry = Geometry(num_ranks, experts, capacity, node_size, sharding)
+        ways = ways_of(geometry)
         return cls(
-            Geometry(num_ranks, experts, capacity, node_size, sharding),
-            list(ExchangeAlgorithm)[int(rng.integers(2))],
+            geometry,
+            ways[int(rng.integers(len(ways)))],
             tuple(
                 (int(rng.choice([1, num_ranks, 2 * num_ranks, rng.integers(1, 3 * num_ranks)])), of)
                 for of in rng.permutation(3)[: rng.integers(1, 4)] + 1
@@ -67,10 +69,6 @@ class Case:
             main=FLOATS[int(rng.integers(3))],
             seed=seed,
         )
-
-    @property
-    def way(self) -> Way:
-        return way_of(self.geometry, self.algorithm)
 
     @property
     def rows(self) -> int:
@@ -151,5 +149,5 @@ class Case:
             for expert, total in of_node.items():
                 parts[expert].append(total.to(wire).float() if width else total)
         sums = [sum(found[1:], start=found[0]) if found else zero for found in parts]
-        spread = geometry.num_ranks in self.way.widths[1:-1]
+        spread = geometry.home_slots > 0 and not self.way.is_direct
         return torch.stack([total.to(wire).float() if spread else total for total in sums])

@@ -32,7 +32,7 @@ from megatron_laer.planner.clusters import (
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import Way, way_of
+from megatron_laer.planner.hops import Way, way_of, ways_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.placed import Placed
@@ -100,8 +100,8 @@ class CostModel:
         pairs_per_rank: these pairs of one rank in a microbatch, which give forecasts their unit;
             None if not known.
         tokens_per_rank: tokens that have these pairs.
-        by_layout: whether each layout of home experts is fetched by the faster exchange;
-            `restore_algorithm` is then the one of typical loads.
+        by_layout: whether each layout of home experts is fetched by its fastest way;
+            `restore_algorithm` is then that of typical loads.
         precision: of experts' products, and of home experts on the wire. Layers whose experts are
             not quantised have prices of their own, `in_bf16`.
         layers: whose rows a rank holds at once: as many as the model has, or twice with combined
@@ -247,20 +247,15 @@ class CostModel:
             self._token_forwards,
         )
 
-    def restore_bytes(
-        self, placed: Placed, algorithm: ExchangeAlgorithm, changed_S: Bool | None = None
-    ) -> Traffic:
-        """Return one restore's bytes per rank and link class, of all slots or of `changed_S`.
-
-        With experts at home, `flat` is direct and `node` a relay; see `traffic`.
-        """
+    def restore_bytes(self, placed: Placed, way: Way, changed_S: Bool | None = None) -> Traffic:
+        """Return one restore's bytes per rank and link class, of all slots or of `changed_S`."""
         form = self.weights_form(placed.geometry.sharding)
-        traffic = restore_traffic(placed, form.matrices, algorithm, changed_S)
+        traffic = restore_traffic(placed, form.matrices, way, changed_S)
         return traffic.times(form.bytes_per_element)
 
-    def reduce_bytes(self, placed: Placed, algorithm: ExchangeAlgorithm) -> Traffic:
+    def reduce_bytes(self, placed: Placed, way: Way) -> Traffic:
         """Return the bytes per rank and link class of one reduce of a layer's gradients."""
-        return reduce_traffic(placed, self.matrices, algorithm).times(self.bytes_per_element)
+        return reduce_traffic(placed, self.matrices, way).times(self.bytes_per_element)
 
     def exposed(self, placed: Placed, beside_s: float) -> Exposed:
         """Predict the times of a layout's exchanges that are not hidden.
@@ -284,31 +279,29 @@ class CostModel:
         """Return the model with this exchange; `auto` is the faster one for a typical layout.
 
         That is the static one; with home experts, one for log-normal loads, and each layout is
-        then fetched by its own faster exchange.
+        then fetched by its own fastest way.
         """
         if algorithm == Auto.AUTO:
             every = replace(self, by_layout=True)
-            chosen = every.exchange_of(Placed(typical_layout(geometry), geometry))
+            way = every.way_of(Placed(typical_layout(geometry), geometry))
+            chosen = ExchangeAlgorithm.FLAT if len(way.links) == 1 else ExchangeAlgorithm.NODE
         else:
             chosen = ExchangeAlgorithm(algorithm)
         by_layout = algorithm == Auto.AUTO and geometry.home_slots > 0
         return replace(self, restore_algorithm=chosen, by_layout=by_layout)
 
-    @property
-    def algorithms(self) -> tuple[ExchangeAlgorithm, ...]:
-        """Return the exchanges by which layouts can be fetched."""
-        return tuple(ExchangeAlgorithm) if self.by_layout else (self.restore_algorithm,)
+    def ways(self, geometry: Geometry) -> tuple[Way, ...]:
+        """Return the ways by which layouts can be fetched."""
+        return ways_of(geometry) if self.by_layout else (way_of(geometry, self.restore_algorithm),)
 
-    def _ways(self, geometry: Geometry) -> list[Way]:
-        return [way_of(geometry, algorithm) for algorithm in self.algorithms]
-
-    def exchange_of(self, placed: Placed) -> ExchangeAlgorithm:
-        """Return the exchange of a layout: the fastest whose buffers have room, then the first."""
-        if not self.by_layout:
-            return self.restore_algorithm
+    def way_of(self, placed: Placed) -> Way:
+        """Return the way of a layout: the fastest whose buffers have room, then the first."""
+        first, *others = ways = self.ways(placed.geometry)
+        if not others:
+            return first
         costs, slots_S = self.for_native(placed.geometry), placed.layout.slot_expert_S
         at, *_ = native.exposed(costs, slots_S, 0.0)
-        return self.algorithms[at]
+        return ways[at]
 
     def solve_seconds(self, geometry: Geometry) -> float:
         """Return the time of a fresh layout and exact quotas; a constant, so ranks decide alike."""
@@ -405,7 +398,7 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
     for expert in (home, geometry.num_experts - 1) if home else (static_S[0],):
         slots_S = np.full_like(static_S, EMPTY)
         slots_S[home] = expert
-        for way in costs._ways(geometry):
+        for way in costs.ways(geometry):
             fetches_s.append(
                 native.exchange_seconds(way.native, costs._latency_of(way), carried, slots_S)
             )
@@ -435,7 +428,7 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         host_slot_s,
         replicas_host_s,
         *costs.hidden_by_host(geometry),
-        [(way.native, costs._latency_of(way)) for way in costs._ways(geometry)],
+        [(way.native, costs._latency_of(way)) for way in costs.ways(geometry)],
         costs.solve_seconds(geometry),
         costs.least_change_seconds(geometry),
         costs.hidden_share,

@@ -7,14 +7,15 @@ which share the rows of the place's experts. Rank l of a place has the blocks l,
 |---|---|---|
 | owners, rows | one of all N ranks | all |
 | owners, homes | each rank | its home experts |
-| spread | one of all N ranks | those that homes send on |
+| spread | one of all N ranks, or each node | those that homes send on, or the node's homes |
 | nodes | each node, G ranks | the distinct experts that its slots want |
 | slots | each rank | those to fetch |
 
 A *way* is the chain from owners to slots. `flat` has nothing between them, `node` has nodes. With
-homes the spread comes before the nodes (a *relay*). A *hop* is the join of two neighbours: each
-wanted expert, and the place that it is taken from. The slots as they were before are a holding too.
-Nodes take from there what they have, so that only other experts cross nodes.
+homes the spread comes before the nodes (a *relay*). Over all ranks it evens out what all ranks
+send, inside a node what those of the node do. A *hop* is the join of two neighbours: each wanted
+expert, and the place that it is taken from. The slots as they were before are a holding too. Nodes
+take from there what they have, so that only other experts cross nodes.
 
 The reduce is the chain walked back: where a hop sends one block to several ranks, it sums.
 
@@ -65,12 +66,24 @@ class Way:
         return self.geometry.home_slots > 0 and len(self.widths) == 2
 
     @cached_property
+    def spreads_in_nodes(self) -> bool:
+        """Return whether homes spread experts over their own node."""
+        return self.geometry.home_slots > 0 and 1 < self.widths[1] < self.geometry.num_ranks
+
+    @cached_property
     def links(self) -> tuple[Link, ...]:
         """Return the link of each hop, from the owners on."""
         *others, last = (Link.ALL,) * (len(self.widths) - 1)
+        if self.spreads_in_nodes:
+            others[1] = Link.INSIDE
         if others and self.widths[-2] < self.geometry.num_ranks:
             return *others[1:], Link.BETWEEN, Link.INSIDE
         return *others, last
+
+    @property
+    def buffers_grow(self) -> bool:
+        """Return whether buffers are as large as layouts need, not as any layout may need."""
+        return self.is_direct or self.spreads_in_nodes
 
     @cached_property
     def native(self) -> native.Way:
@@ -90,3 +103,13 @@ def way_of(geometry: Geometry, algorithm: ExchangeAlgorithm) -> Way:
     spread = (ranks,) if home_slots else ()
     nodes = (geometry.node_size,) if geometry.num_nodes > 1 else ()
     return Way(geometry, (owners, *spread, *nodes, 1))
+
+
+@lru_cache(maxsize=64)
+def ways_of(geometry: Geometry) -> tuple[Way, ...]:
+    """Return the ways that a layout may take by itself; the last has room for every layout."""
+    direct, relay = (way_of(geometry, algorithm) for algorithm in ExchangeAlgorithm)
+    node_size = geometry.node_size
+    if not (geometry.home_slots and 1 < node_size < geometry.num_ranks):
+        return direct, relay
+    return direct, Way(geometry, (1, node_size, node_size, 1)), relay

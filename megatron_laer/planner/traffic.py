@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.choices import ExchangeAlgorithm
-from megatron_laer.planner.hops import Link, way_of
+from megatron_laer.planner.hops import Link, Way
 from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.placed import Placed, row_bounds
@@ -54,7 +53,7 @@ class Traffic:
 def restore_traffic(
     placed: Placed,
     matrices: Sequence[tuple[int, int]],
-    algorithm: ExchangeAlgorithm,
+    way: Way,
     changed_S: Bool | None = None,
     *,
     before: Placed | None = None,
@@ -82,7 +81,6 @@ def restore_traffic(
         slots_S = slots_NC.reshape(-1)
     before_S = None if before is None else before.layout.slot_expert_S
     held_N = expert_elements_N(matrices, geometry.num_ranks)
-    way = way_of(geometry, algorithm)
     return Traffic(*native.traffic(way.native, slots_S, before_S, held_N), way.links)
 
 
@@ -94,11 +92,9 @@ def expert_elements_N(matrices: Sequence[tuple[int, int]], num_ranks: int) -> In
     return elements_N
 
 
-def reduce_traffic(
-    placed: Placed, matrices: Sequence[tuple[int, int]], algorithm: ExchangeAlgorithm
-) -> Traffic:
+def reduce_traffic(placed: Placed, matrices: Sequence[tuple[int, int]], way: Way) -> Traffic:
     """Count the elements of one gradient exchange: a restore of all slots, run backwards.
 
     Elements between nodes may have another dtype (`--fsep-set grad_wire_dtype`).
     """
-    return restore_traffic(placed, matrices, algorithm).reversed()
+    return restore_traffic(placed, matrices, way).reversed()

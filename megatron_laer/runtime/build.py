@@ -27,7 +27,7 @@ from megatron_laer.planner.expected_gain import expected_gain
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.homes_file import ModelHomes, read_homes
-from megatron_laer.planner.hops import Way, way_of
+from megatron_laer.planner.hops import Way
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.token_exchange import (
@@ -188,10 +188,9 @@ def make_exchange(
 
     @lru_cache(maxsize=_LAYOUTS)
     def choose(placed: Placed) -> Way:
-        return way_of(geometry, (costs if placed.quantised else costs.in_bf16).exchange_of(placed))
+        return (costs if placed.quantised else costs.in_bf16).way_of(placed)
 
-    ways = [way_of(geometry, algorithm) for algorithm in costs.algorithms]
-    return Exchange(groups, ways, choose, wire_dtype(config))
+    return Exchange(groups, costs.ways(geometry), choose, wire_dtype(config))
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_laer.choices import ExchangeAlgorithm
+from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
@@ -43,9 +44,9 @@ def exchanged_and_expected(_: object) -> tuple[list[int], list[int], int]:
         fetches = int(any(expert != EMPTY for expert in replicas_of(layout, geometry.home_slots)))
         sizes = layer.share.sizes
         trained = [sizes[at] for at in layer.share.trained_at]
-        of = Placed(layout, geometry)
+        of, way = Placed(layout, geometry), way_of(geometry, ExchangeAlgorithm.FLAT)
         received = [
-            int(traffic(of, moved, ExchangeAlgorithm.FLAT).intra_N[rank])
+            int(traffic(of, moved, way).intra_N[rank])
             for traffic, moved in ((restore_traffic, sizes), (reduce_traffic, trained))
         ]
         # Weights in bfloat16, and the step's sums in float32.

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import Way
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import SplitTotals
@@ -83,24 +83,38 @@ def exposed_seconds(costs: CostModel, placed: Placed, beside_s: float) -> tuple[
     return forward_s + backward_s, backward_s
 
 
-def way_of(costs: CostModel, placed: Placed) -> ExchangeAlgorithm:
+def way_of(costs: CostModel, placed: Placed) -> Way:
     """Return the way of a layout: by itself the fastest one with room, of equals the first."""
     restores = 1 + costs.backward_restores(placed.geometry.sharding)
 
-    def whole_s(way: ExchangeAlgorithm) -> float:
+    def whole_s(way: Way) -> float:
         restore_s = restore_seconds(costs, placed, way)
         return restores * restore_s + reduce_seconds(costs, placed, way)
 
-    geometry, ways = placed.geometry, costs.algorithms
-    if costs.by_layout and geometry.home_slots:
-        copies_N = np.bincount(placed.replica_expert_S[placed.filled_S] // geometry.home_slots)
-        most = max(geometry.home_slots, geometry.replica_slots)
-        ways = ways[int(copies_N.max(initial=0) > most) :]
-    return min(ways, key=whole_s)
+    ways = costs.ways(placed.geometry)
+    return min((way for way in ways if way is ways[-1] or has_room(way, placed)), key=whole_s)
+
+
+def has_room(way: Way, placed: Placed) -> bool:
+    """Return whether a relay over all ranks has buffers for what ranks send by this way."""
+    geometry = placed.geometry
+    home, node_size = geometry.home_slots, geometry.node_size
+    if home == 0:
+        return True
+    (slot_S,) = placed.filled_S.nonzero()
+    expert_S = placed.replica_expert_S[placed.filled_S]
+    most = max(home, geometry.replica_slots)
+    if way.is_direct:
+        return bool(np.bincount(expert_S // home).max(initial=0) <= most)
+    # Of a node's experts each rank sends its part to every node that wants them.
+    to_S = slot_S // geometry.replica_slots // node_size
+    pairs = {*zip(expert_S.tolist(), to_S.tolist(), strict=True)}
+    sent_Q = np.bincount([expert // home // node_size for expert, _ in pairs])
+    return bool(sent_Q.max(initial=0) <= most * node_size)
 
 
 def restore_seconds(
-    costs: CostModel, placed: Placed, way: ExchangeAlgorithm, changed_S: Bool | None = None
+    costs: CostModel, placed: Placed, way: Way, changed_S: Bool | None = None
 ) -> float:
     """Return the seconds of one restore that nothing hides, of all slots or of `changed_S`."""
     form = costs.weights_form(placed.geometry.sharding)
@@ -108,7 +122,7 @@ def restore_seconds(
     return _exchange_seconds(costs, traffic, form, placed.geometry)
 
 
-def reduce_seconds(costs: CostModel, placed: Placed, way: ExchangeAlgorithm) -> float:
+def reduce_seconds(costs: CostModel, placed: Placed, way: Way) -> float:
     """Return the seconds of one reduce that nothing hides."""
     traffic = reduce_traffic(placed, costs.matrices, way)
     return _exchange_seconds(costs, traffic, costs.grads_form, placed.geometry)

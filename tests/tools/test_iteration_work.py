@@ -20,6 +20,7 @@ from megatron_laer.planner.balance import stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
@@ -160,7 +161,7 @@ def test_an_exchange_takes_what_the_cost_model_says(in_stages, precision):
     sharding = Sharding.EXPERTS if precision.is_quantised else Sharding.ROWS
     geometry = Geometry(16, 16, 3, 8, sharding)
     costs = CostModel(H100, 4096, 14336, True, 2, precision=precision)
-    of = Placed(geometry.random_layout((1,)), geometry), algorithm
+    of = Placed(geometry.random_layout((1,)), geometry), way_of(geometry, algorithm)
     restore = costs.restore_bytes(*of), costs.weights_form(sharding)
     reduce = costs.reduce_bytes(*of), costs.grads_form
     expected_s = priced.restore_seconds(costs, *of), priced.reduce_seconds(costs, *of)
@@ -194,8 +195,8 @@ def test_a_layers_compute_and_tokens_are_the_cost_models():
 def test_the_host_takes_time_for_replicas_where_the_device_does_not_hide_it():
     geometry = Geometry(8, 16, 3, 8, Sharding.EXPERTS)
     layout, costs = geometry.random_layout((1,)), CostModel(H100, 4096, 14336, True, 2)
-    way, form = ExchangeAlgorithm.FLAT, costs.weights_form(geometry.sharding)
-    traffic = costs.restore_bytes(Placed(layout, geometry), way)
+    placed, form = Placed(layout, geometry), costs.weights_form(geometry.sharding)
+    traffic = costs.restore_bytes(placed, costs.way_of(placed))
     restore = Exchange.of(traffic, form, geometry)
     totals = even_split(layout, 8).totals(np.full((8, 16), 100))
 

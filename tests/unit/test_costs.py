@@ -16,6 +16,7 @@ from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import ways_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
@@ -101,11 +102,11 @@ def test_native_seconds_equal_those_of_the_oracle_to_the_last_bit(
     assert costs.change_seconds(layout, kept) == 0.0
     if changed.changed_S(kept).any():  # else replicas are dropped at most
         assert costs.least_change_seconds(geometry) <= change_s
-        whole_s = oracle.restore_seconds(costs, changed, costs.exchange_of(changed))
+        whole_s = oracle.restore_seconds(costs, changed, costs.way_of(changed))
         assert change_s <= whole_s + costs.solve_seconds(geometry)
 
-    way = costs.exchange_of(kept)
-    assert way == (oracle.way_of(costs, kept) if costs.by_layout else costs.restore_algorithm)
+    way = costs.way_of(kept)
+    assert way is oracle.way_of(costs, kept)
     restore_s = oracle.restore_seconds(costs, kept, way)
     for beside_s in (0.0, 0.7 * restore_s, 2.1 * restore_s, layer_s):
         exposed = costs.exposed(kept, beside_s)
@@ -146,25 +147,26 @@ def test_shapes_and_restores_of_the_papers_setting_have_the_papers_bytes() -> No
     # 32 ranks on 4 nodes, 8 experts, 2 slots: 683 MB received per restore, 528 MB from other nodes.
     costs = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, True, 2)
     static = placed(ExpertLayout.static(32, 2, 8), 8)
-    received = costs.restore_bytes(static, "flat")
+    flat, node = ways_of(static.geometry)
+    received = costs.restore_bytes(static, flat)
     np.testing.assert_allclose(received.intra_N + received.inter_N, 683e6, rtol=1e-3)
     np.testing.assert_allclose(received.inter_N, 528.5e6, rtol=1e-3)
     # The slower class limits: 10 GB/s between nodes, four passes through memory at 1.5 TB/s, and a
     # latency.
     per_byte_s = 1 / 10e9 + 4 / 1.5e12
     expected_s = received.inter_N.max() * per_byte_s + costs.cluster.inter.latency_s
-    assert oracle.restore_seconds(costs, static, "flat") == pytest.approx(expected_s, rel=1e-9)
+    assert oracle.restore_seconds(costs, static, flat) == pytest.approx(expected_s, rel=1e-9)
     # `node` runs two phases in sequence, each with the latency of its links.
-    phased = costs.restore_bytes(static, "node")
+    phased = costs.restore_bytes(static, node)
     intra = costs.cluster.intra
     expected_node_s = phased.intra_N.max() * (1 / intra.bytes_per_s + 4 / 1.5e12)
     expected_node_s += phased.inter_N.max() * per_byte_s
     expected_node_s += intra.latency_s + costs.cluster.inter.latency_s
-    assert oracle.restore_seconds(costs, static, "node") == pytest.approx(expected_node_s, rel=1e-9)
+    assert oracle.restore_seconds(costs, static, node) == pytest.approx(expected_node_s, rel=1e-9)
     assert expected_node_s < expected_s
-    given_back = costs.reduce_bytes(static, "flat")
+    given_back = costs.reduce_bytes(static, flat)
     assert given_back.intra_N.sum() == received.intra_N.sum()
-    assert oracle.reduce_seconds(costs, static, "flat") == pytest.approx(expected_s, rel=1e-3)
+    assert oracle.reduce_seconds(costs, static, flat) == pytest.approx(expected_s, rel=1e-3)
 
 
 @pytest.mark.parametrize("algorithm", list(ExchangeAlgorithm))

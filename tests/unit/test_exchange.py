@@ -11,7 +11,7 @@ import torch
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import ExchangeAlgorithm, Sharding
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import Link, way_of
+from megatron_laer.planner.hops import Link, way_of, ways_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import restore_traffic
@@ -102,7 +102,7 @@ def rows_into_nodes(case: Case, step: int, before: int | None) -> list[int]:
     """Return the rows that each node receives from others.
 
     By `node` it gets each expert once that changed slots want and no slot of its own had, rows or
-    home experts alike. Homes spread those over all ranks first, unless they send them directly.
+    home experts alike. A relay over all ranks spreads those first.
     """
     geometry, way, ranks = case.geometry, case.way, range(case.geometry.num_ranks)
     had = [[EMPTY] * geometry.replica_slots for _ in ranks]
@@ -122,11 +122,11 @@ def rows_into_nodes(case: Case, step: int, before: int | None) -> list[int]:
             wanted = [*{*wanted} - {expert for rank in members for expert in had[rank]}]
         spread |= {*wanted}
         for expert in wanted:
-            if not way.is_direct:
+            if not way.buffers_grow:
                 found[node] += case.rows - inside[node]
             elif expert // geometry.home_slots not in members:
                 found[node] += case.rows
-    for expert in spread if geometry.home_slots and not way.is_direct else ():
+    for expert in spread if geometry.home_slots and not way.buffers_grow else ():
         home = expert // geometry.home_slots // geometry.node_size
         for node in {*range(geometry.num_nodes)} - {home}:
             found[node] += inside[node]
@@ -138,8 +138,8 @@ def check_bytes(case: Case, group: Group) -> None:
     restored, updated, reduced = (bytes_of(case, moved) for moved in group.moved)
     first, then, matrices = case.placed(0), case.placed(1), case.sizes
     for found, traffic, layouts in (
-        (restored, restore_traffic(first, matrices, case.algorithm), (0, None)),
-        (updated, restore_traffic(then, matrices, case.algorithm, before=first), (1, 0)),
+        (restored, restore_traffic(first, matrices, case.way), (0, None)),
+        (updated, restore_traffic(then, matrices, case.way, before=first), (1, 0)),
     ):
         of_N = traffic.intra_N, traffic.inter_N, traffic.sent_intra_N, traffic.sent_inter_N
         np.testing.assert_array_equal(found, np.stack(of_N) * case.dtype.itemsize, str(case))
@@ -164,7 +164,7 @@ def check_way_back(case: Case, restored: Moved, reduced: Moved) -> None:
 
 
 def test_restores_updates_and_reduces_are_exact_and_move_the_bytes_of_their_hops() -> None:
-    ways: Counter[tuple[bool, int]] = Counter()
+    ways: Counter[tuple[bool, int, bool]] = Counter()
     compared = 0
     for seed in range(CASES):
         case = Case.draw(seed)
@@ -188,16 +188,17 @@ def test_restores_updates_and_reduces_are_exact_and_move_the_bytes_of_their_hops
             totals = case.owned_by(rank, (before_ERK.float() + sums_ERK).to(case.main))
             for found, total in zip(results[rank], totals, strict=True):
                 assert torch.equal(found, total), case
-        ways[case.geometry.home_slots > 0, len(case.way.widths)] += 1
+        way = case.way
+        ways[case.geometry.home_slots > 0, len(way.widths), way.spreads_in_nodes] += 1
     assert compared > 10 * CASES
-    assert len(ways) == 5, "direct, flat, node, relay, and relay by node"
+    assert len(ways) == 6, "direct, flat, node, relay, relay by node, and relay in nodes"
 
 
 def test_buffers_are_allocated_once_and_as_large_as_the_bound() -> None:
     """Expect the bound of the first layout's exchanges, and no more for others."""
     for seed in range(40):
         case = Case.draw(seed)
-        if case.way.is_direct or not case.placed(0).has_replicas:
+        if case.way.buffers_grow or not case.placed(0).has_replicas:
             continue
         group, wire = Group(case), case.wire or case.grad
         row_bytes = [COLUMNS * dtype.itemsize for dtype in (case.dtype, case.grad, wire)]
@@ -216,7 +217,9 @@ def test_a_home_sends_directly_as_many_copies_as_it_has_replicas() -> None:
     geometry = Geometry(4, 4, 2, 4, Sharding.EXPERTS)
     layout = ExpertLayout.from_slots(4, 2, 4, [0, -1, 1, 0, 2, 0, 3, 0])
     float32 = torch.float32
-    case = Case(geometry, FLAT, ((8, 1), (2, 2)), float32, float32, None, float32, seed=0)
+    case = Case(
+        geometry, way_of(geometry, FLAT), ((8, 1), (2, 2)), float32, float32, None, float32, seed=0
+    )
     group, index = Group(case), layout_index(Placed(layout, geometry), CPU)
     group.restore(index)
     group.reduce(index, case.whole_ERK)
@@ -234,9 +237,10 @@ def test_a_home_sends_directly_as_many_copies_as_it_has_replicas() -> None:
 
 def test_an_exchange_goes_by_the_way_that_is_chosen_for_its_layout() -> None:
     geometry = Geometry(4, 8, 3, 2, Sharding.EXPERTS)
-    ways = [way_of(geometry, algorithm) for algorithm in ExchangeAlgorithm]
+    direct, _, relay = ways = ways_of(geometry)
     chosen = [
-        Exchange(group, ways, lambda placed: ways[placed.quantised]) for group in groups_of(4, 2)
+        Exchange(group, ways, lambda placed: relay if placed.quantised else direct)
+        for group in groups_of(4, 2)
     ]
     assert len(set(chosen[0].communicators)) == 2 * len(Link)
     for quantised in (False, True):
@@ -252,8 +256,9 @@ def test_an_exchange_goes_by_the_way_that_is_chosen_for_its_layout() -> None:
             ]
         )
         after = [exchange.restored.collectives for exchange in chosen]
+        way = relay if quantised else direct
         # A node without a replica has fewer.
-        assert max(b - a for a, b in zip(before, after, strict=True)) == len(ways[quantised].links)
+        assert max(b - a for a, b in zip(before, after, strict=True)) == len(way.links)
 
 
 def in_steps(number: int, done: list[str]) -> Steps:

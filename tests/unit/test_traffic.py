@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from megatron_laer.arrays import Bool
 from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import way_of, ways_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
@@ -63,16 +64,16 @@ def test_traffic_is_that_of_its_slots_and_matrices_and_gradients_travel_backward
     case: Case, algorithm: ExchangeAlgorithm, seed: int
 ) -> None:
     """Slots that are not fetched count as empty ones; `test_exchange.py` counts real bytes."""
-    some = with_holes(case.of.layout, 0.5, seed)
-    found = restore_traffic(case.of, case.matrices, algorithm, some.slot_expert_S != EMPTY)
-    assert_equal(found, restore_traffic(Placed(some, case.of.geometry), case.matrices, algorithm))
+    some, way = with_holes(case.of.layout, 0.5, seed), way_of(case.of.geometry, algorithm)
+    found = restore_traffic(case.of, case.matrices, way, some.slot_expert_S != EMPTY)
+    assert_equal(found, restore_traffic(Placed(some, case.of.geometry), case.matrices, way))
     one, other = ([matrix] for matrix in case.matrices)
-    whole = restore_traffic(case.of, [*one, *other], algorithm)
-    parts = [restore_traffic(case.of, matrix, algorithm) for matrix in (one, other)]
+    whole = restore_traffic(case.of, [*one, *other], way)
+    parts = [restore_traffic(case.of, matrix, way) for matrix in (one, other)]
     for name in ELEMENTS:
         elements_N = sum(getattr(part, name) for part in parts)
         np.testing.assert_array_equal(getattr(whole, name), elements_N)
-    assert_equal(reduce_traffic(case.of, case.matrices, algorithm), whole.reversed())
+    assert_equal(reduce_traffic(case.of, case.matrices, way), whole.reversed())
 
 
 @settings(max_examples=200)
@@ -89,7 +90,7 @@ def test_no_node_exchanges_more_across_nodes_than_flat_and_no_rank_where_rows_ar
         reduce_traffic,
     ]
     for at, formula in enumerate(formulas):
-        flat, node = (formula(case.of, case.matrices, algorithm) for algorithm in ExchangeAlgorithm)
+        flat, node = (formula(case.of, case.matrices, way) for way in ways_of(case.of.geometry))
         # Then all ranks fetch equally many slots.
         is_even = at >= 2 and is_full and all(rows % num_ranks == 0 for rows, _ in case.matrices)
         for name in ("inter_N", "sent_inter_N"):
@@ -109,7 +110,8 @@ def test_ranks_of_a_node_hand_out_what_it_kept_in_turn() -> None:
         )
         for fifth in ([EMPTY] * 4, experts)
     )
-    sent_N = restore_traffic(after, [(10, 1)], ExchangeAlgorithm.NODE, before=before).sent_intra_N
+    way = way_of(geometry, ExchangeAlgorithm.NODE)
+    sent_N = restore_traffic(after, [(10, 1)], way, before=before).sent_intra_N
     assert len({*sent_N[:4].tolist()}) == 1 and sent_N[0] > 0 == sent_N[5:].sum()
 
 
@@ -123,9 +125,9 @@ def test_slots_that_change_to_an_expert_are_fetched_and_emptied_ones_are_not() -
 
 def test_wrong_arguments_are_refused_with_what_works() -> None:
     layout = ExpertLayout.static(4, 2, 4)
-    with pytest.raises(ValueError, match=r"'tree'.*flat, node"):
-        restore_traffic(placed(layout, 2), [(8, 8)], ExchangeAlgorithm("tree"))
+    of = placed(layout, 2)
     with pytest.raises(ValueError, match=r"expected \(8,\)"):
-        restore_traffic(placed(layout, 2), [(8, 8)], "node", np.ones(3, dtype=np.bool_))
+        way = way_of(of.geometry, ExchangeAlgorithm.NODE)
+        restore_traffic(of, [(8, 8)], way, np.ones(3, dtype=np.bool_))
     with pytest.raises(ValueError, match="different"):
         layout.changed_from(ExpertLayout.static(4, 3, 4))

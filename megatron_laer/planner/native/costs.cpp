@@ -173,14 +173,16 @@ double least_fetch_seconds(const CostModel& costs) {
 
 namespace {
 
-// Whether homes send at most as many experts as they have, or as a rank fetches: their buffers have
-// a copy of each, and a relay's are as large in any case.
-bool has_room(const Shape& shape, const Hop& first) {
+// Whether ranks send at most as many experts in a hop as they have homes, or as a rank fetches: their
+// buffers have a copy of each, and those of a relay over all ranks are as large in any case.
+bool has_room(const Shape& shape, const std::vector<Hop>& hops) {
   if (shape.home == 0) return true;
-  std::vector<int> sent_N(shape.ranks, 0);
-  for (const Transfer& transfer : first.transfers) ++sent_N[transfer.source.place];
-  return *std::max_element(sent_N.begin(), sent_N.end()) <=
-         std::max(shape.home, shape.capacity - shape.home);
+  const int most = std::max(shape.home, shape.capacity - shape.home);
+  return std::all_of(hops.begin(), hops.end(), [&](const Hop& hop) {
+    std::vector<int> sent_P(shape.ranks / hop.source_width, 0);
+    for (const Transfer& transfer : hop.transfers) ++sent_P[transfer.source.place];
+    return *std::max_element(sent_P.begin(), sent_P.end()) <= most * hop.source_width;
+  });
 }
 
 }  // namespace
@@ -190,7 +192,7 @@ Exchanges exchange_seconds(const CostModel& costs, const int16_t* slots_S) {
   Exchanges fastest{};
   for (const PricedWay& of : costs.ways) {
     const std::vector<Hop> found = hops(of.way, slots_S, nullptr);
-    if (costs.ways.size() > 1 && !has_room(of.way.shape, found[0])) continue;
+    if (costs.ways.size() > 1 && !has_room(of.way.shape, found)) continue;
     const double restore_s = exchange_seconds(of, costs.weights, found);
     const double reduce_s =
         costs.is_alike ? restore_s : exchange_seconds(of, costs.grads, found);

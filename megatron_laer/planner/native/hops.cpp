@@ -64,9 +64,15 @@ std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* bef
   std::vector<Hop> found;
   for (size_t i = way.widths.size() - 2; i > 0; --i) {
     const int width = way.widths[i], inner = way.widths[i + 1], places = shape.ranks / width;
-    std::vector<int> place_P(shape.ranks / inner);  // of the places that want them
-    for (size_t at = 0; at < place_P.size(); ++at) place_P[at] = at * inner / width;
-    const auto place_of = [&](const Wanted& one) { return place_P[one.spot.place]; };
+    const bool is_spread = shape.home > 0 && i == 1;
+    // Of the experts, by their homes, or of the places that want them.
+    std::vector<int> place_X(is_spread ? shape.experts : shape.ranks / inner);
+    for (size_t at = 0; at < place_X.size(); ++at) {
+      place_X[at] = is_spread ? at / shape.home / width : at * inner / width;
+    }
+    const auto place_of = [&](const Wanted& one) {
+      return place_X[is_spread ? one.expert : one.spot.place];
+    };
     const std::vector<int> order = by_expert(wanted, shape.experts);
     // Each place holds its experts once, in their order.
     std::vector<int> begin_P(places + 1, 0), held_at(wanted.size());
@@ -90,7 +96,7 @@ std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* bef
     }
     found.push_back(std::move(hop));
     wanted = std::move(held);
-    if (before_S == nullptr || width == shape.ranks) continue;
+    if (before_S == nullptr || is_spread) continue;
     const std::vector<Spot> spot_PE = kept_spots(shape, before_S, width);
     Hop kept{kInside, 1, width, true, {}};
     std::vector<Wanted> others;

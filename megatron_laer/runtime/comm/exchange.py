@@ -174,7 +174,7 @@ def _carry(
     Rows that lie as on the wire stay where they are, and those that are to lie so arrive there.
 
     Args:
-        most_bytes: of buffers; where whole experts go directly, they grow to what is needed.
+        most_bytes: of buffers, unless the way's grow to what is needed.
         dtypes: of the rows of the source and of all others on the wire.
     """
     table, sums = chain.table, direction.sums
@@ -186,7 +186,7 @@ def _carry(
     columns, device = slots.shape[1], slots.device
 
     def take(name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
-        most = None if chain.way.is_direct else most_bytes[name]
+        most = None if chain.way.buffers_grow else most_bytes[name]
         return direction.workspace.take(name, (rows, columns), dtype, device, most)
 
     for at, (move, stage) in enumerate(zip(chain.moves, stages, strict=True)):

@@ -83,7 +83,7 @@ class _Planner:
         self._planned = self._layers[layer].plan(observed)
         if self._name != STOCK:
             placed, costs = Placed(self._planned, self._geometry), self._costs
-            ahead = costs.restore_bytes(placed, costs.exchange_of(placed))
+            ahead = costs.restore_bytes(placed, costs.way_of(placed))
             self._ahead_bytes = busiest_rank(ahead)
 
     def decide(self, counts_NE: Int64) -> None:

@@ -114,7 +114,7 @@ def changed_traffic(guard: Guard, decision: Decision) -> Traffic:
     """Return the traffic of the slots that a layout made after the gate changes."""
     chosen = Placed(decision.layout, guard.geometry)
     changed_S = chosen.changed_S(Placed(decision.planned_layout, guard.geometry))
-    return guard.costs.restore_bytes(chosen, guard.costs.exchange_of(chosen), changed_S)
+    return guard.costs.restore_bytes(chosen, guard.costs.way_of(chosen), changed_S)
 
 
 def busiest_rank(traffic: Traffic) -> int:

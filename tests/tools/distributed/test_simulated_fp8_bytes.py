@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_laer.choices import ExchangeAlgorithm, Recompute, Sharding
+from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
@@ -111,7 +111,8 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_priced(
             of = costs if in_fp8 else costs.in_bf16
             layout = ExpertLayout.from_slots(2, CAPACITY, EXPERTS, np.array(slots))
             priced = of.restore_bytes if name == "restore" else of.reduce_bytes
-            traffic = priced(Placed(layout, geometry), ExchangeAlgorithm.FLAT)
+            placed = Placed(layout, geometry)
+            traffic = priced(placed, of.way_of(placed))
             expected += traffic.intra_N.mean() * (factor if extra == HELD else 1)
         received = sum(found[total] for found in by_rank) / len(by_rank)
         assert received == pytest.approx(expected, abs=0.5) and received

@@ -15,7 +15,7 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import Way, way_of
+from megatron_laer.planner.hops import Way
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.planner.wire_form import WireForm
@@ -42,15 +42,14 @@ def allocated_bytes(geometry: Geometry, costs: CostModel, holds: bool) -> int:
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=ranks)
     try:
         groups = process_groups.create_groups(dist.group.WORLD, geometry.node_size, dist.new_group)
-        ways = {way: way_of(geometry, way) for way in costs.algorithms}
-        chosen = Counter[ExchangeAlgorithm]()
+        ways, chosen = costs.ways(geometry), Counter[Way]()
 
         def choose(placed: Placed) -> Way:
-            way = costs.exchange_of(placed)
+            way = costs.way_of(placed)
             chosen[way] += 1
-            return ways[way]
+            return way
 
-        exchange = Exchange(groups, [*ways.values()], choose)
+        exchange = Exchange(groups, ways, choose)
         weights, grads = costs.weights_form(geometry.sharding), costs.grads_form
         dtype = torch.uint8 if weights.bytes_per_element == 1 else torch.bfloat16
 

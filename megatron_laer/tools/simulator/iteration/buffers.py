@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from megatron_laer.planner.clusters import Card
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 
 # Bytes of an element of gradients that are summed over a step.
@@ -23,10 +22,10 @@ def buffers(
     `holds_step` gradients are sums.
     """
     num_ranks, node_size = geometry.num_ranks, geometry.node_size
-    ways = [way_of(geometry, algorithm) for algorithm in costs.algorithms]
+    ways = costs.ways(geometry)
     form, grads = costs.weights_form(geometry.sharding), costs.grads_form
     sums = SUM_BYTES if holds_step else grads.bytes_per_element
-    # Of two ways the first is taken where the buffers of the second, a relay, have room.
+    # Ways before the last, a relay over all ranks, are taken where its buffers have room.
     wire = sums if costs.by_layout else grads.bytes_per_element
     restores = restore_workspace(ways[-1], form.matrices, form.bytes_per_element)
     reduces = reduce_workspace(ways[-1], grads.matrices, sums, wire)

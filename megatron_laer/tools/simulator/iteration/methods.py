@@ -219,9 +219,8 @@ class _Relaid:
         costs, placed = self.guard.costs, Placed(layout, self.guard.geometry)
         if not placed.has_replicas:
             return None, None
-        algorithm = costs.exchange_of(placed)
-        restore = costs.restore_bytes(placed, algorithm)
-        reduce = costs.reduce_bytes(placed, algorithm)
+        way = costs.way_of(placed)
+        restore, reduce = costs.restore_bytes(placed, way), costs.reduce_bytes(placed, way)
         if self.holds_step:
             reduce = _summed(reduce, SUM_BYTES // costs.bytes_per_element)
         back = Exchange.of(reduce, costs.grads_form, placed.geometry)
@@ -237,7 +236,7 @@ def _summed(reduce: Traffic, factor: int) -> Traffic:
     """Return the bytes of gradients in the dtype of sums over a step.
 
     After the first hop rows have the weights' dtype, all between nodes. A relay's last hop does so
-    inside nodes too, where its few bytes count like the others.
+    inside nodes too, where its bytes count like the others.
     """
     whole = reduce.times(factor)
     if len(reduce.links) == 1:
