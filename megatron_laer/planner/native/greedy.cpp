@@ -108,11 +108,9 @@ class Judge {
   double seconds(const std::vector<int16_t>& slots_S, double limit) const {
     const Replicas replicas(shape_, slots_S.data());
     const Exchanges exchanges = exchange_seconds(costs_, slots_S.data());
-    std::vector<int64_t> loads_S(shape_.slots());
     double sum = 0;
     for (const Scenario& of : scenarios_) {
-      slot_loads(shape_, counts(of), replicas, loads_S.data(), false);
-      sum += priced(of, replicas, exchanges, loads_S);
+      sum += priced(of, replicas, exchanges, slot_loads(shape_, counts(of), replicas, false));
       if (sum >= limit) break;
     }
     return sum;

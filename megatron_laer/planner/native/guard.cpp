@@ -20,14 +20,8 @@ struct Microbatch {
   const Shape& shape;
   const Counts& counts;
 
-  std::vector<int64_t> loads(const Replicas& replicas) const {
-    std::vector<int64_t> loads_S(shape.slots());
-    slot_loads(shape, counts, replicas, loads_S.data());
-    return loads_S;
-  }
-
   std::vector<int64_t> loads(const int16_t* slots_S) const {
-    return loads(Replicas(shape, slots_S));
+    return slot_loads(shape, counts, Replicas(shape, slots_S));
   }
 
   // A layout for these counts, and the loads of its slots.
@@ -63,7 +57,7 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
              Decision& decision) {
   const Shape& shape = microbatch.shape;
   const Replicas planned(shape, planned_S);
-  decision.loads_S = microbatch.loads(planned);
+  decision.loads_S = slot_loads(shape, microbatch.counts, planned);
   const double kept_s = microbatch.seconds(costs, planned, decision.loads_S);
   // Fresh replicas of home experts are placed by the rules of the planned ones, so that little but
   // balance is left to gain: a bound over all layouts would hope for exchanges that none reaches.

@@ -135,12 +135,7 @@ class Candidate {
     int64_t far = 0;
     for (int e = 0; e < shape_.experts; ++e) {
       far += counts_.sums().loads_E[e];
-      for (int i = replicas_.begin_E[e], next_node = 0; i < replicas_.begin_E[e + 1]; ++i) {
-        if (replicas_.rank[i] < next_node) continue;
-        const int node = replicas_.rank[i] / shape_.node_size;
-        next_node = (node + 1) * shape_.node_size;
-        far -= counts_.of_node(node, e);
-      }
+      replicas_.for_nodes(e, [&](int node, int, int) { far -= counts_.of_node(node, e); });
     }
     const std::vector<int64_t> none_S(shape_.slots(), 0), none_N(shape_.ranks, 0);
     Totals least{none_S, none_S, none_N, none_N, none_N};
@@ -148,11 +143,7 @@ class Candidate {
     return with_exchanges(expert_s + layer_seconds(shape_, costs_, least)) * kBelowRounding;
   }
 
-  std::vector<int64_t> loads() const {
-    std::vector<int64_t> loads_S(shape_.slots());
-    slot_loads(shape_, counts_, replicas_, loads_S.data());
-    return loads_S;
-  }
+  std::vector<int64_t> loads() const { return slot_loads(shape_, counts_, replicas_); }
 
  private:
   // The layers around this one take about as long. A longer layer never has a smaller sum.

@@ -141,12 +141,11 @@ py::object agreed_counts(const Counts& rows, int tags) {
 
 py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, int node_size) {
   const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size);
-  py::array_t<int64_t> loads_S(shape.slots());
-  int64_t* loads = loads_S.mutable_data();
+  std::vector<int64_t> loads_S;
   on_layout(shape, counts_NE, slots_S, [&](const auto& counts, const auto& replicas) {
-    laer::slot_loads(shape, counts, replicas, loads);
+    loads_S = laer::slot_loads(shape, counts, replicas);
   });
-  return loads_S;
+  return to_array(loads_S);
 }
 
 // A rank's row, [S], or its columns, [N, C].

@@ -30,8 +30,8 @@ std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts
 // their node are minimal, then, keeping how many tokens of each expert every node takes, tokens
 // that leave their rank. Without `by_rank`, which takes half of the time, the last of these are not
 // minimal.
-void slot_loads(const Shape& shape, const Counts& counts, const Replicas& replicas,
-                int64_t* loads_S, bool by_rank = true);
+std::vector<int64_t> slot_loads(const Shape& shape, const Counts& counts, const Replicas& replicas,
+                                bool by_rank = true);
 
 // Tokens that a source rank sends to each slot, [S].
 void rank_row(const Shape& shape, const Counts& counts, const Replicas& replicas,

@@ -14,9 +14,11 @@ namespace laer {
 // are left out.
 struct Replicas {
   const int16_t* slots_S;  // of the layout, which must outlive this
+  int node_size;
   std::vector<int> begin_E, slot, rank;
 
-  Replicas(const Shape& shape, const int16_t* layout_S) : slots_S(layout_S) {
+  Replicas(const Shape& shape, const int16_t* layout_S)
+      : slots_S(layout_S), node_size(shape.node_size) {
     std::vector<int> last_rank_E(shape.experts, -1);
     std::vector<char> first_S(shape.slots(), 0);
     begin_E.assign(shape.experts + 1, 0);
@@ -37,6 +39,22 @@ struct Replicas {
       slot[at] = s;
       rank[at] = of_rank;
     });
+  }
+
+  // The end of an expert's replicas in a node, from their first one on.
+  int end_in(int node, int expert, int first) const {
+    while (first < begin_E[expert + 1] && rank[first] < (node + 1) * node_size) ++first;
+    return first;
+  }
+
+  // Calls visit(node, first replica, end) for each node with replicas of an expert, in order.
+  template <typename Visit>
+  void for_nodes(int expert, Visit visit) const {
+    for (int first = begin_E[expert]; first < begin_E[expert + 1];) {
+      const int node = rank[first] / node_size, end = end_in(node, expert, first);
+      visit(node, first, end);
+      first = end;
+    }
   }
 
  private:

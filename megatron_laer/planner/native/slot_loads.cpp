@@ -18,7 +18,7 @@ namespace {
 // Pairs of one expert are neighbours, in rank order; each of its nodes is a group. Slots of experts
 // with no other have their loads, and no pair.
 FlowGraph node_graph(const Shape& shape, const Counts& counts, const Replicas& replicas,
-                     int64_t* loads_S) {
+                     std::vector<int64_t>& loads_S) {
   FlowGraph graph;
   graph.ranks = shape.ranks;
   graph.supply = counts.sums().loads_E;
@@ -37,16 +37,14 @@ FlowGraph node_graph(const Shape& shape, const Counts& counts, const Replicas& r
       graph.supply[e] = 0;
       continue;
     }
-    int next_node = 0;  // its first rank
-    for (int i = first; i < last; ++i) {
-      graph.pair_rank.push_back(replicas.rank[i]);
-      graph.pair_slot.push_back(replicas.slot[i]);
-      if (replicas.rank[i] < next_node) continue;
-      const int node = replicas.rank[i] / shape.node_size;
-      next_node = (node + 1) * shape.node_size;
-      graph.pair_begin.push_back(graph.pairs() - 1);
+    replicas.for_nodes(e, [&](int node, int begin, int end) {
+      graph.pair_begin.push_back(graph.pairs());
       graph.own.push_back(counts.of_node(node, e));
-    }
+      for (int i = begin; i < end; ++i) {
+        graph.pair_rank.push_back(replicas.rank[i]);
+        graph.pair_slot.push_back(replicas.slot[i]);
+      }
+    });
   }
   graph.index();
   return graph;
@@ -186,11 +184,11 @@ std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts
   return loads_E;
 }
 
-void slot_loads(const Shape& shape, const Counts& counts, const Replicas& replicas,
-                int64_t* loads_S, bool by_rank) {
-  std::fill(loads_S, loads_S + shape.slots(), 0);
+std::vector<int64_t> slot_loads(const Shape& shape, const Counts& counts, const Replicas& replicas,
+                                bool by_rank) {
+  std::vector<int64_t> loads_S(shape.slots(), 0);
   const FlowGraph by_node = node_graph(shape, counts, replicas, loads_S);
-  if (by_node.pairs() == 0) return;
+  if (by_node.pairs() == 0) return loads_S;
   std::vector<int64_t> flow(by_node.pairs(), 0), room_N(shape.ranks);
   const auto set_room = [&](int64_t cap) {
     for (int rank = 0; rank < shape.ranks; ++rank) room_N[rank] = cap - by_node.taken_N[rank];
@@ -204,6 +202,7 @@ void slot_loads(const Shape& shape, const Counts& counts, const Replicas& replic
     keep_on_ranks(shape, counts, replicas.slots_S, by_node, room_N, flow);
   }
   for (size_t pair = 0; pair < flow.size(); ++pair) loads_S[by_node.pair_slot[pair]] = flow[pair];
+  return loads_S;
 }
 
 }  // namespace laer

@@ -43,12 +43,10 @@ class ExpertSplit {
         counts_(counts),
         loads_S_(loads_S),
         replicas_(replicas),
-        begin_(replicas.begin_E[expert]),
-        end_(replicas.begin_E[expert + 1]),
         expert_(expert) {}
 
-  int begin() const { return begin_; }
-  bool is_alone() const { return end_ == begin_ + 1; }
+  int begin() const { return replicas_.begin_E[expert_]; }
+  bool is_alone() const { return replicas_.begin_E[expert_ + 1] == begin() + 1; }
   int slot(int replica) const { return replicas_.slot[replica]; }
   int rank(int replica) const { return replicas_.rank[replica]; }
   int64_t load(int replica) const { return loads_S_[slot(replica)]; }
@@ -58,10 +56,10 @@ class ExpertSplit {
   // Calls visit(node, first replica, end replica) for every node, in order.
   template <typename Visit>
   void for_nodes(Visit visit) const {
-    int replica = begin_;
+    int replica = begin();
     for (int node = 0; node < shape_.nodes(); ++node) {
       const int first = replica;
-      replica = end_in(node, first);
+      replica = replicas_.end_in(node, expert_, first);
       visit(node, first, replica);
     }
   }
@@ -102,11 +100,7 @@ class ExpertSplit {
   // The same for the nodes that have replicas.
   template <typename Visit>
   void for_hosts(Visit visit) const {
-    for (int replica = begin_; replica < end_;) {
-      const int first = replica, node = rank(first) / shape_.node_size;
-      replica = end_in(node, first);
-      visit(node, first, replica);
-    }
+    replicas_.for_nodes(expert_, visit);
   }
 
   // Calls visit(rank, interval in the node's row) for the node's sources, own tokens taken off.
@@ -132,17 +126,11 @@ class ExpertSplit {
   }
 
  private:
-  // The end of a node's replicas, from its first on.
-  int end_in(int node, int replica) const {
-    while (replica < end_ && rank(replica) < (node + 1) * shape_.node_size) ++replica;
-    return replica;
-  }
-
   const Shape& shape_;
   const Counts& counts_;
   const int64_t* loads_S_;
   const Replicas& replicas_;
-  int begin_, end_, expert_;
+  int expert_;
 };
 
 }  // namespace
