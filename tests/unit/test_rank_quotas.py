@@ -132,6 +132,14 @@ def test_counts_are_read_from_rows_that_end_in_the_same_tags() -> None:
             native.agreed_counts(wrong, tags)
 
 
+@pytest.mark.parametrize(("widths", "links"), [((4,), ()), ((4, 1), ()), ((4, 3), (0,))])
+def test_the_core_refuses_ways_without_a_hop_between_places(
+    widths: tuple[int, ...], links: tuple[int, ...]
+) -> None:
+    with pytest.raises(ValueError, match="a hop follows each but the last"):
+        native.Way(4, 6, 3, 2, 0, widths, links, 4)
+
+
 def test_the_core_refuses_costs_of_other_sizes() -> None:
     def carried(ranks: int) -> native.Carried:
         return native.Carried(1.0, 1.0, np.ones(ranks, dtype=np.int64))

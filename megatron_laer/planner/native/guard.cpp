@@ -36,15 +36,6 @@ struct Microbatch {
                  const std::vector<int64_t>& loads_S) const {
     return layer_seconds(shape, costs, totals(shape, counts, replicas, loads_S.data()));
   }
-
-  int64_t largest(const std::vector<int64_t>& loads_S) const {
-    int64_t most = 0;
-    for (int rank = 0; rank < shape.ranks; ++rank) {
-      const auto first = loads_S.begin() + static_cast<int64_t>(rank) * shape.capacity;
-      most = std::max(most, std::accumulate(first, first + shape.capacity, int64_t{0}));
-    }
-    return most;
-  }
 };
 
 void take(Decision& decision, std::vector<int16_t> fresh_S, std::vector<int64_t> loads_S) {
@@ -67,7 +58,7 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
                                   microbatch.counts.sums().node_counts_QE.data());
   } else {
     const int64_t ideal = ideal_load(shape, microbatch.counts.sums());
-    if (!is_hidden_by_host(costs, microbatch.largest(decision.loads_S), ideal, kept_s)) {
+    if (!is_hidden_by_host(costs, largest_load(shape, decision.loads_S), ideal, kept_s)) {
       least_s -= unbalanced_seconds(shape, costs, ideal, decision.loads_S);
     }
   }
@@ -103,7 +94,7 @@ void by_tolerance(const Microbatch& microbatch, double tolerance, const int16_t*
                   Decision& decision) {
   const int ranks = microbatch.shape.ranks;
   decision.loads_S = microbatch.loads(planned_S);
-  const int64_t largest = microbatch.largest(decision.loads_S);
+  const int64_t largest = largest_load(microbatch.shape, decision.loads_S);
   const int64_t total =
       std::accumulate(decision.loads_S.begin(), decision.loads_S.end(), int64_t{0});
   // At the bound no layout is better, whatever the tolerance; one token is N times the mean.
@@ -111,7 +102,7 @@ void by_tolerance(const Microbatch& microbatch, double tolerance, const int16_t*
   if (static_cast<double>(largest * ranks) / static_cast<double>(total) <= 1.0 + tolerance) return;
   auto [fresh_S, loads_S] = microbatch.fresh(nullptr, planned_S);
   decision.solved = true;
-  if (microbatch.largest(loads_S) < largest) {
+  if (largest_load(microbatch.shape, loads_S) < largest) {
     take(decision, std::move(fresh_S), std::move(loads_S));
   }
 }

@@ -17,7 +17,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <numeric>
 
 #include "home.hpp"
 #include "quotas.hpp"
@@ -52,10 +51,7 @@ double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t
 
 double unbalanced_seconds(const Shape& shape, const CostModel& costs, int64_t ideal,
                           const std::vector<int64_t>& loads_S) {
-  int64_t largest = std::max<int64_t>(ideal, 1);
-  for (auto first = loads_S.begin(); first != loads_S.end(); first += shape.capacity) {
-    largest = std::max(largest, std::accumulate(first, first + shape.capacity, int64_t{0}));
-  }
+  const int64_t largest = std::max({largest_load(shape, loads_S), ideal, int64_t{1}});
   const double over = 1.0 - static_cast<double>(ideal) / static_cast<double>(largest);
   return expert_seconds(shape, costs, loads_S) * over;
 }

@@ -429,7 +429,7 @@ py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int
 laer::Way way_of(int ranks, int experts, int capacity, int node_size, int home,
                  std::vector<int> widths, std::vector<int> links, int blocks) {
   const auto divides = [&](int width) { return width >= 1 && ranks % width == 0; };
-  if (ranks < 1 || !divides(node_size) || widths.size() != links.size() + 1 ||
+  if (ranks < 1 || !divides(node_size) || links.empty() || widths.size() != links.size() + 1 ||
       !std::all_of(widths.begin(), widths.end(), divides)) {
     throw py::value_error("nodes and places must divide the ranks, and a hop follows each but the last");
   }

@@ -33,6 +33,9 @@ std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts
 std::vector<int64_t> slot_loads(const Shape& shape, const Counts& counts, const Replicas& replicas,
                                 bool by_rank = true);
 
+// The largest load of a rank, the sum of its slots.
+int64_t largest_load(const Shape& shape, const std::vector<int64_t>& loads_S);
+
 // Tokens that a source rank sends to each slot, [S].
 void rank_row(const Shape& shape, const Counts& counts, const Replicas& replicas,
               const int64_t* loads_S, int rank, int64_t* row_S);

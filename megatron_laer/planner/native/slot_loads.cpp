@@ -205,4 +205,12 @@ std::vector<int64_t> slot_loads(const Shape& shape, const Counts& counts, const 
   return loads_S;
 }
 
+int64_t largest_load(const Shape& shape, const std::vector<int64_t>& loads_S) {
+  int64_t most = 0;
+  for (auto first = loads_S.begin(); first != loads_S.end(); first += shape.capacity) {
+    most = std::max(most, std::accumulate(first, first + shape.capacity, int64_t{0}));
+  }
+  return most;
+}
+
 }  // namespace laer
