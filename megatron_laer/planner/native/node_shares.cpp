@@ -15,13 +15,15 @@ namespace {
 
 class Sharing {
  public:
-  Sharing(const Shape& shape, const int64_t* node_counts_QE, int64_t cap, int most_experts)
+  Sharing(const Shape& shape, const int64_t* node_counts_QE, int64_t cap, int most_experts,
+          bool needs_balance)
       : shape_(shape),
         nodes_(shape.nodes()),
         experts_(shape.experts),
         most_experts_(std::min(shape.experts, most_experts)),
         counts_QE_(node_counts_QE),
-        cap_(cap) {}
+        cap_(cap),
+        needs_balance_(needs_balance) {}
 
   NodeShares run() {
     choose_experts();
@@ -117,6 +119,7 @@ class Sharing {
     graph_.index();
     if (off_node == 0) return;
     largest_ = minimise_largest_load(graph_, node_cap, flow_);
+    if (largest_ > node_cap && needs_balance_) return;
     minimise_foreign(graph_, std::vector<int64_t>(nodes_, std::max(largest_, node_cap)), flow_);
   }
 
@@ -124,6 +127,7 @@ class Sharing {
   const int nodes_, experts_, most_experts_;
   const int64_t* counts_QE_;
   const int64_t cap_;
+  const bool needs_balance_;
   std::vector<char> hosted_QE_;
   std::vector<int> scratch_;
   FlowGraph graph_;
@@ -134,8 +138,8 @@ class Sharing {
 }  // namespace
 
 NodeShares share_among_nodes(const Shape& shape, const int64_t* node_counts_QE, int64_t cap,
-                             int most_experts) {
-  return Sharing(shape, node_counts_QE, cap, most_experts).run();
+                             int most_experts, bool needs_balance) {
+  return Sharing(shape, node_counts_QE, cap, most_experts, needs_balance).run();
 }
 
 }  // namespace laer

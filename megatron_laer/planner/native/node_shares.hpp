@@ -21,8 +21,8 @@ struct NodeShares {
 // Every node hosts its largest experts, at most `most_experts` of them, and all nodes together host
 // each expert at least once: this needs Q * most_experts >= E. Nodes take as equal numbers of
 // tokens as that allows, at most `cap` for each rank if possible, and then as few as can be from
-// other nodes.
+// other nodes: that is left out with `needs_balance` where they take more.
 NodeShares share_among_nodes(const Shape& shape, const int64_t* node_counts_QE, int64_t cap,
-                             int most_experts);
+                             int most_experts, bool needs_balance = false);
 
 }  // namespace laer

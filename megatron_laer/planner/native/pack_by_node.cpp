@@ -61,7 +61,7 @@ bool pack_by_node(const Shape& shape, const int64_t* node_counts_QE, int64_t cap
       static_cast<int64_t>(shape.nodes()) * (most_experts - 2) < shape.experts) {
     return false;
   }
-  const NodeShares shares = share_among_nodes(shape, node_counts_QE, cap, most_experts);
+  const NodeShares shares = share_among_nodes(shape, node_counts_QE, cap, most_experts, true);
   if (!shares.is_balanced) return false;
   std::vector<std::vector<Item>> items_Q = node_items(shape, shares);
   for (int node = 0; node < shape.nodes(); ++node) {
