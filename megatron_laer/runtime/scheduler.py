@@ -200,7 +200,9 @@ class Scheduler:
         restored = forward.ahead = forward.ahead or self._experts_of(layer, training)
         present = forward.entered[-1].weights if forward.entered else None
         self._restore(forward.chunk, restored, cell, present)
-        if training and Action.MAKE_WAIT in cell:
+        follows_itself = present is not None and present.share is restored.share
+        # In backward the pass before adds to the same main gradients: the gate makes a later wait.
+        if training and Action.MAKE_WAIT in cell and not follows_itself:
             restored.report = forward.chunk.grads_ready
             restored.make_wait()
 

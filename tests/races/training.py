@@ -45,6 +45,7 @@ from tests.parity.rows import (
     NODES,
     OVERLAPPED,
     RANDOM,
+    REPEATED,
     SHARED,
     STEP,
     VIRTUAL,
@@ -73,6 +74,8 @@ class Training(NamedTuple):
         resumes: whether it goes on from `save_on_cpu`'s checkpoint, evaluates and saves again.
         adapt: changes the model before Megatron wraps it.
         fuses: whether weight gradients are added to main gradients by their product.
+        accumulates: whether autograd adds a parameter's gradients of several uses. Its engine
+            orders that sum before the parameter's hook, and the checker does not see how.
         captured: operations of this package that graphs record, with their places.
     """
 
@@ -85,6 +88,7 @@ class Training(NamedTuple):
     resumes: bool = False
     adapt: training.Adapt | None = None
     fuses: bool = False
+    accumulates: bool = False
     captured: frozenset[tuple[str, str]] = frozenset()
 
     @property
@@ -173,6 +177,9 @@ AT_NIGHT = {
     ),
     "combined 1F1B with delayed weight gradients, mxfp8, tokens by node": Training(
         _HOME + _MXFP8 + _COMBINED + DELAYED + _BY_NODE
+    ),
+    "experts at home, passed twice, fused accumulation, both overlaps": Training(
+        f"{_HOME}{DIST_OPT}{REPEATED}2", fuses=True, accumulates=True
     ),
     "experts' weight gradients during the dispatch's backward": Training(RANDOM + BEHIND_DISPATCH),
     "Megatron-FSDP of gradients, home experts replicated": Training(

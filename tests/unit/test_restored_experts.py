@@ -294,7 +294,7 @@ def test_a_pass_without_replicas_leaves_no_wait_behind(streams: ExchangeStreams)
 def test_a_layer_that_follows_itself_waits_for_each_pass_of_a_held_step(
     streams: ExchangeStreams,
 ) -> None:
-    """The scheduler makes the second pass's wait while the first one's experts compute."""
+    """Both passes have the same experts, which hold the wait of the one that comes."""
     held = restored_experts(streams, kinds=(Kind.STEP,))
     held.begin_step(held.index, 2)
     tokens = ones(needs_grad=True)

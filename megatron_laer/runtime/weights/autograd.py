@@ -6,7 +6,8 @@ waits for those. The tokens' gradients go on to a node that waits for the reduce
 (`RestoredExperts.make_wait`), and hands the parameters' gradients to Megatron:
 
 - Autograd runs the newest node first. So one created early in forward, during the previous layer's
-  compute, waits only after that layer's backward.
+  compute, waits only after that layer's backward. If that layer is the same one, its pass adds to
+  the same main gradients, so the node is created at the gate.
 - A checkpoint's backward is a backward pass of its own, at whose end all its nodes are done. There
   it is created as the transformer layer begins, and waits after the attention's backward.
 
