@@ -195,6 +195,7 @@ def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
         from megatron.core.transformer.moe import fused_a2a, moe_logging, moe_utils, router_replay
         from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
         from megatron.training import training
+        from torch.distributed.tensor import debug
 
         from megatron_laer import plugin
 
@@ -206,6 +207,9 @@ def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
         # The flex dispatcher's buffers do too; HybridEP's would also serve the next group.
         fused_a2a._buffer = None
         fused_a2a.reset_hybrid_ep_buffer()
+        # To DTensor's caches the next run's meshes equal these, whose groups have other names. On
+        # some ranks these are no groups of theirs: such a rank fails, and the others wait for it.
+        debug._clear_sharding_prop_cache()
         model.clear()
         training.destroy_global_state()
         plugin.disable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -138,3 +139,19 @@ def test_a_run_leaves_no_process_group_in_its_rank(trained: Trainings, mode: str
     for (threads, files), (threads_after, files_after) in zip(runs[1], runs[2], strict=True):
         assert threads_after <= threads
         assert files_after <= files + 1
+
+
+def groups_of_meshes(_model: object) -> list[tuple[object, ...]]:
+    """Return each mesh of a DTensor by its ranks, with the names of its groups."""
+    from torch.distributed.tensor import DTensor
+
+    meshes = [found.device_mesh for found in gc.get_objects() if isinstance(found, DTensor)]
+    return list({(tuple(of.mesh.flatten().tolist()), *of._dim_group_names) for of in meshes})
+
+
+def test_a_run_has_no_meshes_of_an_earlier_one_with_other_groups(trained: Trainings) -> None:
+    flags = f" --bf16{FSDP}optim_grads_params"
+    trained(f"{flags} --context-parallel-size 2", steps=1, global_batch=2)
+    for record in trained.each(flags, groups_of_meshes, steps=1):
+        (found,) = record.probes
+        assert len({ranks for ranks, *_ in found}) == len(found) > 0, found
