@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_laer.arrays import Bool
 from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import way_of, ways_of
+from megatron_laer.planner.hops import Link, way_of, ways_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
@@ -131,3 +131,16 @@ def test_wrong_arguments_are_refused_with_what_works() -> None:
         restore_traffic(of, [(8, 8)], way, np.ones(3, dtype=np.bool_))
     with pytest.raises(ValueError, match="different"):
         layout.changed_from(ExpertLayout.static(4, 3, 4))
+
+
+@given(geometries(64, 64))
+def test_a_hop_links_a_rank_to_its_node_or_to_those_in_its_place_of_others(
+    geometry: Geometry,
+) -> None:
+    rank, node_size = geometry.num_ranks - 1, geometry.node_size
+    near = [other for other in range(rank) if other // node_size == rank // node_size]
+    far = [other for other in range(rank) if other not in near]
+    in_place = [other for other in far if other % node_size == rank % node_size]
+    assert Link.ALL.peers(geometry) == (len(near), len(far))
+    assert Link.BETWEEN.peers(geometry) == (0, len(in_place))
+    assert Link.INSIDE.peers(geometry) == (len(near), 0)
