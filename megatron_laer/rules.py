@@ -249,8 +249,8 @@ def _pads_for_fp8(settings: Any) -> bool:
 
 def _drops_tokens(settings: Any) -> bool:
     factor = settings.moe_expert_capacity_factor
-    # For Megatron, a negative factor means none.
-    return factor is not None and factor >= 0
+    # For Megatron, a negative factor means none, and NaN does not.
+    return factor is not None and not factor < 0
 
 
 def _fuses_accumulation(settings: Any) -> bool:

@@ -118,6 +118,17 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
             f"--expert-model-parallel-size {ranks}: must be at most the number of ranks, "
             f"{args.world_size} (WORLD_SIZE)"
         ]
+    # A recipe that says nothing has Megatron's default.
+    pattern = getattr(args, "moe_layer_freq", 1)
+    if isinstance(pattern, list) and not any(pattern):
+        problems.append(
+            f"--moe-layer-freq {pattern}: no layer has experts; give one a 1, or leave out "
+            "--expert-parallel-mode fsep"
+        )
+    if not 1 <= args.moe_router_topk <= experts:
+        problems.append(
+            f"--moe-router-topk {args.moe_router_topk}: must be 1 to --num-experts, {experts}"
+        )
     # What `auto` takes is not known yet, and any number of slots for it fits rows.
     at_home = config.sharding == Sharding.EXPERTS
     try:

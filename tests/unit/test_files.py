@@ -49,6 +49,8 @@ def test_a_text_is_read_up_to_its_limit(tmp_path: Path) -> None:
     assert checks.read_text(path, max_bytes=11) == "12345678"
     with pytest.raises(ValueError, match=r"has 11 bytes; at most 10 are expected"):
         checks.read_text(path, max_bytes=10)
+    with pytest.raises(ValueError, match=r"has 91 bytes; at most 90 are expected"):
+        checks.read_text(Path("/proc/self/status"), max_bytes=90)  # its size is said to be 0
     path.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"text' is not UTF-8 text"):
         checks.read_text(path)
