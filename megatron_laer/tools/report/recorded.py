@@ -85,7 +85,7 @@ def recorded_run(
 ) -> RunData:
     """Read the rest of a run with recorded metrics.
 
-    Raises ValueError for a damaged line, OSError for unreadable files.
+    Raises ValueError for a damaged recording, OSError for unreadable files.
     """
     if len(recording.steps_T) == 0:
         raise ValueError(f"{files.metrics} holds no step yet; wait for the first one")
