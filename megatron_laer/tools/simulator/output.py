@@ -142,10 +142,10 @@ def gain(method: IterationPrediction, over: IterationPrediction) -> Gain:
 
 def _reason(ours: IterationPrediction, theirs: IterationPrediction, *, gains: bool) -> str:
     """Return the part of an iteration that shrinks most with FSEP, or that grows most."""
-    less = {"waiting for the slowest rank": theirs.waiting_s - ours.waiting_s}
+    less = {"the slowest rank": theirs.waiting_s - ours.waiting_s}
     less |= {kind: theirs.exposed_s[kind] - seconds for kind, seconds in ours.exposed_s.items()}
     kind = (max if gains else min)(less, key=lambda kind: less[kind])
-    return f"{kind} takes {abs(less[kind]):.3g} s {'less' if gains else 'more'}"
+    return f"waiting for {kind} takes {abs(less[kind]):.3g} s {'less' if gains else 'more'}"
 
 
 def verdict(
