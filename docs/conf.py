@@ -21,7 +21,7 @@ autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 default_role = "literal"  # docstrings have names between single backticks
 smartquotes = False  # `--` in running text is a flag
-# Nothing of a page's text is told by color alone, and both themes follow the reader's system.
+# Color alone marks nothing in a page's text, and both themes follow the reader's system.
 html_theme = "furo"
 html_title = "megatron_laer"
 html_static_path = ["static"]

@@ -76,7 +76,7 @@ if version >= [2, 6]:  # as in pyproject.toml
     (venv / "torch-elsewhere").write_text(f"torch=={torch.version}\n")
 EOF
     [[ -f $laer_venv/torch-elsewhere ]] || return 0
-    # The one beside that torch starts ranks with a Python that has no Megatron.
+    # The one next to that torch starts ranks with a Python that has no Megatron.
     printf '#!/bin/sh\nexec "%s/bin/python" -m torch.distributed.run "$@"\n' "$laer_venv" \
         >"$laer_venv/bin/torchrun"
     chmod +x "$laer_venv/bin/torchrun"
@@ -133,7 +133,7 @@ laer_use_megatron() {
         tar -C "$1" --exclude=./build -cf - . | tar -C "$wanted" -xf -
     fi
     if [[ ! -d $folder ]]; then
-        echo "Installing $1 as megatron-core beside the other ..."
+        echo "Installing $1 as megatron-core next to the other ..."
         rm -rf "$folder.part"
         "$PYTHON" -m pip install --disable-pip-version-check --quiet --no-deps \
             --target "$folder.part" "$wanted" >"$folder.log" 2>&1 ||

@@ -11,7 +11,7 @@
 #   scripts/release.sh page TAG      dist and the changelog to the repository's release page, after it
 #
 # PYTHON=/path/to/python3 chooses the Python. With LAER_REPOSITORY_URL, the README's links lead to
-# that repository, since on the index there is nothing beside it.
+# that repository, since on the index there is nothing next to it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
