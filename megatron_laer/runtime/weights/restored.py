@@ -215,8 +215,6 @@ class RestoredExperts:
         self.grads.receive(grads_CRK)
         if Action.DELAY in life[Event.WEIGHT_GRADS]:
             self._delayed.append(self.grads.compute_delayed)
-        else:
-            self.grads.defer()
 
     def _finish(self) -> Gradients:
         finishes = Action.FINISH in self.life[Event.WAIT]

@@ -176,12 +176,11 @@ class RestoredWeights:
 class SlotGrads:
     """Gradients `[C, R, K]` of one layer's slots, on their way to the ranks' shares.
 
-    `are_complete` once they are computed, until the tokens' gradients have arrived as well.
+    Once complete, they wait for `let_go`, which follows the tokens' gradients.
     """
 
     def __init__(self, weights: RestoredWeights, streams: ExchangeStreams) -> None:
         self.name = weights.name
-        self.are_complete = False
         self._share = weights.share
         self._weights = weights
         self._streams = streams
@@ -190,10 +189,17 @@ class SlotGrads:
         self._unwritten: dict[int, torch.Tensor] = {}
         self._stream: torch.cuda.Stream | None = None  # that computes them
         self._delayed: list[Callable[[], None]] = []
+        self._computed: list[Callable[[], None]] = []
         self._new_sums: tuple[torch.Tensor, ...] = ()
         self._arriving: Pending | None = None
         self._num_passes = self._left = 0
         self._sums_CRK: torch.Tensor | None = None
+
+    @property
+    def are_complete(self) -> bool:
+        """Whether a pass's gradients are computed, and have not left."""
+        left_to_do = self._slots_CRK is None or self._unwritten or self._delayed
+        return not (left_to_do or self.are_leaving)
 
     @property
     def are_leaving(self) -> bool:
@@ -228,14 +234,14 @@ class SlotGrads:
 
     @torch.no_grad()
     def compute_delayed(self) -> None:
-        """Compute the delayed gradients, which then wait for the tokens' gradients.
+        """Compute the delayed gradients.
 
         Perhaps on a stream of its own, for which the compute stream waits before the reduce. So
         the operands are kept until then.
         """
-        for compute in self._delayed:
+        self._computed, self._delayed = self._delayed, []
+        for compute in self._computed:
             compute()
-        self.defer()
 
     def receive(self, grads_CRK: Sequence[torch.Tensor]) -> None:
         """Copy the gradients of trained matrices that nothing has written, which are zeros."""
@@ -243,18 +249,12 @@ class SlotGrads:
             if self._slots_CRK is None or position in self._unwritten:
                 self.new(position).copy_(grad_CRK)
 
-    def defer(self) -> None:
-        """Hold the gradients until `let_go`."""
-        assert not self.are_complete, f"{self.name}: the last pass's gradients have not left"
-        self.are_complete = True
-
     def let_go(self, *, sums: bool) -> None:
-        """Add the deferred gradients to the step's, or send them, on the stream they are from.
+        """Add the complete gradients to the step's, or send them, on the stream they are from.
 
         Collective if they are sent: a step's with its last pass.
         """
-        assert self.are_complete, "tokens' gradients arrived before the experts had any"
-        self.are_complete = False
+        assert self.are_complete, f"{self.name}: tokens' gradients arrived before the experts'"
         # Megatron may exchange tokens' gradients on a stream of its own.
         with torch.cuda.stream(self._stream):
             if not sums or self._add():
@@ -280,7 +280,7 @@ class SlotGrads:
         """Start to send whole gradients to the ranks' shares. Collective over the group."""
         share, exchange = self._share, self._streams.exchange
         assert self._slots_CRK is not None and not self.are_leaving
-        self._delayed.clear()
+        self._computed.clear()
         self._new_sums = share.new_sums()
         steps = exchange.reduce_steps(
             self._slots_CRK,
@@ -318,4 +318,4 @@ class SlotGrads:
             self._streams.grads.put_back(self._slots_CRK)
         self._slots_CRK = None
         self._unwritten.clear()
-        self._delayed.clear()
+        self._computed.clear()
