@@ -59,7 +59,7 @@ def counted(flags: list[str]) -> dict[str, Any]:
     def watched_pack(*args: Any) -> Any:
         payload = pack(*args)
         hold(payload.nbytes)
-        weakref.finalize(payload, hold, -payload.nbytes)
+        weakref.finalize(payload.untyped_storage(), hold, -payload.nbytes)
         return payload
 
     def hold(more: int) -> None:

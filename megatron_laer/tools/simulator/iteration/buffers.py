@@ -18,7 +18,7 @@ def buffers(
 ) -> dict[str, float]:
     """Return the bytes of workspaces and payloads, and of libraries with FSEP's communicators.
 
-    Homes make the payload of a matrix as they pack it, while the one before is still there. With
+    Homes make the payloads of all experts that they send before one launch packs them. With
     `holds_step` gradients are sums.
     """
     num_ranks, node_size = geometry.num_ranks, geometry.node_size
@@ -38,8 +38,9 @@ def buffers(
         tokens += [(node_size, node_size), (geometry.num_nodes, 1)]
     found = {"workspaces": workspaces, **library_bytes(card, tokens, exchanges)}
     if form != grads:
-        largest = max(rows * columns for rows, columns in form.matrices) * form.bytes_per_element
-        found["payloads"] = 2 * largest if geometry.replica_slots else 0
+        most_sent = min(geometry.home_slots, geometry.replica_slots * (num_ranks - 1))
+        elements = sum(rows * columns for rows, columns in form.matrices)
+        found["payloads"] = most_sent * elements * form.bytes_per_element
     return found
 
 
