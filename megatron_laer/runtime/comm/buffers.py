@@ -32,7 +32,6 @@ class BufferPool:
         self._free: defaultdict[_Kind, list[torch.Tensor]] = defaultdict(list)
         self._compute = OneComputeStream("a buffer pool")
 
-    @torch.inference_mode(False)  # training could not write memory of an evaluation in that mode
     def take(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
@@ -41,7 +40,7 @@ class BufferPool:
         free = self._free[shape, dtype, device]
         if free:
             return free.pop()
-        tensor = torch.empty(shape, dtype=dtype, device=device)
+        tensor = _new(shape, dtype, device)
         self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
@@ -64,7 +63,6 @@ class Workspace:
     def num_bytes(self) -> int:
         return sum(buffer.numel() for buffer in self._buffers.values())
 
-    @torch.inference_mode(False)
     def take(
         self,
         name: str,
@@ -83,5 +81,10 @@ class Workspace:
         assert num_bytes <= wanted, f"{name}: {num_bytes} bytes exceed the bound {wanted}"
         if name not in self._buffers or self._buffers[name].numel() < wanted:
             self._buffers.pop(name, None)  # free before the new allocation
-            self._buffers[name] = torch.empty(wanted, dtype=torch.uint8, device=device)
+            self._buffers[name] = _new((wanted,), torch.uint8, device)
         return self._buffers[name].narrow(0, 0, num_bytes).view(dtype).view(shape)
+
+
+@torch.inference_mode(False)  # training could not write memory of an evaluation in that mode
+def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)

@@ -176,10 +176,12 @@ class Table:
             ]
         for tensor, (read, written) in zip(held, self._rows[key], strict=True):
             source, target = (tensor, wire) if packs else (wire, tensor)
-            if isinstance(written, slice) and not isinstance(read, slice):
+            if not isinstance(written, slice):
+                target.index_copy_(0, written, source[read])
+            elif not isinstance(read, slice):
                 torch.index_select(source, 0, read, out=target[written])
             else:
-                _write(target, written, source[read], adds=False)
+                target[written].copy_(source[read])
 
     def _rows_of_sums(self, segments: Segments, tensors: int) -> tuple[list[_Rows], list[_Rows]]:
         """Return the rows of the first parts of all sums, of the second, …, and of the results.

@@ -23,7 +23,8 @@ def note_hook_stream(parameters: Iterable[torch.nn.Parameter], stream: torch.cud
 
 
 def kept_for(parameters: Sequence[torch.nn.Parameter]) -> bool:
-    return all(hasattr(part, "main_grad") or hasattr(part, _OF_FSDP) for part in parameters)
+    others = [part for part in parameters if not hasattr(part, "main_grad")]
+    return all(hasattr(part, _OF_FSDP) for part in others)
 
 
 def main_grad_of(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -215,9 +215,10 @@ class Share:
 
     def weights(self) -> Sequence[torch.Tensor]:
         """Return the weights from which an exchange restores, in rows; read without gradients."""
-        return _InRows(
-            self.owned, self.form.columns, lambda one: one.weight().view(self.form.dtype)
-        )
+        form = self.form
+        if all(part.dtype == form.dtype for part in form.parts):
+            return _InRows(self.owned, form.columns, Owned.weight)
+        return _InRows(self.owned, form.columns, lambda one: one.weight().view(form.dtype))
 
     def new_sums(self) -> tuple[torch.Tensor, ...]:
         """Return zeros for the sums of `trained`, or nothing where main gradients take them."""
@@ -235,8 +236,7 @@ class Share:
         """Return autograd's gradients of `trained`, with these new sums, if there are any."""
         if sums:
             return sums
-        if self.at_home:
-            main_grads.order_hooks(self.trained)
+        main_grads.order_hooks(self.trained)
         return self.added()
 
     def added(self) -> tuple[torch.Tensor | None, ...]:
