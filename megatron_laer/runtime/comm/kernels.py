@@ -79,8 +79,11 @@ def sum_segments(
 
 def _common(held: Held, wire: torch.Tensor) -> tuple[int, int]:
     """Return the columns of rows, and the elements to which the holding's tensors are aligned."""
-    assert all(tensor.is_contiguous() for tensor in (*held, wire))
-    is_aligned = all(tensor.data_ptr() % _ALIGNMENT == 0 for tensor in held)
+    assert wire.is_contiguous()
+    is_aligned = True
+    for tensor in held:
+        assert tensor.is_contiguous()
+        is_aligned &= tensor.data_ptr() % _ALIGNMENT == 0
     return wire.shape[1], _ALIGNMENT // held[0].element_size() if is_aligned else 1
 
 
