@@ -128,7 +128,9 @@ def _reduce(model: Model, setting: Setting) -> Chain:
     geometry = Geometry(model.ranks, model.experts, model.slots, model.ranks)
     way = way_of(geometry, ExchangeAlgorithm.FLAT)
     parts = way, Placed(layout, geometry), None, 0, ((model.hidden, 1),), setting.device
-    return Chain(*parts, back=True)
+    chain = Chain(*parts, back=True)
+    chain.table.place([torch.empty(0, device=setting.device)])  # of one matrix, at the first place
+    return chain
 
 
 def _of_pack(model: Model, setting: Setting) -> tuple[Any, ...]:

@@ -81,13 +81,14 @@ def test_places_of_tokens_are_those_of_the_cpu_and_the_same_every_time(
 def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
     expert_S, rows = np.array(ExpertLayout.random(8, 4, 6, (3,)).to_list()), 65
     given = expert_S * rows, np.arange(expert_S.size) * rows, np.full(expert_S.size, rows)
-    numbers, sums = segments_of(*given, 6 * rows)
+    numbers, sums, _ = segments_of(*given, 6 * rows)
     table = Table(numbers, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(4)
     parts_SrK = torch.randn(expert_S.size, rows, 33, device=DEVICE, generator=generator)
 
     def reduce() -> torch.Tensor:
         total = torch.empty(6 * rows, 33, device=DEVICE)
+        table.place([total])
         table.add(sums, parts_SrK.flatten(0, 1), [total], adds=False)
         return total
 
