@@ -50,6 +50,11 @@ class Run(NamedTuple):
     says: str = ""
     model: str = TE_MODEL
 
+    @property
+    def own(self) -> str:
+        allowed = f" --fsep-allow-unproven {' '.join(self.allowed)}" if self.allowed else ""
+        return self.flags + allowed
+
 
 def graphed(modules: str, like: str = "") -> Run:
     says = "Time spent in CUDA Graphs capture"
@@ -120,9 +125,8 @@ def test_a_run_trains_as_its_plain_one(run: Run, train: Train) -> None:
         pytest.importorskip("transformer_engine.pytorch")
     if run.recipe and (why := cannot_compute(run.recipe)):
         pytest.skip(why)
-    allow = f" --fsep-allow-unproven {' '.join(run.allowed)}" if run.allowed else ""
     plain, _ = train(run.model + run.like)
-    losses, output = train(run.model + run.flags + allow)
+    losses, output = train(run.model + run.own)
     assert run.says in output
     assert all(f"--fsep-allow-unproven {word}: nobody has run" in output for word in run.allowed)
     assert losses != plain or not run.recipe, "fp8 had no effect"

@@ -30,6 +30,9 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.timing import Times
 from benchmarks.training_run import Measured
+from megatron_laer import fsep_flags
+from tests.gpu.test_training import RUNS
+from tests.gpu.two_ranks import words_of
 from tests.parity import launched, under_delay
 from tests.parity.compare import Distance
 from tests.parity.rows import ROWS
@@ -98,6 +101,15 @@ def test_parity_beyond_its_floor_differs() -> None:
     floor, far = Distance(1e-7, 1e-7, 1e-7, 1e-7), Distance(1e-3, 0.0, 0.0, 0.0)
     same, differs = (launched.judged(ROWS[0], found, floor) for found in (floor, far))
     assert (same["result"], differs["result"]) == ("equal", "DIFFERS")
+
+
+def test_runs_on_a_card_have_flags_that_go_together() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    fsep_flags.add_arguments(parser)
+    for flags in {flags for run in RUNS for flags in (run.like, run.own)}:
+        args, _ = parser.parse_known_args(words_of(flags.split()))
+        config = fsep_flags.config_from_args(args)  # raises if they do not
+        assert (config is None) == ("standard" in flags)
 
 
 def test_streams_are_held_up_by_a_card_alone() -> None:
