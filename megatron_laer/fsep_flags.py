@@ -150,8 +150,11 @@ class _Set(argparse.Action):
     """`--fsep-set NAME=VALUE ...`: settings without flags of their own."""
 
     def __call__(self, _: Any, into: Any, given: Any, flag: str | None = None) -> None:
-        for text in given:
+        for place, text in enumerate(given):
             name, mark, value = text.partition("=")
+            if any(before.startswith(f"{name}=") for before in given[:place]):
+                twice = f"{quoted(text)}: {name} is given before; leave one out"
+                raise argparse.ArgumentError(self, twice)
             if name not in SET or not mark:
                 needed = (
                     f"no setting of this list; {_meant(name, SET)}" if mark else "write name=value"
