@@ -42,6 +42,12 @@ def test_every_feature_is_drawn_after_those_that_it_needs_and_none_that_it_exclu
     assert {name for case in CASES for name in case.features} == {*SETTINGS}
 
 
+def test_no_case_recomputes_a_dense_layer_with_a_bias_which_megatron_does_without_end() -> None:
+    dense = {"first layer dense", "experts in every second layer"}
+    checkpointed = [case for case in CASES if case.has("mlp") and case.has("linear bias")]
+    assert checkpointed and all(dense.isdisjoint(case.features) for case in checkpointed)
+
+
 def test_features_go_together_unless_the_rules_of_fsep_refuse_them() -> None:
     features = ("LoRA on experts", *IN_FP8, *GRAPHED, "router replay", "Megatron-FSDP, optim")
     found = {
