@@ -11,7 +11,7 @@ import pytest
 from megatron_laer.choices import Auto, Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.cluster_files import load_cluster
-from megatron_laer.planner.clusters import Contention, Link
+from megatron_laer.planner.clusters import Contention, Link, SolveTime
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.expected_gain import expected_gain
 from megatron_laer.planner.geometry import Geometry
@@ -128,6 +128,11 @@ def test_training_expects_a_gain_where_ranks_would_wait(tokens: int, gains: bool
     assert low < 1.0 and (high > 1.05) == gains
     assert ("no gain" in str(found)) != gains
     assert expected_gain(FSEPConfig(), Geometry(4, 6, 3, 4), costs) is None, "stock cannot run"
+    host = costs.cluster.host
+    assert host is not None
+    slow = replace(costs.cluster, host=replace(host, gate=SolveTime(1.0, 0.0, 0.0)))
+    late = expected_gain(FSEPConfig(), choice.geometry, replace(choice.costs, cluster=slow))
+    assert late is not None and late.stock_ms == found.stock_ms, "stock decides nothing"
 
 
 def test_contention_prices_hidden_exchanges() -> None:
