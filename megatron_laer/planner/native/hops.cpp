@@ -65,32 +65,28 @@ std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* bef
   for (size_t i = way.widths.size() - 2; i > 0; --i) {
     const int width = way.widths[i], inner = way.widths[i + 1], places = shape.ranks / width;
     const bool is_spread = shape.home > 0 && i == 1;
-    // Of the experts, by their homes, or of the places that want them.
-    std::vector<int> place_X(is_spread ? shape.experts : shape.ranks / inner);
-    for (size_t at = 0; at < place_X.size(); ++at) {
-      place_X[at] = is_spread ? at / shape.home / width : at * inner / width;
+    std::vector<int> place_W;  // of the expert's home, or of the place that wants it
+    place_W.reserve(wanted.size());
+    for (const Wanted& one : wanted) {
+      place_W.push_back(is_spread ? one.expert / shape.home / width : one.spot.place * inner / width);
     }
-    const auto place_of = [&](const Wanted& one) {
-      return place_X[is_spread ? one.expert : one.spot.place];
-    };
     const std::vector<int> order = by_expert(wanted, shape.experts);
     // Each place holds its experts once, in their order.
     std::vector<int> begin_P(places + 1, 0), held_at(wanted.size());
-    const Wanted* last = nullptr;
+    int last = kNone;
     for (int at : order) {
-      const Wanted& one = wanted[at];
-      int& count = begin_P[place_of(one) + 1];
-      const bool is_held = last != nullptr && last->expert == one.expert &&
-                           place_of(*last) == place_of(one);
+      int& count = begin_P[place_W[at] + 1];
+      const bool is_held = last != kNone && wanted[last].expert == wanted[at].expert &&
+                           place_W[last] == place_W[at];
       held_at[at] = is_held ? count - 1 : count++;
-      last = &one;
+      last = at;
     }
     std::partial_sum(begin_P.begin(), begin_P.end(), begin_P.begin());
     std::vector<Wanted> held(begin_P.back());
     Hop hop{way.links[i], width, inner, false, {}};
     hop.transfers.reserve(wanted.size());
     for (size_t at = 0; at < wanted.size(); ++at) {
-      const Spot spot{place_of(wanted[at]), held_at[at]};
+      const Spot spot{place_W[at], held_at[at]};
       held[begin_P[spot.place] + spot.at] = {spot, wanted[at].expert};
       hop.transfers.push_back({spot, wanted[at].spot});
     }
