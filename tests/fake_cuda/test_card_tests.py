@@ -15,7 +15,6 @@ _PLACES = on_card.test_places_of_tokens_are_those_of_the_cpu_and_the_same_every_
 CASES = [
     (on_card.test_sums_over_replicas_are_bitwise_the_same_every_time.__name__, ""),
     (_PLACES, "slot_map"),
-    (_PLACES, "permutation"),
 ]
 
 
