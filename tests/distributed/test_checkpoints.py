@@ -331,10 +331,10 @@ def test_a_checkpoint_counts_only_after_its_planner_state_is_there(
 
 
 def train_and_listen(flags: list[str]) -> tuple[list[str], Any]:
-    """Train; return FSEP's log about resuming on this rank, and the layouts at the end."""
+    """Train; return FSEP's log about resuming on this rank, and the layouts after each step."""
     with messages() as lines:
         record = train(flags, layouts_in_force)
-    return [line for line in lines if "anew" in line or "restored" in line], record.probes[0]
+    return [line for line in lines if "anew" in line or "restored" in line], record.probes
 
 
 def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
@@ -342,7 +342,8 @@ def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
 ) -> None:
     options: dict[str, Any] = {"experts": 4, "steps": 4, "global_batch": 4}
     saves = f"{PLANNED}{TORCH_DIST} --save {tmp_path} --save-interval 1"
-    whole = trained(saves, layouts_in_force, **options)
+    told, whole = trained(saves, by=train_and_listen, **options)
+    assert told == [], "a run from the start resumes nothing"
     load = f"{TORCH_DIST} --load {tmp_path} --ckpt-step 3"
     earlier, file = (
         Path(planner_checkpoint.state_path(str(iteration_folder(tmp_path, step)), 0))
@@ -354,20 +355,20 @@ def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
         (line,) = [line for lines, _ in found for line in lines]
         assert expected in line
         assert found[0][1] == found[1][1]
-        return found[0][1]
+        return found[0][1][0]
 
     restored = "the planner's state is restored: training goes on with step 3, layout version 2"
-    assert resumed(PLANNED, restored) == whole.probes[3]
+    assert resumed(PLANNED, restored) == whole[3]
     more_slots = resumed(PLANNED + " --fsep-capacity 4", "this one has N = 2 ranks, C = 4 slots")
     assert more_slots[0] == 0
     again = resumed(PLANNED + WEIGHTS_ONLY, "before step 3 and training begins at step 0")
-    assert again == whole.probes[0]
+    assert again == whole[0]
     state = file.read_bytes()
     of_earlier = earlier.read_bytes(), "before step 2 and training begins at step 3"
     for wrong, said in ((state[:-5], "cut off"), of_earlier):
         file.write_bytes(wrong)
-        assert resumed(PLANNED, said) == whole.probes[0]
+        assert resumed(PLANNED, said) == whole[0]
     file.unlink()
-    assert resumed(PLANNED, "there is no planner's state") == whole.probes[0]
+    assert resumed(PLANNED, "there is no planner's state") == whole[0]
     file.write_bytes(state)
     assert len(trained(load, **options).losses) == 1
