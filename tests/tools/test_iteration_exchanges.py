@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from megatron_laer.choices import Recompute, Sharding
@@ -25,6 +26,7 @@ from megatron_laer.tools.simulator.iteration.predict import predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.replay import LayerPolicy, Routing
+from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
 from tests.tools.plan_cases import drifting_trace
 from tests.tools.test_iteration_work import H100, TINY, predicted
@@ -81,6 +83,27 @@ def test_weights_and_optimizer_take_the_documented_memory():
         found = sum(parts[part] for part in ("weights", "gradients", "optimizer"))
         whole = 2 + 4 + 12 / 4  # bytes of an expert's weight, gradient and quarter of its state
         assert found - experts * whole == pytest.approx(10.2e9, rel=0.03)
+
+
+def test_rows_that_wait_for_backward_are_the_mean_of_a_ranks_layers():
+    """The busiest rank of stock is the same in both layers, or another in each."""
+    alike, others = (balanced_but_for(*hot, ranks=4, experts=8) for hot in ((0, 0), (0, 2)))
+    same, apart = (predicted(trace, names=[STOCK])[STOCK] for trace in (alike, others))
+    assert same.max_over_mean == apart.max_over_mean == 2.5
+    parts = same.memory_bytes["activations"], apart.memory_bytes["activations"]
+    # All four layers of the model stay, with rows of 2.5 times the mean, or with 0.5 in two.
+    kept_bytes = 4 * (2 * TINY.hidden + 3 * TINY.expert_ffn) * 2
+    assert parts[0] - parts[1] == (2.5 - 1.5) * 1600 * kept_bytes
+
+
+def balanced_but_for(*hot, ranks, experts):
+    """Return a trace whose layers have half of their tokens on one rank of stock each."""
+    counts_LE = np.full((len(hot), experts), 100)
+    for counts_E, rank in zip(counts_LE, hot, strict=True):
+        counts_E[2 * rank : 2 * rank + 2] = 500
+    step_R, layer_R = (axis.reshape(-1) for axis in np.indices((3, len(hot)), dtype=np.int64))
+    counts_RNE = np.tile(counts_LE[:, None], (3, ranks, 1)).astype(np.int32)
+    return Trace(tuple("ab"), step_R, layer_R, np.zeros_like(step_R), counts_RNE)
 
 
 HOMES = Geometry(8, 8, 3, 8, Sharding.EXPERTS)

@@ -5,6 +5,8 @@ The allocator's loss is not included, nor communicators of other groups than the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_laer.choices import Recompute
 from megatron_laer.planner.state_bytes import GRADIENT_BYTES, RankWeights, StateBytes, state_bytes
 from megatron_laer.tools.simulator.iteration.methods import Method
@@ -46,15 +48,33 @@ def _stage_layers(model: ModelShape, run: RunShape, stage: int) -> list[bool]:
 
 
 def memory_bytes(
-    model: ModelShape, run: RunShape, method: Method, most_pairs: float
+    model: ModelShape,
+    run: RunShape,
+    method: Method,
+    most_pairs: float,
+    kept_pairs: Sequence[float] | None = None,
 ) -> dict[str, float]:
-    """Return bytes by part on the stage that needs most; `most_pairs` are the busiest rank's."""
-    of_stages = [_stage_bytes(model, run, method, stage, most_pairs) for stage in range(run.stages)]
+    """Return bytes by part on the stage that needs most.
+
+    `most_pairs` are the busiest rank's in a layer. `kept_pairs` are those of each stage's busiest
+    rank, as a mean over layers, which are seldom busiest on one rank. Without them it is
+    `most_pairs`.
+    """
+    kept_pairs = kept_pairs or [most_pairs] * run.stages
+    of_stages = [
+        _stage_bytes(model, run, method, stage, most_pairs, kept)
+        for stage, kept in enumerate(kept_pairs)
+    ]
     return max(of_stages, key=lambda parts: sum(parts.values()))
 
 
 def _stage_bytes(
-    model: ModelShape, run: RunShape, method: Method, stage: int, most_pairs: float
+    model: ModelShape,
+    run: RunShape,
+    method: Method,
+    stage: int,
+    most_pairs: float,
+    kept_pairs: float,
 ) -> dict[str, float]:
     state = stage_state(model, run, method, stage)
     layers, schedule, form = _stage_layers(model, run, stage), method.schedule, method.form
@@ -67,14 +87,14 @@ def _stage_bytes(
     sizes = stage, run.stages, run.chunks, run.microbatches
     held = in_flight(order(*sizes, by_parts=schedule.by_parts)) / run.chunks
     if run.recompute == Recompute.NONE:
-        kept = sum(_layer_activations(model, run, each, most_pairs) for each in layers)
+        kept = sum(_layer_activations(model, run, each, kept_pairs) for each in layers)
         working = 0.0
     else:
         kept = len(layers) * run.tokens * hidden_bytes
         working = _layer_activations(model, run, True, most_pairs)
         if run.recompute == Recompute.COMPUTE:
             # Dispatched tokens and outputs stay, since they are not exchanged again.
-            kept += with_experts * 2 * most_pairs * hidden_bytes
+            kept += with_experts * 2 * kept_pairs * hidden_bytes
     logits = run.tokens * model.vocabulary * _LOGIT_BYTES * 2 if stage == run.stages - 1 else 0.0
     one_bytes = expert_bytes if form is None else form.expert_bytes
     parts = {

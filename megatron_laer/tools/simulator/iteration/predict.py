@@ -195,10 +195,26 @@ def _of_step(method: Method, works: StepWorks, timings: Sequence[Timing]) -> Ite
         compute_s={kind: spent[kind] for kind in COMPUTE},
         exposed_s={kind: spent[kind] for kind in EXPOSED},
         waiting_s=spent[WAITING],
-        memory_bytes=memory_bytes(model, run, method, most_pairs),
+        memory_bytes=memory_bytes(model, run, method, most_pairs, _kept_pairs(model, run, work)),
         max_over_mean=float(np.mean([each.max_over_mean for each in done])),
         group=method.group,
     )
+
+
+def _kept_pairs(
+    model: ModelShape, run: RunShape, work: Callable[[int, int], LayerWork | None]
+) -> list[float]:
+    """Return the busiest rank's mean pairs over a stage's layers, of the fullest microbatch."""
+    found = []
+    for stage in range(run.stages):
+        layers = run.stage_layers(len(model.layer_has_experts), stage)
+        most = 0.0
+        for microbatch in range(run.microbatches):
+            works = [of for layer in layers if (of := work(layer, microbatch)) is not None]
+            if works:
+                most = max(most, float(np.mean([of.pairs_N for of in works], axis=0).max()))
+        found.append(most)
+    return found
 
 
 def _recorded_layers(model: ModelShape, traced_layers: int) -> list[int | None]:
