@@ -273,7 +273,7 @@ class CostModel:
         """
         exposed = self.exposed(placed, beside_s)
         hidden_s = self.exposed(placed, 0.0).exchanges_s - exposed.exchanges_s
-        return exposed.exchanges_s + self.hidden_share * hidden_s + exposed.host_s
+        return exposed.exchanges_s + self.hidden_share(placed.geometry) * hidden_s + exposed.host_s
 
     def with_exchange(self, algorithm: ExchangeAlgorithm | Auto, geometry: Geometry) -> CostModel:
         """Return the model with this exchange; `auto` is the faster one for a typical layout.
@@ -335,15 +335,30 @@ class CostModel:
         """
         return min(1.0 / self._passes, 2.0 / self.token_passes)
 
-    @property
-    def hidden_share(self) -> float:
-        """Return the time that a hidden exchange takes from compute, as a part of the exchange.
+    def hidden_share(self, geometry: Geometry) -> float:
+        """Return the time that a hidden exchange adds to a layer, as a part of the exchange.
 
-        It follows from the measured contention, from an eighth to all of it.
+        Compute is slower by the measured contention, by an eighth of the exchange at least. Tokens
+        arrive as much later as both are on the links.
         """
         contention = self.cluster.contention
         share = contention.exchange * (1.0 - 1.0 / contention.gemm)
-        return min(max(share, _LEAST_HIDDEN_SHARE), 1.0)
+        return min(max(share, _LEAST_HIDDEN_SHARE) + self._tokens_part(geometry), 1.0)
+
+    def _tokens_part(self, geometry: Geometry) -> float:
+        """Return the part of a layer's time in which tokens are between nodes, for even counts.
+
+        Inside nodes links are fast, and nothing is added. Attention takes about as long as experts.
+        """
+        if self.pairs_per_rank is None:
+            return 0.0
+        _, inter_bytes = self.tokens.pair_bytes(self.token_bytes)
+        leaving = self.pairs_per_rank * (1.0 - geometry.node_size / geometry.num_ranks)
+        pass_s = leaving * inter_bytes / self.cluster.inter.bytes_per_s
+        tokens_s = self.token_passes * pass_s
+        homes = geometry.num_experts / geometry.num_ranks
+        unit_s = self.gemm.unit_seconds(np.array([max(round(self.pairs_per_rank / homes), 1)]))
+        return tokens_s / (tokens_s + 2.0 * self._expert_flops * homes * float(unit_s[0]))
 
     @property
     def token_passes(self) -> int:
@@ -431,7 +446,7 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         [(way.native, costs._latency_of(way)) for way in costs.ways(geometry)],
         costs.solve_seconds(geometry),
         costs.least_change_seconds(geometry),
-        costs.hidden_share,
+        costs.hidden_share(geometry),
         costs.pairs_per_rank or 0,
         costs._carried(costs.weights_form(geometry.sharding), geometry.num_ranks),
         costs._carried(costs.grads_form, geometry.num_ranks),

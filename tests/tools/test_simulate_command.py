@@ -18,6 +18,7 @@ from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED
 from megatron_laer.tools.simulator.iteration.methods import METHODS
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
+from megatron_laer.tools.simulator.run_settings import priced
 from tests.documents import ROOT, blocks
 from tests.recorded_runs import OWN, record_run
 from tests.tools.plan_cases import drifting_trace, recording
@@ -145,12 +146,11 @@ def test_sharding_slots_and_exchange_are_those_of_training_by_default(tmp_path, 
 
     model = read_model("mixtral-8x7b-e8k2")
     costs = CostModel(load_cluster("a100-4x8-ib800"), model.hidden, model.expert_ffn, True, 2)
-    costs = replace(costs, pairs_per_rank=4096 * model.topk)
 
-    def priced(geometry):
-        return costs.with_exchange(Auto.AUTO, geometry)
+    def of(geometry):
+        return priced(costs, (geometry, model.topk, 4096), Auto.AUTO, Auto.AUTO)
 
-    taken, _ = choose_geometry(FSEPConfig(), (8, 8, 2), 1, model.topk, priced)
+    taken, _ = choose_geometry(FSEPConfig(), (8, 8, 2), 1, model.topk, of)
     case, sharding = fsep(), taken.geometry.sharding
     assert (case["sharding"], case["capacity"]) == (sharding, taken.geometry.capacity)
     assert fsep("--sharding", "auto") == fsep("--sharding", sharding) == case

@@ -110,23 +110,24 @@ def test_slots_are_filled_for_drift_if_that_pays(num_ranks: int, node_size: int)
     assert free_replicas > 1.5 * num_ranks and dear_replicas == 0
 
 
-@pytest.mark.parametrize(("ffn", "filled"), [(1536, 2), (14336, 1)])
-def test_large_experts_of_many_nodes_leave_a_slot_free(ffn: int, filled: int) -> None:
+@pytest.mark.parametrize(("ffn", "slots"), [(1536, (128, 128)), (14336, (1, 63))])
+def test_large_experts_of_many_nodes_leave_slots_free(ffn: int, slots: tuple[int, int]) -> None:
     """Experts of Qwen3-235B and of Mixtral-8x7B on 8 nodes: the latter's exchange takes longer."""
     geometry = Geometry(64, 128, 4, 8, Sharding.EXPERTS)
     costs = CostModel(load_cluster("h100-8"), 4096, ffn, True, 2, pairs_per_rank=32768)
     counts_NE = lognormal_NE(geometry, 32768, 0.6)
     planner = GreedyStrategy(geometry, costs.with_exchange(Auto.AUTO, geometry))
     layout = planner.plan(counts_NE, geometry.static_layout)
-    assert layout.replicas_E.sum() == 128 + 64 * filled
+    least, most = slots
+    assert least <= layout.replicas_E.sum() - 128 <= most
 
 
 def test_plans_also_fill_slots_for_their_node_alone() -> None:
-    """With strong skew and tokens by rank, this is faster than slots that also count load."""
+    """With strong skew and many tokens, this is faster than slots that also count load."""
     geometry = Geometry(32, 128, 6, 8, Sharding.EXPERTS)
-    costs = CostModel(load_cluster("h100-8"), 4096, 1536, True, 2, pairs_per_rank=16384)
+    costs = CostModel(load_cluster("h100-8"), 4096, 1536, True, 2, pairs_per_rank=65536)
     costs = costs.with_exchange(Auto.AUTO, geometry)
-    counts_NE, stock = lognormal_NE(geometry, 16384, 1.0), geometry.static_layout
+    counts_NE, stock = lognormal_NE(geometry, 65536, 2.0), geometry.static_layout
     planned = GreedyStrategy(geometry, costs).plan(counts_NE, stock)
     fresh = Guard(PlanMode.EXACT, costs, geometry).decide(counts_NE, stock).layout
     planned_s, fresh_s = (

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_laer.choices import Auto, Sharding
@@ -15,6 +16,7 @@ from megatron_laer.planner.clusters import Contention, Link, SolveTime
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.expected_gain import expected_gain
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.outcome import stock_placement
 from megatron_laer.planner.sharding_choice import choose_geometry, planned_seconds
 from megatron_laer.planner.typical import skewed_counts_NE
 from tests.costs import make_costs
@@ -62,7 +64,7 @@ SLOW_BETWEEN_NODES = make_costs(
 def test_auto_takes_the_faster_sharding_and_slots_that_pay() -> None:
     """Slow links between nodes: with many tokens, locality is worth more than weights."""
     shape, found = (16, 64, 4), {}
-    for tokens in (1024, 65536):
+    for tokens in (1024, 2**20):
         for given_ in ({}, {"capacity": 5}):
             choice, best = choose_geometry(
                 FSEPConfig(**given_), shape, 1, 2, priced_as(SLOW_BETWEEN_NODES, tokens)
@@ -72,10 +74,10 @@ def test_auto_takes_the_faster_sharding_and_slots_that_pay() -> None:
             faster = min(best, key=lambda candidate: candidate.seconds)
             assert choice.seconds <= faster.seconds * 1.011
             found[tokens, "capacity" in given_] = choice.geometry
-    assert found[65536, False].capacity > 5, "a further slot brings tokens back to their node"
+    assert found[2**20, False].capacity > 5, "a further slot brings tokens back to their node"
     assert found[1024, False] == found[1024, True], "and does not pay for few tokens"
     assert found[1024, True].sharding == Sharding.EXPERTS
-    assert found[65536, True].sharding == Sharding.ROWS
+    assert found[2**20, True].sharding == Sharding.ROWS
 
 
 def test_rows_take_slots_that_keep_tokens_on_their_node() -> None:
@@ -136,8 +138,22 @@ def test_training_expects_a_gain_where_ranks_would_wait(tokens: int, gains: bool
 
 
 def test_contention_prices_hidden_exchanges() -> None:
-    costs = make_costs()
-    assert costs.hidden_share == 0.125, "nothing was measured"
+    costs, geometry = make_costs(), Geometry(8, 8, 2, 8)
+    assert costs.hidden_share(geometry) == 0.125, "nothing was measured"
     for gemm, exchange, share in ((1.5, 1.2, 0.4), (1.01, 1.0, 0.125), (4.0, 4.0, 1.0)):
         cluster = replace(costs.cluster, contention=Contention(gemm, exchange))
-        assert replace(costs, cluster=cluster).hidden_share == pytest.approx(share)
+        assert replace(costs, cluster=cluster).hidden_share(geometry) == pytest.approx(share)
+
+
+def test_an_exchange_that_compute_hides_delays_the_tokens_of_the_layer() -> None:
+    """Even counts: tokens take a layer's time without latency and experts, attention as theirs."""
+    costs = make_costs(points=((1, 1e12),), pairs_per_rank=4096)
+    even_NE, stock = np.full((8, 16), 256), stock_placement(8, 16, 2)
+    layer_s = costs.layer_seconds(even_NE, stock)
+    layer_s -= costs.token_passes * costs.token_latency_seconds(stock.geometry)
+    unit_s = float(costs.gemm.unit_seconds(np.array([2048]))[0])
+    experts_s = costs._expert_flops * 2 * unit_s
+    assert layer_s > experts_s
+    share = 0.125 + (layer_s - experts_s) / (layer_s + experts_s)
+    assert costs.hidden_share(Geometry(8, 16, 3, 2)) == pytest.approx(share)
+    assert costs.hidden_share(Geometry(8, 16, 3, 8)) == 0.125, "inside a node nothing is added"
