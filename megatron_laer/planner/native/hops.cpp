@@ -330,13 +330,8 @@ Segments segments(const End& held, const std::vector<int64_t>& wire, std::vector
   }
   const int64_t at = static_cast<int64_t>(table.size()), count = static_cast<int64_t>(order.size());
   Segments made{at, count, 0, 0, 0, 0, -1, {}};
-  const auto is_elsewhere = [&](size_t i) {
-    const Row &row = held.row[i], &first = held.row[order[0]];
-    return row.tensor != first.tensor || row.row - wire[i] != first.row - wire[order[0]];
-  };
-  if (count > 0 && std::none_of(order.begin(), order.end(), is_elsewhere)) {
-    made.in_place = held.row[order[0]].row - wire[order[0]];
-  }
+  const auto shift = [&](size_t i) { return held.row[i].row - wire[i]; };
+  bool in_place = count > 0;
   std::stable_sort(order.begin(), order.end(),
                    [&](size_t a, size_t b) { return held.row[a] < held.row[b]; });
   std::vector<int64_t> first_T1;
@@ -346,11 +341,13 @@ Segments segments(const End& held, const std::vector<int64_t>& wire, std::vector
     if (segment == 0 || held.row[order[segment - 1]] < row) first_T1.push_back(segment);
     if (made.tensors.empty() || row.tensor != made.tensors.back()) made.tensors.push_back(row.tensor);
     const int64_t tensor = static_cast<int64_t>(made.tensors.size()) - 1;
+    in_place &= tensor == 0 && shift(i) == shift(order[0]);
     table.insert(table.end(), {tensor, row.row, wire[i], held.size[i]});
     made.rows += held.size[i];
     made.most_rows = std::max(made.most_rows, held.size[i]);
     made.end = row.row + held.size[i];
   }
+  if (in_place) made.in_place = shift(order[0]);
   made.sums = static_cast<int64_t>(first_T1.size());
   first_T1.push_back(count);
   table.insert(table.end(), first_T1.begin(), first_T1.end());
