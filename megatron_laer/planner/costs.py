@@ -52,7 +52,7 @@ from megatron_laer.precision import Precision
 _BACKWARD_GEMMS = 2
 # Small kernels of a layer's forward and backward, counted by `benchmarks/launches.py`; each takes
 # about as long to start as to run.
-_LAUNCHES, _LAUNCHES_OF_MORE_HOPS = 49, 3
+_LAUNCHES, _LAUNCHES_OF_MORE_HOPS = 46, 3
 # Numbers per rank that accompany its counts in their exchange, and bytes per number.
 _BESIDE_COUNTS, _COUNT_BYTES = 3, 8
 # GEMMs around an exchange are measured a tenth to a fifth slower on cards.
