@@ -58,7 +58,7 @@ def test_what_no_split_changes_equals_its_definition(
     assert costs.token_latency_seconds(geometry) == pytest.approx(latency_s)
     slots, counts = geometry.num_slots, num_ranks * geometry.num_experts
     gate_s = host.gate.base_s + slots * host.gate.slot_s + counts * host.gate.count_s
-    launches = 52 if algorithm == "node" and num_ranks > node_size else 49
+    launches = 49 if algorithm == "node" and num_ranks > node_size else 46
     host_s = gathered_s + gate_s + launches * host.launch_s
     assert costs.host_seconds(geometry) == pytest.approx(host_s)
     forwards = 1 if recompute == Recompute.NONE else 2

@@ -27,9 +27,10 @@ namespace {
 // A placement is nearly balanced if no rank is above the mean by more than this part.
 constexpr int64_t kNearlyPart = 32;
 
-// The level above the ideal, as a part of what stock's placement is above it. Higher ones save
-// exchanges, and leave rows on one rank, for which its memory may have no room.
-constexpr int64_t kLevelPart = 32;
+// Levels above the ideal, as parts of what stock's placement is above it. From the second on they save
+// exchanges, and leave rows on one rank, for which its memory may have no room. So they are made only
+// where the others do not pay.
+constexpr int64_t kLevelParts[] = {32, 8, 2};
 
 // Sums of floats in another order differ by less.
 constexpr double kBelowRounding = 1.0 - 1e-9;
@@ -85,8 +86,9 @@ HomeLayout balance_by_time(const Shape& shape, const Sums& sums, const CostModel
   HomeLayout most = replicate(shape, sums, 0);
   const int64_t largest = most.largest, replicas = most.replicas, over = best.largest - largest;
   compete(std::move(most));
-  if (over >= kLevelPart) {
-    HomeLayout fewer = replicate(shape, sums, largest + over / kLevelPart);
+  for (int64_t parts : kLevelParts) {
+    if (over < parts || (best.replicas > 0 && parts != kLevelParts[0])) continue;
+    HomeLayout fewer = replicate(shape, sums, largest + over / parts);
     if (fewer.replicas < replicas) compete(std::move(fewer));
   }
   return best;
