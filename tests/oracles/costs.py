@@ -106,7 +106,7 @@ def has_room(way: Way, placed: Placed) -> bool:
     most = max(home, geometry.replica_slots)
     if way.is_direct:
         return bool(np.bincount(expert_S // home).max(initial=0) <= most)
-    # Of a node's experts each rank sends its part to every node that wants them.
+    # Each rank of a node sends its part of the node's experts to every node that wants them.
     to_S = slot_S // geometry.replica_slots // node_size
     pairs = {*zip(expert_S.tolist(), to_S.tolist(), strict=True)}
     sent_Q = np.bincount([expert // home // node_size for expert, _ in pairs])

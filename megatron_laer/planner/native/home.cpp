@@ -32,7 +32,7 @@
 //      are for goes first: these tokens then stay in their node. Every layout here is at least as
 //      balanced as stock's placement, since a step only lowers loads that are above the level.
 //   3. Experts of a rank's replica slots ascend, empty slots come last.
-// A step uses a slot and takes O(H + G + log N), besides a shift in the list of givers. Only where
+// A step uses a slot and takes O(H + G + log N), and shifts the list of givers. Only where
 // no expert of the most loaded givers fills the room are all of them compared.
 //
 // Source: A. J. Walker, An Efficient Method for Generating Discrete Random Variables with General
