@@ -23,6 +23,7 @@ import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, Split
+from megatron_laer.life import Kind, Kinds
 from megatron_laer.planner.clusters import (
     DENSE_OPERATIONS,
     MOE_OPERATIONS,
@@ -107,6 +108,8 @@ class CostModel:
         layers: whose rows a rank holds at once: as many as the model has, or twice with combined
             1F1B and no pipeline. None takes the device to hide all of the host's work.
         sharers: ranks that share a sequence, of which a microbatch is taken to have one.
+        kinds: of the run. Held over a step, an exchange is shared by microbatches, and in combined
+            1F1B tokens travel during another one's compute.
     """
 
     cluster: Cluster
@@ -123,11 +126,16 @@ class CostModel:
     precision: Precision = Precision.PARAMETERS
     layers: int | None = None
     sharers: int = 1
+    kinds: Kinds = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "bytes_per_element"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+
+    @property
+    def is_combined(self) -> bool:
+        return Kind.PARTS in self.kinds
 
     @property
     def in_bf16(self) -> CostModel:
@@ -339,8 +347,11 @@ class CostModel:
         """Return the time that a hidden exchange adds to a layer, as a part of the exchange.
 
         Compute is slower by the measured contention, by an eighth of the exchange at least. Tokens
-        arrive as much later as both are on the links.
+        arrive as much later as both are on the links. A step's one exchange takes a microbatch
+        next to nothing.
         """
+        if Kind.STEP in self.kinds:
+            return 0.0
         contention = self.cluster.contention
         share = contention.exchange * (1.0 - 1.0 / contention.gemm)
         return min(max(share, _LEAST_HIDDEN_SHARE) + self._tokens_part(geometry), 1.0)
@@ -358,7 +369,8 @@ class CostModel:
         tokens_s = self.token_passes * pass_s
         homes = geometry.num_experts / geometry.num_ranks
         unit_s = self.gemm.unit_seconds(np.array([max(round(self.pairs_per_rank / homes), 1)]))
-        return tokens_s / (tokens_s + 2.0 * self._expert_flops * homes * float(unit_s[0]))
+        compute_s = 2.0 * self._expert_flops * homes * float(unit_s[0])
+        return tokens_s / (compute_s if self.is_combined else compute_s + tokens_s)
 
     @property
     def token_passes(self) -> int:

@@ -72,7 +72,8 @@ def build_coordinator(
     device: torch.device,
 ) -> Coordinator:
     """Build the coordinator of one rank; `tokens` per rank and microbatch are priced if given."""
-    costs = layer_costs(config, transformer_config, device)
+    kinds = kinds_of_run(config, transformer_config)
+    costs = replace(layer_costs(config, transformer_config, device), kinds=kinds)
     if tokens is not None:
         costs = in_model(config, costs, transformer_config)
     top_k, tokens = transformer_config.moe_router_topk, tokens or _TOKENS
@@ -111,7 +112,6 @@ def build_coordinator(
     # Announced layouts, as forecast ones, are kept after the gate.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
     guard = Guard(at_gate, chosen, geometry, config.imbalance_tolerance, config.split)
-    kinds = kinds_of_run(config, transformer_config)
     streams = ExchangeStreams(
         make_exchange(config, groups, chosen, geometry),
         parameters=make_comm_stream("parameters", device, overlaps=overlaps),

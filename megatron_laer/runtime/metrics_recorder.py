@@ -243,6 +243,7 @@ def run_settings(
         "recompute": costs.recompute,
         "layers": costs.layers,
         "sharers": costs.sharers,
+        "combined": costs.is_combined,
         "token_exchange": costs.tokens.dispatch,
         "token_intra_rows": costs.tokens.intra_rows,
         "token_inter_rows": costs.tokens.inter_rows,

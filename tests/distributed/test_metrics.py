@@ -82,7 +82,8 @@ def test_balance_and_planning_are_in_tensorboard(
     for recording in recordings:
         assert recording.steps_T.tolist() == list(range(STEPS))
         ((_, run),) = recording.runs
-        assert (run["layers"], run["sharers"]) == (str(LAYERS), "1"), "of the whole model"
+        known = run["layers"], run["sharers"], run["combined"]
+        assert known == (str(LAYERS), "1", "False"), "of the whole model"
         of, steps = recording.of_layers, recording.of_steps
         assert (of["replicas"] == 1).all() and (of["without_replicas"] == 0).all()
         received_mb = recording.metrics["fsep_weight_mb"]

@@ -218,7 +218,7 @@ def test_slots_fit_the_buffers_of_the_flags_back_end(model, tmp_path):
     path.write_text(yaml.safe_dump(cluster_content(cluster)))
     run = "--bf16 --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep".split()
     run.append("--moe-permute-fusion")  # without it tokens take no other way through nodes
-    words = f"--cluster {path} --gpus 2 --workload W1 --memory-gib 200".split()
+    words = f"--cluster {path} --gpus 2 --workload natural --memory-gib 200".split()
     python("-m", "megatron_laer", "advise", "--model", model, *words, "--json", out, "--", *run)
     found = [each["flags"].split() for each in json.loads(out.read_text())["best"]]
     (flags,) = [each for each in found if "flex" in each]

@@ -42,6 +42,7 @@ ALLOWED = "--fsep-allow-unproven te-graphs"
 PADDED = "--moe-router-padding-for-quantization"
 EARLY = "--overlap-dispatch-backward-with-experts-wgrad --overlap-grad-reduce"
 
+REFUSED = 1, "refused, because", None
 # Flags; the status, a text on the first line, and the last line.
 LINES = {
     "runs": (BASE, 0, "runs; proved by row 'bf16' on the CPU", None),
@@ -89,32 +90,24 @@ LINES = {
     ),
     "fp8 in rows": (
         f"{BASE} --fp8-format hybrid --fp8-recipe tensorwise --fsep-sharding rows",
-        1,
-        "refused, because",
-        None,
+        *REFUSED,
     ),
     "set-ep": ("--num-experts 8", 5, "uses no expert parallelism", None),
-    "dense": ("--num-layers 2", 1, "refused, because", None),
-    "refused": (f"{BASE} --optimizer soap {SLOW}", 1, "refused, because", None),
-    "our flags": (f"{BASE} --fsep-capacity 0 {SLOW}", 1, "refused, because", None),
-    "an unknown planner": (f"{BASE} --fsep-planner magic", 1, "refused, because", None),
+    "dense": ("--num-layers 2", *REFUSED),
+    "refused": (f"{BASE} --optimizer soap {SLOW}", *REFUSED),
+    "our flags": (f"{BASE} --fsep-capacity 0 {SLOW}", *REFUSED),
+    "an unknown planner": (f"{BASE} --fsep-planner magic", *REFUSED),
     "our flags together": (
         f"{BASE} --fsep-restore step --fsep-plan-mode adaptive",
-        1,
-        "refused, because",
-        None,
+        *REFUSED,
     ),
     "Megatron-FSDP": (
         f"{BASE} --use-megatron-fsdp --fsep-sharding rows --fsep-node-size 3",
-        1,
-        "refused, because",
-        None,
+        *REFUSED,
     ),
     "too many slots": (
         "--num-experts 4096 --expert-model-parallel-size 8 --moe-token-dispatcher-type flex",
-        1,
-        "refused, because",
-        None,
+        *REFUSED,
     ),
 }
 ERRORS = {

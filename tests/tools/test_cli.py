@@ -129,20 +129,22 @@ def test_messages_name_the_program_as_it_was_started(tmp_path, capsys):
     assert result.stderr.startswith("megatron-laer flags: unknown model 'x'")
 
 
-# A command that reports its start and the end of its `finally` clause. It sleeps in a loop, since a
-# signal just before `signal.pause` would be lost.
-_WAITING = """
-import sys, time
+# It reports its start and the end of its `finally` clause. It sleeps in a loop, since a signal just
+# before `signal.pause` would be lost.
+_AT_WORK = """
+import time
+try:
+    print("at work", flush=True)
+    while True:
+        time.sleep(0.05)
+finally:
+    print("tidied up")
+"""
+_WAITING = f"""
+import sys
 from megatron_laer.tools import cli
 from megatron_laer.tools.cli import plan
-def wait(args):
-    try:
-        print("at work", flush=True)
-        while True:
-            time.sleep(0.05)
-    finally:
-        print("tidied up")
-plan.run = wait
+plan.run = lambda args: exec({_AT_WORK!r})
 sys.exit(cli.main(["plan", "trace"]))
 """
 
@@ -169,15 +171,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 
 def test_a_script_gets_signals_as_under_python_itself(script):
-    path = script("""
-        import time
-        try:
-            print("at work", flush=True)
-            while True:
-                time.sleep(0.05)
-        finally:
-            print("tidied up")
-    """)
+    path = script(_AT_WORK)
     for number, *expected in (
         (signal.SIGINT, -signal.SIGINT, "tidied up\n", 1),
         (signal.SIGTERM, -signal.SIGTERM, "", 0),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_laer import telemetry
+from megatron_laer import life, telemetry
 from megatron_laer.choices import (
     Dispatch,
     ExchangeAlgorithm,
@@ -106,6 +106,7 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
         precision=Precision.BLOCKWISE,
         layers=12,
         sharers=4,
+        kinds=frozenset({life.Kind.PARTS}),
     )
     priced = {"top_k": 2, "tokens_per_rank": 4096}
     config = FSEPConfig(sharding=Sharding.ROWS)
@@ -116,6 +117,7 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
     sizes = ("hidden", "ffn", "gated", "bytes_per_element")
     for name in (*sizes, "recompute", "restore_algorithm", "precision", "layers", "sharers"):
         assert run[name] == str(getattr(costs, name))
+    assert run["combined"] == "True"
     assert run["token_exchange"] == costs.tokens.dispatch
     rows = [float(run[f"token_{link}_rows"]) for link in ("intra", "inter")]
     assert rows == [costs.tokens.intra_rows, costs.tokens.inter_rows], "to the last digit"

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_laer.choices import Auto, Sharding
 from megatron_laer.config import FSEPConfig
+from megatron_laer.life import Kind
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Contention, Link, SolveTime
 from megatron_laer.planner.costs import CostModel
@@ -154,6 +155,9 @@ def test_an_exchange_that_compute_hides_delays_the_tokens_of_the_layer() -> None
     unit_s = float(costs.gemm.unit_seconds(np.array([2048]))[0])
     experts_s = costs._expert_flops * 2 * unit_s
     assert layer_s > experts_s
-    share = 0.125 + (layer_s - experts_s) / (layer_s + experts_s)
-    assert costs.hidden_share(Geometry(8, 16, 3, 2)) == pytest.approx(share)
+    tokens_s, nodes = layer_s - experts_s, Geometry(8, 16, 3, 2)
+    for kind, of_tokens in ((Kind.DELAYED, tokens_s + 2 * experts_s), (Kind.PARTS, 2 * experts_s)):
+        share = 0.125 + tokens_s / of_tokens
+        assert replace(costs, kinds={kind}).hidden_share(nodes) == pytest.approx(share)
+    assert replace(costs, kinds={Kind.STEP}).hidden_share(nodes) == 0.0
     assert costs.hidden_share(Geometry(8, 16, 3, 8)) == 0.125, "inside a node nothing is added"

@@ -27,10 +27,10 @@ namespace {
 // A placement is nearly balanced if no rank is above the mean by more than this part.
 constexpr int64_t kNearlyPart = 32;
 
-// Levels above the ideal, as parts of what stock's placement is above it. From the second on they save
-// exchanges, and leave rows on one rank, for which its memory may have no room. So they are made only
-// where the others do not pay.
-constexpr int64_t kLevelParts[] = {32, 8, 2};
+// Levels above the ideal, as parts of what stock's placement is above it. Higher ones save exchanges,
+// and leave rows on one rank, for which its memory may have no room. So those of fewer parts than
+// kFewParts are made only where the others do not pay.
+constexpr int64_t kLevelParts[] = {32, 16, 8, 2}, kFewParts = 16;
 
 // Sums of floats in another order differ by less.
 constexpr double kBelowRounding = 1.0 - 1e-9;
@@ -87,7 +87,7 @@ HomeLayout balance_by_time(const Shape& shape, const Sums& sums, const CostModel
   const int64_t largest = most.largest, replicas = most.replicas, over = best.largest - largest;
   compete(std::move(most));
   for (int64_t parts : kLevelParts) {
-    if (over < parts || (best.replicas > 0 && parts != kLevelParts[0])) continue;
+    if (over < parts || (best.replicas > 0 && parts < kFewParts)) continue;
     HomeLayout fewer = replicate(shape, sums, largest + over / parts);
     if (fewer.replicas < replicas) compete(std::move(fewer));
   }

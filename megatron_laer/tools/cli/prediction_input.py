@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.choices import Auto, Dispatch, ExchangeAlgorithm, Recompute, Sharding
+from megatron_laer.choices import Auto, Dispatch, ExchangeAlgorithm, Recompute, Restore, Sharding
 from megatron_laer.files import memory
 from megatron_laer.files.checks import quoted
+from megatron_laer.life import Kind, kinds_of
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
@@ -192,6 +193,12 @@ def prediction_settings(
         precision=sizes.precision,
         layers=None if model is not None else value("layers", width, None),
         sharers=value("sharers", between(1, MOST_RANKS), 1),
+        kinds=kinds_of(
+            {
+                Kind.PARTS: value("combined", _boolean, False),
+                Kind.STEP: value("restore", Restore, Restore.LAYER) == Restore.STEP,
+            }
+        ),
     )
     return RunSettings(
         sizes,

@@ -9,6 +9,7 @@ from functools import partial
 from megatron_laer.choices import Auto, Dispatch, Recompute, Restore, Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import one_line
+from megatron_laer.life import Kind, kinds_of
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
@@ -204,7 +205,8 @@ def _chosen(
     """Return the sharding, slots and prices that training takes."""
     costs = model.costs(rates.cluster, _recompute(args), routing.pairs)
     layers = len(model.layer_has_experts) * (2 if args.overlap and args.pipeline == 1 else 1)
-    costs = replace(costs, layers=layers, sharers=args.tensor_parallel)
+    kinds = config.kinds | kinds_of({Kind.PARTS: args.overlap})
+    costs = replace(costs, layers=layers, sharers=args.tensor_parallel, kinds=kinds)
     dispatch: Dispatch | Auto = Auto.AUTO
     if args.token_exchange != Auto.AUTO:
         dispatch = Dispatch(args.token_exchange)

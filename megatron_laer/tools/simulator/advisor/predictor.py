@@ -185,9 +185,8 @@ class Predictor:
     ) -> IterationPrediction:
         """Predict few and many microbatches, and more of them, each of which adds as much."""
         of, method = self._extent(candidate.num_ranks, rough), candidate.method
-        # Work is the same whether tokens overlap or not.
-        setting = candidate.setting
-        key = method.group if setting is None else replace(setting, combined=False)
+        # Stock's work is the same whether tokens overlap or not.
+        key = candidate.setting or method.group
         assert key is not None
         if (key, rough) not in self._works:
             replayed = replay_steps(of.routing, of.walked, of.model, [method], of.many)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Dispatch, PlanMode, Restore, Split
 from megatron_laer.config import FSEPConfig
-from megatron_laer.life import Kind, kinds_of
+from megatron_laer.life import Kind, Kinds, kinds_of
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
@@ -55,6 +55,10 @@ class MethodSettings:
     topk: int = 1
     stock_flex: bool = False
     combined: bool = False
+
+    @property
+    def kinds(self) -> Kinds:
+        return self.config.kinds | kinds_of({Kind.PARTS: self.combined})
 
 
 @dataclass(frozen=True)
@@ -127,15 +131,13 @@ def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy
     holds_step = config.restore == Restore.STEP
     guard = Guard(config.mode, costs, geometry, split=Split.EXACT if is_ours else Split.EVEN)
 
-    more = {Kind.PARTS: settings.combined, Kind.SYNCHRONISED: not is_ours}
-
     def layer_planner() -> _Relaid:
         policy = LayerPolicy(strategy, geometry.static_layout, by_newest=not is_ours)
         return _Relaid(policy, guard, rates, holds_step)
 
     return Method(
         name,
-        Schedule.of(config.kinds | kinds_of(more)),
+        Schedule.of(settings.kinds | kinds_of({Kind.SYNCHRONISED: not is_ours})),
         one_stream=not is_ours,
         layer_planner=layer_planner,
         experts_held=geometry.num_experts / geometry.num_ranks,
@@ -148,9 +150,9 @@ def relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy
 
 def fsep(settings: MethodSettings, rates: Rates) -> Method:
     """Make ours, with the settings of training."""
-    planner, costs = settings.config.planner, settings.costs
+    planner, costs = settings.config.planner, replace(settings.costs, kinds=settings.kinds)
     strategy = make_strategy(planner, geometry=settings.geometry, costs=costs)
-    return relaid(FSEP, settings, rates, strategy)
+    return relaid(FSEP, replace(settings, costs=costs), rates, strategy)
 
 
 # Makers of methods, at the nominal rates; a comparison with another planner adds its own, by
