@@ -44,7 +44,6 @@ class Event(Enum):
     GATE = "the gate has chosen"
     TOKENS = "tokens have arrived"
     AFTER_EXPERTS = "after the experts"
-    COMPUTED = "the experts are launched"
     LAST_LAYER = "the operation's last layer"
     RELEASED = "another operation begins"
     CHUNK_BACKWARD = "the chunk's backward begins"
@@ -113,7 +112,7 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.EMPTY): (),
         _of(): (_A.JOIN_WAIT,),
     },
-    Event.TOKENS: {_of(_K.PARTS): (), _of(): (_A.PREPARE,)},
+    Event.TOKENS: {_of(): (_A.PREPARE,)},
     Event.AFTER_EXPERTS: {
         _of(_K.STEP, _K.RERUN, _K.DIRECTIONS): (_A.RESTORE_BACKWARD,),
         _of(_K.STEP): (),
@@ -123,13 +122,7 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.DIRECTIONS): (_A.FREE,),
         _of(): (_A.KEEP, _A.FREE),
     },
-    Event.COMPUTED: {_of(_K.PARTS): (_A.PREPARE,), _of(): ()},
-    Event.LAST_LAYER: {
-        _of(_K.ALONE): (),
-        _of(_K.PARTS): (),
-        _of(_K.SYNCHRONISED): (),
-        _of(): (_A.FETCH,),
-    },
+    Event.LAST_LAYER: {_of(_K.ALONE): (), _of(_K.SYNCHRONISED): (), _of(): (_A.FETCH,)},
     Event.RELEASED: {_of(_K.STEP): (), _of(): (_A.FREE, _A.FREE_BACKWARD)},
     Event.CHUNK_BACKWARD: {_of(_K.ALONE): (), _of(_K.STEP): (), _of(): (_A.RESTORE_BACKWARD,)},
     # A checkpoint runs forward again first.
@@ -138,20 +131,12 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.FIRST): (_A.RESTORE,),
         _of(): (_A.RESTORE_BACKWARD,),
     },
-    # Between parts another microbatch runs, whose experts take the second place.
     Event.OUTPUT_GRAD: {
         _of(_K.ALONE): (_A.RESTORE_BACKWARD, _A.HAND_ON),
         _of(_K.STEP): (_A.RESTORE_BACKWARD,),
-        _of(_K.PARTS, _K.EMPTY): (_A.RESTORE_BACKWARD, _A.FETCH),
-        _of(_K.PARTS): (_A.RESTORE_BACKWARD, _A.HAND_ON),
         _of(): (_A.RESTORE_BACKWARD, _A.FETCH),
     },
-    Event.INPUT_GRAD: {
-        _of(_K.STEP): (),
-        _of(_K.ALONE): (_A.FREE_BACKWARD,),
-        _of(_K.PARTS): (_A.FREE_BACKWARD, _A.FETCH),
-        _of(): (_A.FREE_BACKWARD,),
-    },
+    Event.INPUT_GRAD: {_of(_K.STEP): (), _of(): (_A.FREE_BACKWARD,)},
     Event.WEIGHT_GRADS: {_of(_K.DELAYED): (_A.DELAY,), _of(): ()},
     # Gradients of the weights leave after those of the tokens.
     Event.DISPATCH_GRAD: {

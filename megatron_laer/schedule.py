@@ -55,13 +55,13 @@ class Schedule:
         """Return the maximum number of a rank's layers with restored experts in memory at once.
 
         Schedules look one layer ahead, also into the next operation, and one of several chunks is
-        at work at a time. A layer that follows itself takes no second place. Two operations that
-        run together may have one each of the same layer.
+        at work at a time. A layer that follows itself takes no second place. Of two operations that
+        run together one has two layers while its experts compute, and then the other has one.
         """
         if self.holds_step:
             return num_layers
-        most = 2 if self.restores_ahead else 1
-        return most if self.by_parts else min(most, num_layers)
+        most = min(2 if self.restores_ahead else 1, num_layers)
+        return most + (self.by_parts and self.restores_ahead)
 
     def gradient_layers(self, num_layers: int) -> int:
         """Return the same maximum for gradients of restored experts, in their compute dtype.

@@ -35,7 +35,6 @@ from megatron_laer.layer.experts.homes import HomeExperts
 from megatron_laer.layer.experts.module import FSEPExperts
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
 from megatron_laer.layer.slot_submodules import activation_builder, slot_submodules
-from megatron_laer.life import Event
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -184,11 +183,10 @@ class FSEPMoELayer(MoELayer):
         return plan.restored.gate(tokens, reruns=plan.backward_follows), probs
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Exchange tokens; once they have crossed nodes, the next layer's restore may start."""
+        """Exchange tokens, whose gradients let those of the weights go."""
         assert self._plan is not None, "dispatch before preprocess"
         hidden_states = self._plan.restored.dispatch(hidden_states)
         dispatched = super().dispatch(hidden_states, probs)
-        self._coordinator.scheduler.passed(Event.TOKENS, self.state, self.training)
         groups = self._coordinator.groups
         rows = self.token_dispatcher.rows_sent(groups.rank, groups.node_size)
         if rows is not None:
@@ -199,7 +197,12 @@ class FSEPMoELayer(MoELayer):
     def routed_experts_compute(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Sort the received tokens by slot and compute the restored experts."""
+        """Sort the received tokens by slot and compute the restored experts.
+
+        Tokens have crossed nodes, so that the next layer's restore may start. It does so here,
+        since Megatron may have exchanged them on a stream of their own.
+        """
+        self._coordinator.scheduler.tokens_arrived(self.state, self.training)
         # `backward_dw` may run on a stream of its own, during the dispatch's backward.
         if getattr(self.config, "overlap_dispatch_backward_with_experts_wgrad", False):
             from megatron.core.transformer.moe.moe_layer import _RecordExpertDgradCompletion
@@ -214,7 +217,6 @@ class FSEPMoELayer(MoELayer):
         activity = Activity(Kind.EXPERTS, self.state.name)
         with self.token_dispatcher.keeping_rows(), named_range(activity):
             output_TH = self._slot_experts(input_TH, probs_T, plan)
-        self._coordinator.scheduler.passed(Event.COMPUTED, self.state, self.training)
         return self.token_dispatcher.combine_preprocess(output_TH), None
 
     def postprocess(

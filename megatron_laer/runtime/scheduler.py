@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.life import Action, Cell, Event, Kinds, column
+from megatron_laer.life import Action, Cell, Event, Kind, Kinds, column
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.operations import Operation, OperationOrder
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts, Replayed
@@ -72,10 +72,10 @@ class Scheduler:
         self._chunks: list[Chunk] = []
         self._hooks: list[Any] = []
         self._forward: _Forward | None = None
-        self._order = OperationOrder()
+        self._order = OperationOrder(by_direction=Kind.PARTS in kinds)
         self._awaits_backward: dict[Operation, _Forward] = {}
-        # First experts of the operation that is expected next.
-        self._fetched: tuple[Operation, RestoredExperts] | None = None
+        # First experts of the operations that are expected next, by order.
+        self._fetched: dict[bool, tuple[Operation, RestoredExperts]] = {}
 
     def attach(self, chunks: Sequence[Chunk]) -> None:
         self._detach()
@@ -166,7 +166,8 @@ class Scheduler:
             return self._experts_of(layer, training)
         restored, forward.ahead = forward.ahead or self._experts_of(layer, training), None
         entered = forward.entered
-        restored.follow = entered[-1].first_in_backward if entered else self._following
+        after = partial(self._following, is_forward=False)
+        restored.follow = entered[-1].first_in_backward if entered else after
         restored.report = forward.chunk.grads_ready
         entered.append(restored)
         return restored
@@ -176,17 +177,17 @@ class Scheduler:
         if self._forward is not None:
             self._restore(self._forward.chunk, restored, restored.life[Event.DECIDED])
 
-    def passed(self, event: Event, layer: LayerState, training: bool) -> None:
-        """Prepare the layer or operation that follows this layer if the event is its turn."""
+    def tokens_arrived(self, layer: LayerState, training: bool) -> None:
+        """Prepare the layer or operation that follows this layer."""
         forward = self._forward  # none in the re-run of a checkpoint, which happens in backward
-        if forward is None or not forward.entered or not self._life[event]:
+        if forward is None or not forward.entered:
             return
         if forward.chunk.layers[len(forward.entered) - 1] is not layer:
             return
         if forward.next_layer is not None:
             self._prepare(forward, training)
         elif forward.operation is not None:
-            forward.entered[-1].weights.fetch(self._following())
+            forward.entered[-1].weights.fetch(self._following(is_forward=True))
 
     def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:
         layout = self._pass_layouts.layout_for(layer.next_pass(training=training))
@@ -220,22 +221,26 @@ class Scheduler:
         elif Action.RESTORE in cell:
             restored.weights.start_restore()
 
-    def _following(self) -> RestoredWeights | None:
-        """Return the first weights of the operation that follows, if it is known."""
-        following = self._order.following
+    def _following(self, *, is_forward: bool) -> RestoredWeights | None:
+        """Return the first weights of the operation that follows one of this direction."""
+        following = self._order.following(is_forward=is_forward)
         restored = None if following is None else self._first_of(following)
         if following is None or restored is None:
             return None
         weights = restored.weights if following.is_forward else restored.first_in_backward()
         if weights is not None:
-            self._fetched = following, restored
+            self._fetched[self._order.order_of(is_forward=is_forward)] = following, restored
+            weights.stay()
         return weights
 
     def _first_of(self, operation: Operation) -> RestoredExperts | None:
         """Return the first experts of an operation; None if they cannot be fetched now."""
         if not operation.is_forward:
-            entered = self._awaits_backward[operation._replace(is_forward=True)].entered
-            return entered[-1] if self._life[Event.CHUNK_BACKWARD] and entered else None
+            forward = self._awaits_backward.get(operation._replace(is_forward=True))
+            # A forward that runs together with this operation may not be at its last layer yet.
+            if forward is None or forward.next_layer is not None:
+                return None
+            return forward.entered[-1] if self._life[Event.CHUNK_BACKWARD] else None
         chunk = self._chunks[operation.chunk]
         first = chunk.layers[0]
         restores = Action.RESTORE in self._life[Event.PREPARED]
@@ -245,10 +250,10 @@ class Scheduler:
         waits = operation.number == 0 and chunk.gathers_weights()
         return None if waits else self._experts_of(first, training=True)
 
-    def _take_fetched(self, begun: Operation | None) -> RestoredExperts | None:
+    def _take_fetched(self, begun: Operation) -> RestoredExperts | None:
         """Return the experts fetched for an operation that begins; release those of another."""
-        expected, restored = self._fetched or (None, None)
-        self._fetched = None
+        order = self._order.order_of(is_forward=begun.is_forward)
+        expected, restored = self._fetched.pop(order, (None, None))
         if restored is not None and expected != begun:
             restored.release()
             return None
@@ -260,7 +265,9 @@ class Scheduler:
                 layer.delayed.clear()  # left by a step that an error ended
         for weights in [*self._streams.kept]:
             weights.free()  # their backward did not come
-        self._take_fetched(None)
+        for _, restored in self._fetched.values():
+            restored.release()
+        self._fetched.clear()
         self._awaits_backward.clear()
 
     def _detach(self) -> None:

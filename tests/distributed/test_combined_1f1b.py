@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from megatron_laer.runtime.operations import Operation, OperationOrder
+from megatron_laer.schedule import Schedule
 from tests.distributed.conftest import Trainings
 from tests.parity.compare import identical
 from tests.parity.replay import train_row
@@ -70,33 +72,50 @@ class Held(NamedTuple):
         weights: passes whose experts had memory at once.
         gradients: passes whose gradients of replicas had memory at once.
         late: uses of a matrix whose restore had not been started ahead.
+        unfetched: operations, as `F0 1` of chunk and number, that were expected, and whose first
+            experts had not been fetched when they began.
     """
 
     weights: int
     gradients: int
     late: int
+    unfetched: set[str]
 
 
-def held(command: list[str]) -> Held:
+def held(command: list[str]) -> tuple[Held, Schedule, int]:
+    """Return this rank's maxima, its schedule and its number of layers."""
     from megatron_laer.runtime.comm.buffers import BufferPool
     from megatron_laer.runtime.weights.slots import RestoredWeights
 
     most = Counter[BufferPool]()
-    streams: Any = None
-    late = 0
+    ran: Any = None
+    late, unfetched = 0, set[str]()
 
     def take(pool: BufferPool, *_: Any) -> None:
         most[pool] = max(most[pool], pool.in_use + 1)
 
     def use(weights: RestoredWeights, _position: int) -> None:
-        nonlocal late, streams
+        nonlocal late, ran
         late += not weights.are_here
-        streams = running().streams
+        ran = running()
 
-    with watching((BufferPool, "take", take), (RestoredWeights, "matrix", use)):
+    def begin(order: OperationOrder, of: Operation) -> None:
+        expected = order.following(is_forward=of.is_forward) == of
+        fetched = running().scheduler._fetched.get(order.order_of(is_forward=of.is_forward))
+        placed = fetched and fetched[1].index.placed
+        if expected and (not fetched or placed.has_replicas > fetched[1].weights.are_here):
+            unfetched.add(f"{'BF'[of.is_forward]}{of.chunk} {of.number}")
+
+    with watching(
+        (BufferPool, "take", take),
+        (RestoredWeights, "matrix", use),
+        (OperationOrder, "_begin", begin),
+    ):
         train_row(command)
     assert not any(pool.in_use for pool in most), "nothing outlives the run"
-    return Held(most[streams.weights], most[streams.grads], late)
+    streams = ran.streams
+    found = Held(most[streams.weights], most[streams.grads], late, unfetched)
+    return found, Schedule.of(ran.kinds), len(ran.layers)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +128,11 @@ def held(command: list[str]) -> Held:
     ],
     ids=["three layers", "one layer, delayed", "experts at home, delayed", "virtual pipeline"],
 )
-def test_two_layers_are_restored_at_most_and_one_waits_for_its_gradients(
+def test_three_layers_are_restored_at_most_and_one_waits_for_its_gradients(
     trained: Trainings, size: int, flags: str
 ) -> None:
     given = FSEP + RANDOM + flags + COMBINED
-    for found in trained.each(given, by=held, size=size, global_batch=4 * size):
-        assert found == Held(weights=2, gradients=1, late=0)
+    for found, schedule, layers in trained.each(given, by=held, size=size, global_batch=4 * size):
+        most = schedule.restored_layers(layers), schedule.gradient_layers(layers)
+        assert found[:3] == (*most, 0)
+        assert found.unfetched == {"F0 0", "B1 0" if flags == VIRTUAL else "B0 0"}

@@ -67,15 +67,15 @@ def order_of_events(flags: list[str]) -> list[str]:
     """Return the starts, departures and arrivals of the first microbatch on this rank, in order.
 
     Marks between them, for layer N: `attends N` ends its attention's forward, `tokens N` its
-    dispatch. `experts N` is the call of its experts, `back N` the return of its tokens' gradients.
-    `attention N` ends its attention's backward. Where tokens go through nodes, `tokens N` ends the
-    stage between nodes, and `inside N` starts the one inside. `embedding` ends the embedding's
-    forward, and `head` the output layer's backward.
+    dispatch. `experts N` begins its experts' compute, and `back N` is the return of its tokens'
+    gradients. `attention N` ends its attention's backward. Where tokens go through nodes, `tokens
+    N` ends the stage between nodes, and `inside N` starts the one inside. `embedding` ends the
+    embedding's forward, and `head` the output layer's backward.
     """
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
-    from megatron_laer.layer.moe_layer import FSEPMoELayer
+    from megatron_laer.runtime.weights.restored import RestoredExperts
     from megatron_laer.runtime.weights.slots import RestoredWeights, SlotGrads
 
     events: list[str] = []
@@ -113,14 +113,14 @@ def order_of_events(flags: list[str]) -> list[str]:
     def pass_on(dispatcher: NodeTokenDispatcher, *_: Any) -> None:
         events.append(f"inside {dispatcher._current.layer_name.split()[1]}")
 
-    def compute(layer: FSEPMoELayer, *_: Any) -> None:
-        events.append(f"experts {layer.layer_number}")
+    def compute(restored: RestoredExperts, *_: Any) -> None:
+        note("experts")(restored.weights)
 
     with (
         mock.patch.object(MoELayer, "dispatch", dispatched),
         watching(
             (NodeTokenDispatcher, "dispatch_postprocess", pass_on),
-            (FSEPMoELayer, "routed_experts_compute", compute),
+            (RestoredExperts, "before_compute", compute),
             (RestoredWeights, "start_restore", restore),
             (SlotGrads, "start_reduce", note("leave")),
             (SlotGrads, "finish_reduce", note("arrive")),
@@ -156,7 +156,7 @@ BACKWARD = (
         (
             TOKENS,
             # Restores start when tokens crossed nodes, and before they are passed on.
-            re.sub(r"experts (\d),", r"experts \1, inside \1,", FORWARD) + BACKWARD,
+            re.sub(r"experts (\d),", r"inside \1, experts \1,", FORWARD) + BACKWARD,
         ),
         (
             FULL_RECOMPUTE,

@@ -6,7 +6,10 @@ Legend: N ranks.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import chain
+from functools import partial
+from itertools import chain, pairwise
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from megatron_laer.tools.simulator.iteration.clocks import (
     PARAMETERS,
     Clocks,
 )
+from megatron_laer.tools.simulator.iteration.iterate import Stages
 from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order, sweep
 from megatron_laer.tools.simulator.iteration.rates import slowest_pace
 
@@ -40,6 +44,7 @@ ALONE = Schedule.of({Kind.ALONE})
 AFTER_GATE = Schedule.of({Kind.FRESH, Kind.SYNCHRONISED})
 FOLLOWING = Schedule.of(())
 EXACT = Schedule.of({Kind.FRESH})
+BY_PARTS = Schedule.of({Kind.PARTS})
 
 
 def layer(forward_N, backward_N=None, restore_s=None, reduce_s=None, **more):
@@ -157,49 +162,61 @@ def test_an_operations_first_restore_hides_behind_the_operation_before(run, sche
     first, next_one = replace(layer([10]), name="before"), layer([10], restore_s=20)
     clocks = Clocks(1, 1)
     following = Following(next_one, run is backward, same_microbatch=False)
-    fetched = run_parts(forward(clocks, [first], schedule, None, following))
+    (fetched,) = run_parts(forward(clocks, [first], schedule, None, following))
     assert (fetched is None) == (schedule is OVERLAPPED or (run, schedule) == (forward, EXACT))
     run_parts(run(clocks, [next_one], schedule, fetched))
     assert spent(clocks)["restore"] == exposed
 
 
 @pytest.mark.parametrize(
-    ("schedule", "same_microbatch", "change_s", "fetched_s"),
+    ("before", "to_backward", "of_layer", "more", "fetched_s"),
     [
-        (FOLLOWING, True, 5, 0),
-        (FOLLOWING, False, None, 0),  # the layout in force
-        (FOLLOWING, False, 5, 3 + 5),
-        (EXACT, False, None, 3 + 20),  # perhaps all slots differ
+        (forward, True, {"change_s": 5}, {"same_microbatch": True}, 0),
+        (forward, True, {}, {}, 0),  # the layout in force
+        (forward, True, {"change_s": 5}, {}, 2 + 5 + 5),  # after those of its own gate
+        (forward, True, {}, {"schedule": EXACT}, 3 + 20),  # perhaps all slots differ
+        # A form of weights for each direction; a re-run has forward's.
+        (forward, True, {"directions": 2}, {"same_microbatch": True}, 3 + 20),
+        (forward, True, {"directions": 2, "again": True}, {"same_microbatch": True}, 0),
+        (backward, False, {"directions": 2}, {"same_microbatch": True}, 1 + 20),
+        (backward, True, {"directions": 2}, {"same_microbatch": True}, 0),
+        (backward, True, {"directions": 2, "again": True}, {}, 14 + 1 + 20),
+        # What stays for its backward is neither fetched nor handed on.
+        (backward, True, {}, {"stays": True, "present": "another"}, 0),
+        (backward, True, {"directions": 2}, {"stays": True, "present": "another"}, 1 + 20),
+        (forward, False, {}, {"stays": True}, 3 + 20),
+        (forward, False, {"directions": 2}, {"stays": True}, 0),
     ],
 )
-def test_a_layer_that_follows_itself_fetches_slots_that_differ(
-    schedule, same_microbatch, change_s, fetched_s
+def test_a_layer_that_follows_itself_fetches_slots_that_differ_in_form_or_layout(
+    before, to_backward, of_layer, more, fetched_s
 ):
-    present, same = layer([10]), layer([10], restore_s=20, change_s=change_s)
-    following = Following(same, True, same_microbatch)
-    found = run_parts(forward(Clocks(1, 1), [present], schedule, None, following))
-    assert (None if found is None else found.end_s) == fetched_s
-
-
-@pytest.mark.parametrize(
-    ("before", "is_backward", "again", "fetched_s"),
-    [
-        (forward, True, False, 3 + 20),  # backward's other form of the same weights
-        (forward, True, True, 0),  # a re-run has forward's
-        (backward, False, False, 1 + 20),
-        (backward, True, False, 0),
-        (backward, True, True, 14 + 1 + 20),
-    ],
-)
-def test_a_layer_whose_weights_have_a_form_for_each_direction_hands_on_its_own(
-    before, is_backward, again, fetched_s
-):
-    present, same = (
-        layer([10], restore_s=moved_s, directions=2, again=again) for moved_s in (None, 20)
-    )
-    following = Following(same, is_backward, same_microbatch=True)
-    found = run_parts(before(Clocks(1, 1), [present], FOLLOWING, None, following))
+    more = {"schedule": FOLLOWING, "present": "layer", "same_microbatch": False} | more
+    present, same = (layer([10], restore_s=moved_s, **of_layer) for moved_s in (None, 20))
+    present, schedule = replace(present, name=more.pop("present")), more.pop("schedule")
+    following = Following(same, to_backward, **more)
+    (found,) = run_parts(before(Clocks(1, 1), [present], schedule, None, following))
     assert found is not None and found.end_s == fetched_s
+
+
+def test_what_runs_together_is_followed_by_the_next_operation_of_its_direction():
+    run, method = SimpleNamespace(stages=2, synchronises=False), SimpleNamespace(schedule=BY_PARTS)
+    stages = mock.Mock(spec=Stages, _run=run, _method=method)
+    stages._layers = lambda place, _: [replace(layer([1]), name=str(place))]
+    stages._order_of = partial(Stages._order_of, stages)
+    of_last = order(1, 2, 2, 4, by_parts=True)
+    found = Stages._following(stages, 1, of_last)
+    for is_forward in (True, False):
+        mine = [each for each in chain(*of_last) if each.is_forward == is_forward]
+        assert mine[-1] not in found
+        for before, after in pairwise(mine):
+            of = found[before]
+            assert (of.layer.name, of.is_backward) == (str(2 * after.chunk + 1), not is_forward)
+    # While a forward through the last chunk runs, its backward is next.
+    stay = [each for each in found if found[each].stays]
+    for operations in of_last:
+        of_last_chunk = len(operations) == 2 and operations[0].chunk == 1
+        assert all((each in stay) == of_last_chunk for each in operations if each in found)
 
 
 def test_after_a_re_run_backward_waits_for_its_own_form_behind_both_combines():
@@ -325,9 +342,6 @@ def test_passes_that_run_together_are_of_two_microbatches(stages, chunks, microb
         assert in_flight(of) == min(in_flight(alone) + 1, total)
 
 
-BY_PARTS = Schedule.of({Kind.PARTS})
-
-
 def together_ran(forwards, backwards, **of_clocks):
     clocks = Clocks(1, 1, **of_clocks)
     in_turn = bool(forwards and backwards)
@@ -355,9 +369,9 @@ def test_tokens_of_one_microbatch_travel_during_the_compute_of_another():
         # Begins with the pass: behind attention and all experts of backward.
         ([layer([10], restore_s=30)], [layer([10], [20])], "restore", 30 - (2 + 20)),
         ([], [layer([10], [20], restore_s=20)], "restore", 20 - 1),
-        # The next layer's begins when this one's experts have computed.
-        ([layer([10]), layer([10], restore_s=20)], [], "restore", 20 - (1 + 2 + 1)),
-        ([], [layer([10], [20], restore_s=60), layer([10], [20])], "restore", 60 - (4 + 1)),
+        # The next layer's begins when this one's tokens or gradients have arrived.
+        ([layer([10]), layer([10], restore_s=20)], [], "restore", 20 - (10 + 1 + 2 + 1)),
+        ([], [layer([10], [20], restore_s=60), layer([10], [20])], "restore", 60 - (20 + 4 + 1)),
         # Gradients leave with the tokens' own, and hide behind attention alone.
         ([], [layer([10], [20], reduce_s=9)], "reduce", 9 - 4),
     ],

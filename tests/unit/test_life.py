@@ -114,15 +114,13 @@ def test_a_wait_is_joined_or_dropped_at_the_gate() -> None:
         assert column(kinds)[Event.GATE] == ((Action.JOIN_WAIT,) if joins else ()), kinds
 
 
-def test_backward_fetches_the_layer_before_as_soon_as_there_is_a_place() -> None:
+def test_backward_fetches_the_layer_before_when_its_own_gradients_have_arrived() -> None:
     for kinds in map(backward_kinds, PASSES):
         life = column(kinds)
         events = (Event.OUTPUT_GRAD, Event.INPUT_GRAD)
         fetched = [event for event in events if Action.FETCH in life[event]]
-        # An empty layer takes no place; between parts another microbatch has the second one.
-        at = int(Kind.PARTS in kinds and Kind.EMPTY not in kinds)
         is_ahead = not kinds & {Kind.ALONE, Kind.STEP}
-        assert fetched[:1] == ([events[at]] if is_ahead else []), kinds
+        assert fetched == ([Event.OUTPUT_GRAD] if is_ahead else []), kinds
 
 
 def test_only_what_was_started_is_awaited_and_nothing_runs_where_the_device_is_synchronised() -> (
@@ -131,5 +129,5 @@ def test_only_what_was_started_is_awaited_and_nothing_runs_where_the_device_is_s
     for kinds in PASSES:
         life = column(kinds)
         assert not {Kind.PARTS, Kind.EMPTY} <= kinds or Action.FINISH not in life[Event.WAIT]
-        follows = not kinds & {Kind.ALONE, Kind.PARTS, Kind.SYNCHRONISED}
+        follows = not kinds & {Kind.ALONE, Kind.SYNCHRONISED}
         assert (Action.FETCH in life[Event.LAST_LAYER]) == follows, kinds

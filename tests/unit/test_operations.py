@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 
+from megatron_laer.life import Kind
 from megatron_laer.runtime.operations import Operation, OperationOrder
 from megatron_laer.runtime.scheduler import Scheduler
 
@@ -17,13 +18,13 @@ def run(
 ) -> list[Operation | None]:
     """Run forward and backward of each chunk and number in turn; return the expected operations."""
     order.begin_step(num_microbatches, 2)
-    expected = [order.following]
+    expected = [order.following(is_forward=True)]
     for chunk, _ in places:
         forward = order.begin_forward(chunk)
-        expected.append(order.following)
+        expected.append(order.following(is_forward=True))
         if forward is not None:
             order.begin_backward(forward)
-            expected.append(order.following)
+            expected.append(order.following(is_forward=False))
     order.end_step()
     return expected
 
@@ -36,7 +37,17 @@ def test_a_step_is_expected_to_be_as_the_one_before() -> None:
     order = OperationOrder()
     assert run(order, ONE_BY_ONE) == [None] * 9
     assert run(order, ONE_BY_ONE) == [*operations(ONE_BY_ONE), None]
-    assert order.following is None, "between steps nothing follows"
+    assert order.following(is_forward=True) is None, "between steps nothing follows"
+
+
+def test_what_runs_together_is_followed_by_operations_of_its_direction() -> None:
+    order, places = OperationOrder(by_direction=True), [*ONE_BY_ONE[1:], None]
+    assert run(order, ONE_BY_ONE) == [None] * 9
+    expected = [at and Operation(forward, *at) for at in places for forward in (True, False)]
+    assert run(order, ONE_BY_ONE) == [Operation(True, 0, 0), *expected]
+    assert order.begin_forward(0) is None, "between steps"
+    swapped = [ONE_BY_ONE[1], ONE_BY_ONE[0], *ONE_BY_ONE[2:]]
+    assert run(order, swapped) == [Operation(True, 0, 0)] + [None] * 8, "of neither direction"
 
 
 def test_numbers_of_microbatches_have_orders_of_their_own() -> None:
@@ -77,3 +88,16 @@ def test_a_chunks_first_weights_are_fetched_once_megatron_has_gathered_them(
     chunk = mock.Mock(layers=[mock.Mock()], blocks=[], gathers_weights=lambda: gathers)
     scheduler.attach([chunk])
     assert (scheduler._first_of(Operation(True, 0, number)) is not None) == fetches
+
+
+def test_a_backward_begins_at_the_last_layer_of_its_forward_once_that_is_there() -> None:
+    scheduler = Scheduler(frozenset((Kind.PARTS,)), mock.MagicMock(), mock.Mock())
+    chunk = mock.Mock(layers=[mock.MagicMock(), mock.MagicMock()], blocks=[])
+    backward = Operation(False, 0, 0)
+    scheduler.attach([chunk])
+    scheduler.begin_step(1)
+    assert scheduler._first_of(backward) is None
+    scheduler.begin_forward(chunk.module)
+    for layer, is_last in zip(chunk.layers, (False, True), strict=True):
+        restored = scheduler.enter(layer, training=True)
+        assert scheduler._first_of(backward) is (restored if is_last else None)

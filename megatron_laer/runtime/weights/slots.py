@@ -128,8 +128,9 @@ class RestoredWeights:
             starts: false to leave the restore of another layer's to their own turn.
         """
         if following is None or (following is not self and following.are_here):
-            return  # kept since its forward
-        if following.share is self.share and self.index.placed.has_replicas:
+            return  # kept since its forward, or at work for it
+        stays = self._heir is self
+        if following.share is self.share and self.index.placed.has_replicas and not stays:
             self.hand_on(following)
         elif starts:
             following.start_restore()
@@ -141,6 +142,11 @@ class RestoredWeights:
         nothing follows.
         """
         self._heir = following
+
+    def stay(self) -> None:
+        """Leave the weights of a forward that is under way to its backward, which comes next."""
+        if self.are_here and self._heir is None and self not in self._streams.kept:
+            self._heir = self
 
     def keep(self) -> None:
         """Keep the weights for this pass's backward if they fit, unless they are handed on."""

@@ -71,11 +71,16 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class Following:
-    """First MoE layer of the operation that follows, and whether that has the same microbatch."""
+    """First MoE layer of the operation that follows, and whether that has the same microbatch.
+
+    With `stays` a forward, which runs together with this operation or is this one, leaves its last
+    layer's weights to its backward, which comes next.
+    """
 
     layer: LayerTimes
     is_backward: bool
     same_microbatch: bool
+    stays: bool = False
 
 
 _NOTHING_MOVES = Flight(INTRA, 0.0, 0.0)
@@ -86,22 +91,22 @@ _NO_EXPERTS = (None,) * 3
 Parts = Generator[None, None, Flight | None]
 
 
-def run(*passes: Parts) -> Flight | None:
-    """Run passes in turn by parts, and return what the last to end has fetched.
+def run(*passes: Parts) -> list[Flight | None]:
+    """Run passes in turn by parts, and return what each has fetched.
 
     Forward and backward of two microbatches make Megatron's combined 1F1B: tokens of one travel
     during compute of the other.
     """
-    fetched: Flight | None = None
-    going = [*passes]
-    while going:
-        for parts in [*going]:
+    fetched: dict[Parts, Flight | None] = {}
+    while len(fetched) < len(passes):
+        for parts in passes:
+            if parts in fetched:
+                continue
             try:
                 next(parts)
             except StopIteration as end:
-                fetched = end.value
-                going.remove(parts)
-    return fetched
+                fetched[parts] = end.value
+    return [fetched[parts] for parts in passes]
 
 
 class Pass:
@@ -163,14 +168,12 @@ class Pass:
             yield
             clocks.arrive(sent)
             self._start(number)  # if no rule has started it
-            if schedule.restores_forward and not schedule.by_parts:
+            if schedule.restores_forward:
                 self._start(number + 1)
             if number == self._last:
                 self._fetched = self._fetch(layer)
             self._wait(number, change)
             clocks.work("experts", moe.forward_N)
-            if schedule.restores_forward:
-                self._start(number + 1)
             sent = self._send(moe)
             yield
             clocks.arrive(sent)
@@ -209,7 +212,7 @@ class Pass:
                 yield
                 clocks.arrive(sent)
                 self._start(number)
-                if schedule.restores_backward and not schedule.by_parts:
+                if schedule.restores_backward:
                     self._start(number - 1)
                 if number == 0:
                     self._fetched = self._fetch(layer)
@@ -220,8 +223,6 @@ class Pass:
                 sent = self._send(moe)
                 if schedule.by_parts:
                     clocks.work("experts", experts_N)
-                if schedule.restores_backward:
-                    self._start(number - 1)
                 yield
                 clocks.arrive(sent)
                 await_reduce()
@@ -279,8 +280,11 @@ class Pass:
         seconds = moe.backward_restore_s if to_backward else moe.restore_s
         if not is_known or seconds is None or (not to_backward and layer.gather_s > 0):
             return None
+        stays = following.stays and moe.directions == 1
+        if stays and to_backward:
+            return _NOTHING_MOVES
         in_its_form = self._is_backward == (to_backward and not layer.again)
-        if layer.name == present.name and (moe.directions == 1 or in_its_form):
+        if layer.name == present.name and not stays and (moe.directions == 1 or in_its_form):
             if following.same_microbatch:
                 return _NOTHING_MOVES
             if schedule.restores_forward:

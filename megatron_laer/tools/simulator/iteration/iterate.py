@@ -6,7 +6,7 @@ Legend: N ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 
 import numpy as np
@@ -73,22 +73,23 @@ class Stages:
         sizes, by_parts = (run.stages, run.chunks, run.microbatches), self._method.schedule.by_parts
         orders = [order(stage, *sizes, by_parts=by_parts) for stage in range(run.stages)]
         following = [self._following(stage, of_stage) for stage, of_stage in enumerate(orders)]
-        fetched: list[Flight | None] = [None] * run.stages
+        # First restores of coming operations, by whether forwards are in their order.
+        fetched: list[dict[bool, Flight | None]] = [{} for _ in range(run.stages)]
 
         def operate(stage: int, operations: Operations) -> None:
-            begun = []
+            begun = {}
             for each in reversed(operations):
                 place = each.chunk * run.stages + stage
                 ends = place == run.stages * run.chunks - 1
                 of = Pass(
                     *(stages[stage], self._layers(place, each.microbatch), self._method.schedule),
-                    *(fetched[stage], following[stage].get(each)),
+                    *(fetched[stage].get(self._order_of(each)), following[stage].get(each)),
                     is_backward=not each.is_forward,
                     head_s=self._timing.head_seconds()[not each.is_forward] if ends else 0.0,
                     in_turn=len(operations) > 1,
                 )
-                begun.append(of.parts())
-            fetched[stage] = run_passes(*begun)
+                begun[self._order_of(each)] = of.parts()
+            fetched[stage] |= zip(begun, run_passes(*begun.values()), strict=True)
 
         sweep(stages, orders, run.chunks, operate, self._timing.send_seconds())
         self._finish()
@@ -121,19 +122,31 @@ class Stages:
         for clocks in stages:
             clocks.wait(WAITING, end_s)
 
+    def _order_of(self, operation: Operation) -> bool:
+        """Return whether forwards are in an operation's order, as `OperationOrder.order_of`."""
+        return operation.is_forward or not self._method.schedule.by_parts
+
     def _following(self, stage: int, order: Sequence[Operations]) -> dict[Operation, Following]:
         """Return the layers that are fetched during operations, where chunks have MoE layers."""
-        first_of: list[tuple[Operation, LayerTimes]] = []
+        first_of: dict[bool, list[tuple[Operation, LayerTimes]]] = {True: [], False: []}
         follows = self._method.schedule.restores_following and not self._run.synchronises
         for each in chain.from_iterable(order) if follows else ():
             place = each.chunk * self._run.stages + stage
             layers = [of for of in self._layers(place, each.microbatch) if of.moe is not None]
             if layers:
-                first_of.append((each, layers[0 if each.is_forward else -1]))
-        return {
+                first = layers[0 if each.is_forward else -1]
+                first_of[self._order_of(each)].append((each, first))
+        found = {
             before: Following(layer, not after.is_forward, after.microbatch == before.microbatch)
-            for (before, _), (after, layer) in pairwise(first_of)
+            for operations in first_of.values()
+            for (before, _), (after, layer) in pairwise(operations)
         }
+        # The last layer of a forward stays where the backward that runs with it is followed by its.
+        backwards = dict(pairwise(each for each, _ in first_of[False]))
+        for pair in order:
+            if backwards.get(pair[-1]) == replace(pair[0], is_forward=False):
+                found |= {each: replace(found[each], stays=True) for each in pair if each in found}
+        return found
 
     def _layers(self, place: int, microbatch: int) -> list[LayerTimes]:
         """Return the layers of a chunk; work that recurs has the same times."""
