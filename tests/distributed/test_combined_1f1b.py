@@ -113,8 +113,7 @@ def held(command: list[str]) -> tuple[Held, Schedule, int]:
     ):
         train_row(command)
     assert not any(pool.in_use for pool in most), "nothing outlives the run"
-    streams = ran.streams
-    found = Held(most[streams.weights], most[streams.grads], late, unfetched)
+    found = Held(most[ran.streams.weights], most[ran.streams.grads], late, unfetched)
     return found, Schedule.of(ran.kinds), len(ran.layers)
 
 
