@@ -23,17 +23,18 @@ def python_path() -> str:
 
 
 def run(
-    command: Sequence[str], timeout_s: float, **kwargs: Any
+    command: Sequence[str], timeout_s: float, stdin: str | None = None, **kwargs: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end and capture the output; after `timeout_s`, end all descendants as well.
 
     `subprocess.run` ends only the command, and then waits for all processes that hold its pipes.
     """
+    kwargs |= {"stdin": subprocess.PIPE} if stdin is not None else {}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
     ) as process:
         try:
-            stdout, stderr = process.communicate(timeout=timeout_s)
+            stdout, stderr = process.communicate(stdin, timeout=timeout_s)
         except BaseException:
             for descendant in (*psutil.Process(process.pid).children(recursive=True), process):
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -42,19 +43,37 @@ def run(
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
+def _environment(more: dict[str, str]) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"} | more
+
+
+def finished(
+    *words: object, stdin: str | None = None, cwd: str | Path = _ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python with CUDA replaced to its end."""
+    command = [sys.executable, "-W", "ignore", *map(str, words)]
+    return run(command, 1800.0, stdin, env=_environment(environment), cwd=cwd)
+
+
 def python(*words: object, stdin: str | None = None, **environment: str) -> str:
     """Return the output of a Python that starts in the repository, with CUDA replaced."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", *map(str, words)],
-        input=stdin,
-        env=os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"} | environment,
-        cwd=_ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    result = finished(*words, stdin=stdin, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def start(*words: object, **environment: str) -> subprocess.Popen[str]:
+    """Start a Python with CUDA replaced, pipes, and signals as in a terminal."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", *map(str, words)],
+        env=_environment(environment),
+        cwd=_ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
+    )
 
 
 def default_signals() -> None:

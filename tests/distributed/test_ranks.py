@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from megatron_laer.cpu.ranks import RankPool, RankPools
 from tests.distributed.conftest import Trainings
 from tests.parity.row import FSEP
 from tests.parity.rows import DIST_OPT, FSDP
-from tests.processes import outlive, python_path
+from tests.processes import finished, outlive
 
 # A rank that starts a child of its own, and a process that ends while its pool is open.
 USER = """
@@ -54,13 +52,7 @@ def test_what_ranks_started_ends_with_the_pool_and_keeps_nobody_waiting(tmp_path
     script = tmp_path / "user.py"
     script.write_text(USER)
     # The pipe is read to its end, so a process that inherited it would be waited for.
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)],
-        env=os.environ | {"PYTHONPATH": python_path()},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    result = finished(script)
     assert result.returncode == -signal.SIGKILL, result.stderr
     pids = [int(word) for word in result.stdout.split()]
     assert len(pids) == 2

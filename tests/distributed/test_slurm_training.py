@@ -109,7 +109,8 @@ def steps_of(job: Job) -> dict[int, log.Step]:
 
 
 def assert_same(job: Job, undisturbed: Job, resumed_at: int, first: int = 1) -> None:
-    """Compare steps from `first` on; `resumed_at` is the checkpoint's step."""
+    """Compare a job's steps from `first` on; `resumed_at` is the checkpoint's step."""
+    assert job.end() == "COMPLETED", job.log[-6000:]
     found, expected = steps_of(job), steps_of(undisturbed)
     assert sorted(expected) == list(range(1, STEPS + 1))
     assert sorted(found) == list(range(first, STEPS + 1))
@@ -130,7 +131,6 @@ def test_usr1_saves_and_the_requeued_job_goes_on_from_the_step_it_came_in(
     assert saved_iteration(training.checkpoint) == HELD_IN
     job.wait_for_text("requeued (1 of 100)")
     job.restart_now()
-    assert job.end() == "COMPLETED", job.log[-6000:]
     assert_same(job, undisturbed, HELD_IN)
 
 
@@ -143,9 +143,8 @@ def test_term_saves_where_megatron_is_told_so_and_the_next_job_goes_on(
     assert job.end() == "FAILED"  # torchrun's status after a signal
     assert saved_iteration(training.checkpoint) == HELD_IN
     following = training.submit(*TWO_NODES, CHECKPOINT=str(training.checkpoint))
-    assert following.end() == "COMPLETED", following.log[-6000:]
-    assert f"holds step {HELD_IN} of job {job.name} " in following.log
     assert_same(following, undisturbed, HELD_IN, first=HELD_IN + 1)
+    assert f"holds step {HELD_IN} of job {job.name} " in following.log
 
 
 @pytest.mark.nightly
@@ -162,9 +161,8 @@ def test_a_job_that_loses_a_node_goes_on_when_it_is_back(
     finally:
         start_node(training.cluster, lost)
     job.restart_now()
-    assert job.end() == "COMPLETED", job.log[-6000:]
-    assert job.field("Restarts") == "1"
     assert_same(job, undisturbed, SAVE_INTERVAL)
+    assert job.field("Restarts") == "1"
 
 
 @pytest.mark.nightly
@@ -187,7 +185,6 @@ def test_a_job_saves_before_its_time_limit_and_goes_on_in_another(
     saved = saved_iteration(training.checkpoint)
     assert f"{training.checkpoint} is at step {saved} of {STEPS}" in job.log
     job.restart_now()
-    assert job.end() == "COMPLETED", job.log[-6000:]
     assert_same(job, undisturbed, saved)
 
 
@@ -202,5 +199,4 @@ def test_a_preempted_job_saves_and_goes_on_after_the_urgent_one(
     assert urgent.end() == "COMPLETED"
     assert saved_iteration(training.checkpoint) == HELD_IN
     job.restart_now()
-    assert job.end() == "COMPLETED", job.log[-6000:]
     assert_same(job, undisturbed, HELD_IN)

@@ -6,13 +6,12 @@ Skipped, with the reason, where Transformer Engine is not installed or cannot be
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from megatron_laer.cpu.ranks import RankPools
+from tests.processes import finished
 
 pytestmark = pytest.mark.nightly
 
@@ -25,8 +24,7 @@ def needs_transformer_engine() -> None:
     """Import it in a process of its own, since it loads CUDA libraries."""
     if importlib.util.find_spec(_PACKAGE) is None:
         pytest.skip("Transformer Engine is not installed")
-    program = [sys.executable, "-W", "ignore", "-c", f"import {_PACKAGE}.pytorch"]
-    found = subprocess.run(program, capture_output=True, text=True, timeout=600)
+    found = finished("-c", f"import {_PACKAGE}.pytorch")
     if found.returncode:
         pytest.skip(f"Transformer Engine cannot be imported: {found.stderr.strip()[-500:]}")
 

@@ -20,18 +20,11 @@ from megatron_laer.tools.cli.program import ended, escape_warnings
 from megatron_laer.tools.model_flags import model_flags
 from scripts.paper import runner
 from scripts.paper.tables import Result, Table
-from tests.processes import default_signals, python, python_path
+from tests.processes import finished, python, python_path, start
 
 
-def run(*words, cwd=None, device="cpu"):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "megatron_laer", *map(str, words)],
-        env=os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": device},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def run(*words, cwd=".", device="cpu"):
+    return finished("-m", "megatron_laer", *words, cwd=cwd, MEGATRON_LAER_DEVICE=device)
 
 
 @pytest.fixture
@@ -120,13 +113,7 @@ def test_messages_name_the_program_as_it_was_started(tmp_path, capsys):
     assert run("flags", "x").stderr.startswith("python -m megatron_laer flags: unknown model 'x'")
     link = tmp_path / "megatron-laer"
     link.write_text("import sys; from megatron_laer.tools.cli import main; sys.exit(main())")
-    result = subprocess.run(
-        [sys.executable, link, "flags", "x"],
-        env=os.environ | {"PYTHONPATH": python_path()},
-        capture_output=True,
-        text=True,
-    )
-    assert result.stderr.startswith("megatron-laer flags: unknown model 'x'")
+    assert finished(link, "flags", "x").stderr.startswith("megatron-laer flags: unknown model 'x'")
 
 
 # It reports its start and the end of its `finally` clause. It sleeps in a loop, since a signal just
@@ -189,14 +176,7 @@ def stopped_by(number, words):
 
 
 def started_at_work(words):
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", *words],
-        env=os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=default_signals,
-    )
+    process = start(*words)
     while process.stdout.readline() not in ("at work\n", ""):
         pass
     return process
@@ -280,9 +260,7 @@ def test_calibrate_checks_its_arguments_before_the_launcher(tmp_path, monkeypatc
 
 def test_calibrate_is_imported_without_torch():
     code = f"import sys, {calibrate.__name__}; sys.exit('torch' in sys.modules)"
-    subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": python_path()}, check=True, timeout=600
-    )
+    python("-c", code)
 
 
 def test_a_figure_prints_names_and_notes_escaped(tmp_path, capsys):

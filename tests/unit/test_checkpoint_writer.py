@@ -5,16 +5,13 @@ Covers Megatron's own writer, and nvidia-resiliency-ext's where that is installe
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import NEEDS_NVRX
-from tests.processes import outlive, python_path
+from tests.processes import outlive, start
 
 # Megatron asks torch for the worker's GPU; new processes import this replacement.
 RANK = """
@@ -66,14 +63,7 @@ def test_helpers_work_on_after_a_signal_and_end_however_their_rank_ends(
 ) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(script), str(tmp_path / "file"), writer],
-        env=os.environ | {"PYTHONPATH": python_path()},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as rank:
+    with start(script, tmp_path / "file", writer) as rank:
         assert rank.stdout is not None
         lines = iter(rank.stdout.readline, "")
         words = next((line.split() for line in lines if line.startswith("helpers")), [])

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 from megatron_laer.helper_processes import signals_blocked
 from tests import processes
-from tests.documents import ROOT
-from tests.processes import default_signals, python_path
 
 
 def test_a_descendant_that_holds_the_output_keeps_nobody_waiting() -> None:
@@ -47,17 +43,8 @@ FIGURE = "scripts/paper/figure8.py"
 
 
 def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", FIGURE, "--toy", "--work-dir", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=default_signals,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline()
+    process = processes.start(FIGURE, "--toy", "--work-dir", tmp_path, PYTHONUNBUFFERED="1")
+    assert process.stdout is not None and process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert (process.returncode, errors) == (130, f"{FIGURE}: interrupted\n")

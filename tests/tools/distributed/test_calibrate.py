@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -14,25 +13,14 @@ from megatron_laer.cpu.ranks import Raised, RankPool
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import CONSTANTS, Cluster
-from tests import processes
+from tests.processes import finished
 
 TINY = "--quick --config tiny-moe"
 
 
-def start(words: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", *words]
-    return processes.run(
-        command,
-        timeout_s=600.0,
-        env=os.environ
-        | {"PYTHONPATH": processes.python_path(), "MEGATRON_LAER_DEVICE": "cpu"}
-        | environment,
-    )
-
-
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 -m megatron_laer".split()
-    return start([*launcher, "calibrate", *words])
+    return finished(*launcher, "calibrate", *words)
 
 
 def grows(cluster: Cluster, kind: str) -> None:
@@ -64,7 +52,7 @@ def test_two_ranks_write_a_file_that_plan_takes_and_keep_what_is_there(tmp_path)
     assert {name for name, _ in cluster.spreads} == set(CONSTANTS) - without
 
     plan = "plan --workload W6 --ranks 4 --node-size 2 --config tiny-moe --strategy greedy"
-    planned = start(["-m", "megatron_laer", *plan.split(), "--cluster", str(output)])
+    planned = finished("-m", "megatron_laer", *plan.split(), "--cluster", output)
     assert planned.returncode == 0, planned.stderr
     assert "in nodes of 2: " in planned.stdout and " on mine" in planned.stdout
 
@@ -80,7 +68,7 @@ def test_calibration_runs_on_the_labelled_device(tmp_path):
     output = tmp_path / "card.yaml"
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
     words = f"{launcher} -m tests.fake_cuda.program megatron_laer calibrate {output} {TINY}"
-    done = start(words.split())
+    done = finished(*words.split())
     assert done.returncode == 0, done.stderr[-4000:]
     measured = dict(load_cluster(output).measured)
     assert "H100" in measured["hardware"] and "bfloat16" in measured["expert"]
@@ -143,6 +131,6 @@ def test_bad_input_is_the_same_sentence_on_every_rank(ranks, tmp_path):
 
 def test_a_rank_beyond_its_world_is_refused(tmp_path):
     environment = {"RANK": "2", "WORLD_SIZE": "2"}
-    done = start(["-m", "megatron_laer", "calibrate", str(tmp_path / "x.yaml")], **environment)
+    done = finished("-m", "megatron_laer", "calibrate", tmp_path / "x.yaml", **environment)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "RANK=2 with WORLD_SIZE=2: must be 0 to 1" in done.stderr

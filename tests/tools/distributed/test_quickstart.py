@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests import processes
+from tests.processes import finished
 
-_ROOT = Path(__file__).resolve().parents[3]
 STEPS = 4
 
 
 def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path):
     words = f"scripts/quickstart.py --ranks 2 --steps {STEPS} --work-dir".split()
-    result = processes.run(
-        [sys.executable, *words, str(tmp_path)],
-        timeout_s=1800.0,
-        env=os.environ | {"PYTHONPATH": processes.python_path()},
-        cwd=_ROOT,
-    )
+    result = finished(*words, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count(f"step    {STEPS} of {STEPS}, loss") == 4
     for row in ("max/mean tokens per rank", "layouts used", "step time", "processor time"):
