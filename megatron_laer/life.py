@@ -39,10 +39,9 @@ Kinds = frozenset[Kind]
 class Event(Enum):
     """Event of a pass, in the order of a layer's forward and backward."""
 
-    PREPARED = "the chunk begins, or the layer before is at work"
+    PREPARED = "the chunk begins, or the tokens of the layer before have arrived"
     DECIDED = "the layout is decided"
     GATE = "the gate has chosen"
-    TOKENS = "tokens have arrived"
     AFTER_EXPERTS = "after the experts"
     LAST_LAYER = "the operation's last layer"
     RELEASED = "another operation begins"
@@ -59,7 +58,6 @@ class Action(Enum):
     """Action on a layer's weights or gradients, or of the scheduler."""
 
     AWAIT = "wait for gathered parameters"
-    PREPARE = "prepare the next layer"
     RESTORE = "restore"
     RESTORE_BACKWARD = "restore for backward"
     KEEP = "keep if it fits"
@@ -112,7 +110,6 @@ LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
         _of(_K.EMPTY): (),
         _of(): (_A.JOIN_WAIT,),
     },
-    Event.TOKENS: {_of(): (_A.PREPARE,)},
     Event.AFTER_EXPERTS: {
         _of(_K.STEP, _K.RERUN, _K.DIRECTIONS): (_A.RESTORE_BACKWARD,),
         _of(_K.STEP): (),
