@@ -43,7 +43,7 @@ def segments_of(held_Z: Any, wire_Z: Any, size_Z: Any, tensor_rows: int) -> Draw
     rows_Z4 = np.stack([tensor_Z, row_Z, wire_Z[order_Z], size_Z[order_Z]], axis=1)
     table = np.concatenate([[-1], rows_Z4.ravel(), first_T, [len(rows_Z4)]])
     sizes = len(rows_Z4), len(first_T), int(size_Z.sum()), int(size_Z.max(initial=0))
-    return table, Segments(1, *sizes, end=-1, in_place=None), tensors.tolist()
+    return table, Segments(1, *sizes, in_place=None), tensors.tolist()
 
 
 def draw(rows: int, tensors: int, seed: int, *, parts: int) -> Drawn:

@@ -107,9 +107,12 @@ def way_of(geometry: Geometry, algorithm: ExchangeAlgorithm) -> Way:
 
 @lru_cache(maxsize=64)
 def ways_of(geometry: Geometry) -> tuple[Way, ...]:
-    """Return the ways that a layout may take by itself; the last has room for every layout."""
-    direct, relay = (way_of(geometry, algorithm) for algorithm in ExchangeAlgorithm)
+    """Return all ways that a layout may take; the last has room for every layout.
+
+    Each word has its way, and homes on several nodes have one more, a relay inside nodes.
+    """
+    *others, last = (way_of(geometry, algorithm) for algorithm in ExchangeAlgorithm)
     node_size = geometry.node_size
-    if not (geometry.home_slots and 1 < node_size < geometry.num_ranks):
-        return direct, relay
-    return direct, Way(geometry, (1, node_size, node_size, 1)), relay
+    if geometry.home_slots and 1 < node_size < geometry.num_ranks:
+        others.append(Way(geometry, (1, node_size, node_size, 1)))
+    return *others, last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import restore_traffic
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
-from megatron_laer.runtime.comm.buffers import Workspace
+from megatron_laer.runtime.comm.buffers import Buffer, BufferPool, Workspace
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.streams import Steps, finish
@@ -276,14 +277,51 @@ def test_an_exchange_runs_to_its_end(number: int) -> None:
     assert done == [f"{part} {at}" for at in range(number) for part in ("send", "unpack")]
 
 
-def test_a_buffer_grows_where_it_has_no_bound_and_is_allocated_once_for_its_bound() -> None:
-    def take(space: Workspace, rows: int, most_bytes: int | None) -> torch.Tensor:
-        return space.take("send", (rows, 1), torch.uint8, torch.device("cpu"), most_bytes)
+def test_a_buffer_grows_between_exchanges_and_lends_its_rows_once() -> None:
+    space = Workspace()
 
-    growing, bounded = Workspace(), Workspace()
-    assert [len(take(growing, rows, None)) for rows in (2, 8, 4)] == [2, 8, 4]
-    assert growing.num_bytes == 8
-    memory = {take(bounded, rows, 12).data_ptr() for rows in (2, 8, 4)}
-    assert len(memory) == 1 and bounded.num_bytes == 12
-    with pytest.raises(AssertionError, match="send: 13 bytes exceed the bound 12"):
-        take(bounded, 13, 12)
+    def lent(num_bytes: int) -> AbstractContextManager[Workspace]:
+        return space.lent({"send": num_bytes, "receive": 0}, CPU)
+
+    for num_bytes, wanted in ((2, 2), (8, 8), (4, 8)):
+        with lent(num_bytes):
+            assert space.send.take(num_bytes, 1, torch.uint8).shape == (num_bytes, 1)
+            assert space.num_bytes == wanted
+            with pytest.raises(AssertionError, match="send: rows that have not left would be"):
+                space.send.take(1, 1, torch.uint8)
+            with pytest.raises(AssertionError, match="send: rows of another exchange are in the"):
+                lent(1).__enter__()
+    with lent(0):
+        memory = {space.send.take(rows, 1, torch.uint8).data_ptr() for rows in (2,)}
+        space.send.give_back()
+        memory.add(space.send.take(4, 1, torch.uint8).data_ptr())
+        assert len(memory) == 1
+        space.send.give_back()
+        with pytest.raises(AssertionError, match="send: 9 bytes exceed the 8 that were reserved"):
+            space.send.take(9, 1, torch.uint8)
+    with pytest.raises(ZeroDivisionError), lent(8):
+        space.send.take(8, 1, torch.uint8)
+        raise ZeroDivisionError
+    with lent(8):
+        space.send.take(8, 1, torch.uint8)
+
+
+def test_memory_is_poisoned_when_it_is_taken_given_back_and_outgrown() -> None:
+    buffer, pool = Buffer("send"), BufferPool()
+    buffer.reserve(8, CPU)
+    rows = buffer.take(2, 1, torch.float32)
+    assert rows.isnan().all()
+    rows.zero_()
+    buffer.give_back()
+    assert rows.isnan().all()
+    rows.zero_()
+    buffer.reserve(16, CPU)
+    assert rows.isnan().all()
+    assert buffer.take(8, 1, torch.bfloat16).isnan().all()
+    pooled = pool.take((2, 3), torch.float32, CPU)
+    assert pooled.isnan().all()
+    pooled.zero_()
+    pool.put_back(pooled)
+    assert pooled.isnan().all()
+    pooled.zero_()
+    assert pool.take((2, 3), torch.float32, CPU).isnan().all()

@@ -25,7 +25,7 @@ from tests.loopback import groups_of
 from tests.placed import placed
 
 HOT = pytest.importorskip("tests.exchange_kernels", reason="PyTorch for CUDA brings Triton").HOT
-FLAT, NODE = ExchangeAlgorithm
+FLAT, NODE = ExchangeAlgorithm.FLAT, ExchangeAlgorithm.NODE
 RANK, COLUMNS = 9, 3
 # Operations that make tensors or views, and launch nothing.
 SILENT = (

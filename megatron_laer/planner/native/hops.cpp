@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
 
 namespace laer {
 
@@ -94,7 +95,8 @@ std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* bef
     wanted = std::move(held);
     if (before_S == nullptr || is_spread) continue;
     const std::vector<Spot> spot_PE = kept_spots(shape, before_S, width);
-    Hop kept{kInside, 1, width, true, {}};
+    const int link = shape.node_size % width == 0 ? kInside : kAll;
+    Hop kept{link, 1, width, true, {}};
     std::vector<Wanted> others;
     for (const Wanted& one : wanted) {
       const Spot& spot = spot_PE[one.spot.place * shape.experts + one.expert];
@@ -137,8 +139,8 @@ struct Place {
 };
 
 // Adds the elements that ranks send in a hop, or those that they receive. For each expert of its
-// place a rank exchanges its blocks, each with one rank of the other place. A place lies in one node
-// or has all ranks.
+// place a rank exchanges its blocks, each with one rank of the other place. Widths and nodes divide
+// each other, so that a place lies in one node or has whole nodes.
 void add_elements(const Hop& hop, bool sends, int node_size, const std::vector<int>& node_N,
                   const std::vector<int64_t>& held_N, std::vector<int64_t>& near_N,
                   std::vector<int64_t>& far_N) {
@@ -156,19 +158,19 @@ void add_elements(const Hop& hop, bool sends, int node_size, const std::vector<i
     ++all_P[place];
     const int ahead = in_narrow * narrow - in_wide * wide;
     if (ahead >= 0 && ahead < wide) ++own_P[in_narrow];
-    const int node = node_N[to * other];
-    if (mine > node_size) ++near_P[node];
-    else if (other > node_size || node_N[place * mine] == node) ++near_P[place];
+    const int first = std::max(node_N[place * mine], node_N[to * other]);
+    const int last = std::min(node_N[(place + 1) * mine - 1], node_N[(to + 1) * other - 1]);
+    for (int node = first; node <= last; ++node) ++near_P[mine > node_size ? node : place];
   }
   const std::vector<int64_t> of_mine = strided(held_N, mine), of_wide = strided(held_N, wide);
   Place by_mine{mine}, by_inside{inside}, by_narrow{narrow}, by_wide{wide};
   for (int rank = 0; rank < ranks; ++rank) {
     int64_t blocks = of_mine[by_mine.at];
     const int64_t all = all_P[by_mine.place] * blocks;
-    if (other > node_size) {  // only these blocks go to ranks in the node
+    if (other > node_size && other > mine) {  // only these blocks go to ranks in the node
       blocks = 0;
-      const int first = rank - rank % node_size;
-      for (int at = by_mine.at; at < node_size; at += mine) blocks += held_N[first + at];
+      const int first = (rank - rank % node_size) % wide;
+      for (int at = by_inside.at; at < node_size; at += inside) blocks += of_wide[first + at];
     }
     const int64_t near = near_P[by_inside.place] * blocks;
     near_N[rank] += near - own_P[by_narrow.place] * of_wide[by_wide.at];
@@ -283,8 +285,13 @@ class Blocks {
                                              : way_.shape.ranks;
     End found{{}, {}, std::vector<int64_t>(peers, 0)};
     for (const Piece& piece : pieces) {
+      check_link(hop.link, piece.peer);
       size_t at = piece.number * matrices_.size();
       if (arrives && row.size() <= at) row.resize(at + matrices_.size());
+      if (row.size() < at + matrices_.size()) {
+        throw std::out_of_range("a hop needs rows of expert " + std::to_string(piece.number) +
+                                " of a holding that has fewer on rank " + std::to_string(rank_));
+      }
       for (const Matrix& of : matrices_) {
         const int64_t rows = size(of, piece.block);
         if (arrives) {
@@ -304,6 +311,15 @@ class Blocks {
     return block * of.rows / way_.blocks * of.width;
   }
   int64_t size(const Matrix& of, int block) const { return first(of, block + 1) - first(of, block); }
+
+  void check_link(int link, int peer) const {
+    const int size = way_.shape.node_size;
+    if ((link == kInside && peer / size != rank_ / size) ||
+        (link == kBetween && peer % size != rank_ % size)) {
+      throw std::invalid_argument("link " + std::to_string(link) + " does not connect ranks " +
+                                  std::to_string(rank_) + " and " + std::to_string(peer));
+    }
+  }
 
   const Way& way_;
   int rank_;
@@ -329,7 +345,7 @@ Segments segments(const End& held, const std::vector<int64_t>& wire, std::vector
     if (held.size[i] > 0) order.push_back(i);
   }
   const int64_t at = static_cast<int64_t>(table.size()), count = static_cast<int64_t>(order.size());
-  Segments made{at, count, 0, 0, 0, 0, -1, {}};
+  Segments made{at, count, 0, 0, 0, count > 0 ? -1 : 0, {}};
   const auto shift = [&](size_t i) { return held.row[i].row - wire[i]; };
   bool in_place = count > 0;
   std::stable_sort(order.begin(), order.end(),
@@ -345,7 +361,6 @@ Segments segments(const End& held, const std::vector<int64_t>& wire, std::vector
     table.insert(table.end(), {tensor, row.row, wire[i], held.size[i]});
     made.rows += held.size[i];
     made.most_rows = std::max(made.most_rows, held.size[i]);
-    made.end = row.row + held.size[i];
   }
   if (in_place) made.in_place = shift(order[0]);
   made.sums = static_cast<int64_t>(first_T1.size());
@@ -365,16 +380,21 @@ Moves rank_moves(const Way& way, const std::vector<Hop>& hops, int rank,
                                          : blocks.of_slices(shape.experts);
   std::vector<Row> arrived;
   int64_t end = 0;
+  int filled = 0;
   Moves made;
   for (size_t i = 0; i < hops.size(); ++i) {
     const Hop& hop = hops[i];
     const bool is_first = i == 0, is_last = i + 1 == hops.size();
+    const int holding = filled;
     const End sent = blocks.end_of(hop, true, hop.is_kept ? slots : held, false, end);
     const End received = blocks.end_of(hop, false, is_last ? slots : arrived, !is_last, end);
+    // A hop from the slots fills the holding further.
     if (!is_last && !hops[i + 1].is_kept) {
       held = std::move(arrived);
       arrived.clear();
+      made.held_rows.push_back(end);
       end = 0;
+      ++filled;
     }
     const bool moves = std::any_of(
         hop.transfers.begin(), hop.transfers.end(), [&](const Transfer& transfer) {
@@ -387,8 +407,8 @@ Moves rank_moves(const Way& way, const std::vector<Hop>& hops, int rank,
     Segments arrives =
         segments(received, on_wire ? starts(received.size) : rows_of(sent), made.table);
     if (is_first) made.owned = leaves.tensors;
-    made.moves.push_back({hop.link, hop.is_kept, is_first, is_last, sent.of_peer, received.of_peer,
-                          std::move(leaves), std::move(arrives)});
+    made.moves.push_back({hop.link, holding, hop.is_kept, is_first, is_last, sent.of_peer,
+                          received.of_peer, std::move(leaves), std::move(arrives)});
   }
   return made;
 }

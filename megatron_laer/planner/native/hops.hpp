@@ -67,7 +67,7 @@ struct Matrix {
 // order of addition. Behind them the table has the first segment of each sum, and their number.
 struct Segments {
   int64_t at;  // in the table
-  int64_t count, sums, rows, most_rows, end;  // `end` is the row of the last tensor behind the last
+  int64_t count, sums, rows, most_rows;
   int64_t in_place;  // the first row, if all lie in one piece as on the wire, or -1
   std::vector<int64_t> tensors;
 };
@@ -75,15 +75,17 @@ struct Segments {
 // Rows of an expert's matrices that a rank sends and receives in one hop. Where the link has one
 // rank, nothing is sent, and the wire of each end is the other's holding.
 struct Move {
-  int link;
+  int link, holding;  // the number of the holding that it fills, behind the owners
   bool is_kept, is_first, is_last;
   std::vector<int64_t> sent_P, received_P;  // to and from each rank of the link
   Segments leaves, arrives;
 };
 
-// The moves of a rank, and the owned tensors that it sends from or receives into.
+// The moves of a rank, the rows of its holdings between owners and slots, and the owned tensors that
+// it sends from or receives into.
 struct Moves {
   std::vector<Move> moves;
+  std::vector<int64_t> held_rows;
   std::vector<int64_t> owned;
   std::vector<int64_t> table;
 };

@@ -428,10 +428,14 @@ py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int
 
 laer::Way way_of(int ranks, int experts, int capacity, int node_size, int home,
                  std::vector<int> widths, std::vector<int> links, int blocks) {
-  const auto divides = [&](int width) { return width >= 1 && ranks % width == 0; };
-  if (ranks < 1 || !divides(node_size) || links.empty() || widths.size() != links.size() + 1 ||
-      !std::all_of(widths.begin(), widths.end(), divides)) {
-    throw py::value_error("nodes and places must divide the ranks, and a hop follows each but the last");
+  const auto divides = [&](int width) {
+    return width >= 1 && ranks % width == 0 &&
+           std::max(width, node_size) % std::min(width, node_size) == 0;
+  };
+  if (ranks < 1 || node_size < 1 || !divides(node_size) || links.empty() ||
+      widths.size() != links.size() + 1 || !std::all_of(widths.begin(), widths.end(), divides)) {
+    throw py::value_error(
+        "nodes and places must divide the ranks, and one the other, and a hop follows each but the last");
   }
   check_home(ranks, experts, capacity, home);
   return {{ranks, experts, capacity, node_size, home}, std::move(widths), std::move(links), blocks};
@@ -459,11 +463,10 @@ py::tuple traffic(const laer::Way& way, const Slots& slots_S, const std::optiona
 py::tuple to_tuple(const laer::Segments& made) {
   py::object in_place = py::none();
   if (made.in_place >= 0) in_place = py::int_(made.in_place);
-  return py::make_tuple(made.at, made.count, made.sums, made.rows, made.most_rows, made.end,
-                        in_place);
+  return py::make_tuple(made.at, made.count, made.sums, made.rows, made.most_rows, in_place);
 }
 
-// A rank's table of segments, the owned tensors that they are of, and its moves:
+// A rank's table of segments, the owned tensors that they are of, rows of holdings, and moves:
 // runtime/comm/segments.py names their parts. Matrices are (rows, rows of the table for each).
 py::tuple rank_moves(const laer::Way& way, const Slots& slots_S,
                      const std::optional<Slots>& before_S, int rank,
@@ -474,11 +477,11 @@ py::tuple rank_moves(const laer::Way& way, const Slots& slots_S,
   const laer::Moves made = laer::rank_moves(way, hops_of(way, slots_S, before_S), rank, matrices);
   py::list moves;
   for (const laer::Move& move : made.moves) {
-    moves.append(py::make_tuple(move.link, move.is_kept, move.is_first,
+    moves.append(py::make_tuple(move.link, move.holding, move.is_kept, move.is_first,
                                 move.is_last, move.sent_P, move.received_P,
                                 to_tuple(move.leaves), to_tuple(move.arrives)));
   }
-  return py::make_tuple(to_array(made.table), made.owned, moves);
+  return py::make_tuple(to_array(made.table), made.owned, made.held_rows, moves);
 }
 
 laer::Pairs pairs_of(const Counts& pairs_EE, int nodes, int top_k) {

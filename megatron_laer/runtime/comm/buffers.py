@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 
+from megatron_laer.runtime.comm.memory import empty, poison
 from megatron_laer.runtime.comm.streams import OneComputeStream
 
 _Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
@@ -39,52 +44,81 @@ class BufferPool:
         self.in_use += 1
         free = self._free[shape, dtype, device]
         if free:
-            return free.pop()
-        tensor = _new(shape, dtype, device)
+            return poison(free.pop())
+        tensor = empty(shape, dtype, device)
         self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor
 
     def put_back(self, tensor: torch.Tensor) -> None:
         self._compute.check(tensor.device)
         self.in_use -= 1
+        poison(tensor)
         self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)
 
 
-class Workspace:
-    """Named buffers of exchanges on one CUDA stream, which only grow.
+class Buffer:
+    """Memory of one holding at a time, from its first row until its last one has left.
 
-    Exchanges that follow each other overwrite each other's data without waiting.
+    Exchanges follow each other on one CUDA stream, and so overwrite each other's rows without
+    waiting.
     """
 
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._bytes: torch.Tensor | None = None
+        self._is_taken = False
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.numel() for buffer in self._buffers.values())
+        return 0 if self._bytes is None else self._bytes.numel()
 
-    def take(
-        self,
-        name: str,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        most_bytes: int | None,
-    ) -> torch.Tensor:
-        """Return the first rows of a buffer.
+    def reserve(self, num_bytes: int, device: torch.device) -> None:
+        """Grow to the bytes that an exchange needs, before it begins."""
+        assert not self._is_taken, f"{self._name}: rows of another exchange are in the buffer"
+        if self._bytes is None or self.num_bytes < num_bytes:
+            if self._bytes is not None:
+                poison(self._bytes)
+            self._bytes = None  # free before the new allocation
+            self._bytes = empty((num_bytes,), torch.uint8, device)
 
-        Args:
-            most_bytes: for which it is allocated once; None to let it grow as needed.
-        """
-        num_bytes = shape[0] * shape[1] * dtype.itemsize
-        wanted = num_bytes if most_bytes is None else most_bytes
-        assert num_bytes <= wanted, f"{name}: {num_bytes} bytes exceed the bound {wanted}"
-        if name not in self._buffers or self._buffers[name].numel() < wanted:
-            self._buffers.pop(name, None)  # free before the new allocation
-            self._buffers[name] = _new((wanted,), torch.uint8, device)
-        return self._buffers[name].narrow(0, 0, num_bytes).view(dtype).view(shape)
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the first rows, which are the caller's until `give_back`, if there are any."""
+        assert self._bytes is not None
+        if not rows:
+            return self._bytes[:0].view(dtype).view(0, columns)
+        assert not self._is_taken, f"{self._name}: rows that have not left would be overwritten"
+        num_bytes = rows * columns * dtype.itemsize
+        assert num_bytes <= self.num_bytes, (
+            f"{self._name}: {num_bytes} bytes exceed the {self.num_bytes} that were reserved"
+        )
+        self._is_taken = True
+        return poison(self._bytes)[:num_bytes].view(dtype).view(rows, columns)
+
+    def give_back(self) -> None:
+        """End the use of the rows, if there is any, behind work of the current stream."""
+        if self._is_taken and self._bytes is not None:
+            poison(self._bytes)
+        self._is_taken = False
 
 
-@torch.inference_mode(False)  # training could not write memory of an evaluation in that mode
-def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
+@dataclass(frozen=True)
+class Workspace:
+    """Buffers from which exchanges of one direction send, and into which they receive."""
+
+    send: Buffer = field(default_factory=lambda: Buffer("send"))
+    receive: Buffer = field(default_factory=lambda: Buffer("receive"))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.send.num_bytes + self.receive.num_bytes
+
+    @contextmanager
+    def lent(self, most_bytes: Mapping[str, int], device: torch.device) -> Iterator[Self]:
+        """Lend the buffers to one exchange, with all bytes that it needs."""
+        self.send.reserve(most_bytes["send"], device)
+        self.receive.reserve(most_bytes["receive"], device)
+        try:
+            yield self
+        finally:
+            self.send.give_back()
+            self.receive.give_back()

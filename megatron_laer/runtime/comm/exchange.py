@@ -68,8 +68,8 @@ class Exchange:
         def stages(name: str) -> dict[int, Stage | None]:
             return {link: stage_of(groups, name, link) for link in links}
 
-        self.restored = Direction(stages("parameters"), sums=False)
-        self.reduced = Direction(stages("gradients"), sums=True)
+        self.restored = Direction(stages("parameters"))
+        self.reduced = Direction(stages("gradients"))
 
     @property
     def communicators(self) -> tuple[Group, ...]:
@@ -109,8 +109,13 @@ class Exchange:
         assert out.is_contiguous()
         chain = self._chain(index, matrices, before)
         slots, dtype = out.view(-1, out.shape[2]), out.dtype
-        bounds = restore_workspace(chain.way, matrices, slots.shape[1] * dtype.itemsize)
-        yield from _carry(self.restored, chain, owned, [slots], bounds, (dtype, dtype))
+        row_bytes = slots.shape[1] * dtype.itemsize
+        if chain.way.buffers_grow:
+            bounds = chain.restore_bytes(row_bytes)
+        else:
+            bounds = restore_workspace(chain.way, matrices, row_bytes)
+        parts = [owned[at] for at in chain.owned]
+        yield from _restore(self.restored, chain, parts, slots, bounds)
         return out
 
     def reduce_steps(
@@ -140,8 +145,12 @@ class Exchange:
         slots, dtype = grads_CRK.view(-1, grads_CRK.shape[2]), grads_CRK.dtype
         wire = self._grad_wire_dtype or wire_dtype or dtype
         row_bytes = [slots.shape[1] * of.itemsize for of in (dtype, wire)]
-        bounds = reduce_workspace(chain.way, matrices, *row_bytes)
-        yield from _carry(self.reduced, chain, [slots], add_to, bounds, (dtype, wire))
+        if chain.way.buffers_grow:
+            bounds = chain.reduce_bytes(*row_bytes)
+        else:
+            bounds = reduce_workspace(chain.way, matrices, *row_bytes)
+        parts = [add_to[at] for at in chain.owned]
+        yield from _reduce(self.reduced, chain, slots, parts, bounds, wire)
         return add_to[0]
 
     def _chain(
@@ -161,61 +170,98 @@ class Exchange:
         return index.chains[key]
 
 
-def _carry(
+# Note: two moves may fill one holding. In an update the hop to a holding brings experts that no
+# slot of its places had, and the move behind it those that one had. So memory is taken for all rows
+# of a holding (`Chain.held_rows`) with the first move into it, and is its own until they have left.
+
+
+def _restore(
     direction: Direction,
     chain: Chain,
-    source: Held,
-    target: Held,
+    owned: Held,
+    slots: torch.Tensor,
     most_bytes: Mapping[str, int],
-    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> Generator[bool, None, None]:
-    """Carry a chain's moves out, each by packing, an All-to-All, and unpacking or summing.
+    """Carry rows from the owners through the holdings to the slots.
 
-    Rows that lie as on the wire stay where they are, and those that are to lie so arrive there.
-
-    Args:
-        most_bytes: of buffers, unless the way's grow to what is needed.
-        dtypes: of the rows of the source and of all others on the wire.
+    Rows of owners and slots that lie as on the wire stay where they are, and rows that are to lie
+    so arrive there. Holdings take turns in the buffer to receive: one is packed before the next.
     """
-    table, sums = chain.table, direction.sums
-    owned = [(target if sums else source)[at] for at in chain.owned]
-    source, target = (source, owned) if sums else (owned, target)
+    table, columns, dtype = chain.table, slots.shape[1], slots.dtype
     table.place(owned)
-    held, slots = source, (source if sums else target)[0]
+    holdings: dict[int, Held] = {-1: owned}
     stages = [direction.stages[move.link] for move in chain.moves]
-    columns, device = slots.shape[1], slots.device
-
-    def take(name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
-        most = None if chain.way.buffers_grow else most_bytes[name]
-        return direction.workspace.take(name, (rows, columns), dtype, device, most)
-
-    for at, (move, stage) in enumerate(zip(chain.moves, stages, strict=True)):
-        leaves, arrives, dtype = move.leaves, move.arrives, dtypes[not move.is_first]
-        taken, into = target if move.is_kept else held, target
-        if not move.is_last:
-            into = [take("send" if sums else "receive", arrives.end, dtypes[1])]
-        if stage is not None:
-            # Else they lie in the buffer that the next rows go to.
-            may_stay = sums or move.is_first or move.is_kept
-            if may_stay and leaves.in_place is not None:
-                sent = leaves.view(taken)
-            else:
-                sent = take("send", leaves.rows, dtype)
-                table.pack(leaves, taken, sent)
-            in_place = not sums and arrives.in_place is not None
-            arrived = arrives.view(into) if in_place else take("receive", arrives.rows, dtype)
+    with direction.workspace.lent(most_bytes, slots.device) as space:
+        for at, (move, stage) in enumerate(zip(chain.moves, stages, strict=True)):
+            source = [slots] if move.is_kept else holdings.get(move.holding - 1, ())
+            if stage is not None:
+                if move.packs:
+                    sent = space.send.take(move.leaves.rows, columns, dtype)
+                    table.pack(move.leaves, source, sent)
+                else:
+                    sent = move.leaves.view(source)
+                if not move.is_kept:
+                    space.receive.give_back()
+            if move.is_last:
+                holdings[move.holding] = [slots]
+            elif move.holding not in holdings:
+                rows = chain.held_rows[move.holding]
+                holdings[move.holding] = [space.receive.take(rows, columns, dtype)]
+            into = holdings[move.holding]
+            if stage is None:
+                table.pack(move.leaves, source, into[0])
+                continue
+            unpacks = move.arrives.in_place is None
+            arrived = (
+                space.receive.take(move.arrives.rows, columns, dtype)
+                if unpacks
+                else move.arrives.view(into)
+            )
             stage.all_to_all(arrived, sent, move.received_P, move.sent_P)
             direction.count(stage, move.received_P, columns * dtype.itemsize)
             yield any(stages[at + 1 :])
-            if sums:
-                table.add(arrives, arrived, into, adds=move.is_last)
-            elif not in_place:
-                table.unpack(arrives, arrived, into)
-        elif sums:
-            table.add(arrives, taken[0], into, adds=move.is_last)
-        else:
-            table.pack(leaves, taken, into[0])
-        held = into
+            space.send.give_back()
+            if unpacks:
+                table.unpack(move.arrives, arrived, into)
+
+
+def _reduce(
+    direction: Direction,
+    chain: Chain,
+    slots: torch.Tensor,
+    owned: Held,
+    most_bytes: Mapping[str, int],
+    wire: torch.dtype,
+) -> Generator[bool, None, None]:
+    """Carry rows from the slots back through the holdings, and add the last sums to the owners'.
+
+    Holdings take turns in the buffer to send: one has left before the sums of the next.
+    """
+    table, columns = chain.table, slots.shape[1]
+    table.place(owned)
+    held: Held = [slots]
+    stages = [direction.stages[move.link] for move in chain.moves]
+    with direction.workspace.lent(most_bytes, slots.device) as space:
+        for at, (move, stage) in enumerate(zip(chain.moves, stages, strict=True)):
+            arrived = held[0]
+            if stage is not None:
+                dtype = slots.dtype if move.is_first else wire
+                if move.leaves_in_place:
+                    sent = move.leaves.view(held)
+                else:
+                    sent = space.send.take(move.leaves.rows, columns, dtype)
+                    table.pack(move.leaves, held, sent)
+                arrived = space.receive.take(move.arrives.rows, columns, dtype)
+                stage.all_to_all(arrived, sent, move.received_P, move.sent_P)
+                direction.count(stage, move.received_P, columns * dtype.itemsize)
+                yield any(stages[at + 1 :])
+                space.send.give_back()
+            if move.is_last:
+                held = owned
+            else:
+                held = [space.send.take(chain.held_rows[move.holding - 1], columns, wire)]
+            table.add(move.arrives, arrived, held, adds=move.is_last)
+            space.receive.give_back()
 
 
 def wire_dtype(config: FSEPConfig) -> torch.dtype | None:

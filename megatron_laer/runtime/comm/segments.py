@@ -55,7 +55,6 @@ class Segments(NamedTuple):
     Attributes:
         at: begin of the part; `number` of segments, and of their `sums`.
         rows: of all segments; `most_rows` of one.
-        end: the row of the last tensor behind its last segment.
         in_place: first row of the holding, if all lie there in one piece as on the wire.
     """
 
@@ -64,7 +63,6 @@ class Segments(NamedTuple):
     sums: int
     rows: int
     most_rows: int
-    end: int
     in_place: int | None
 
     def view(self, held: Held) -> torch.Tensor:
@@ -78,6 +76,8 @@ class Move(NamedTuple):
 
     Attributes:
         link: of `hops.Link`.
+        holding: number of the holding between owners and slots that a restore's move fills, and
+            that a reduce's move leaves, if it is not the slots.
         is_kept: whether the slots as they were before have the rows.
         is_first: whether the owners or, in a reduce, the slots have them.
         is_last: whether they go to the slots or, in a reduce, to the owners.
@@ -89,6 +89,7 @@ class Move(NamedTuple):
     """
 
     link: int
+    holding: int
     is_kept: bool
     is_first: bool
     is_last: bool
@@ -97,11 +98,20 @@ class Move(NamedTuple):
     leaves: Segments
     arrives: Segments
 
+    @property
+    def leaves_in_place(self) -> bool:
+        """Whether there are rows to send, and they lie as on the wire."""
+        return self.leaves.in_place is not None and self.leaves.rows > 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether a restore copies its rows to send them: a holding's make room for the next."""
+        return not (self.leaves_in_place and (self.is_first or self.is_kept))
+
     def back(self) -> Move:
+        ends = self.is_last, self.is_first
         sizes = self.received_P, self.sent_P
-        return Move(
-            self.link, False, self.is_last, self.is_first, *sizes, self.arrives, self.leaves
-        )
+        return Move(self.link, self.holding, False, *ends, *sizes, self.arrives, self.leaves)
 
 
 class Table:
@@ -215,7 +225,9 @@ class Table:
 class Chain:
     """One rank's moves of experts, from the owners to the slots or back.
 
-    `owned` has the numbers of the owned tensors of which it moves rows, in the order of segments.
+    Attributes:
+        owned: numbers of the owned tensors of which it moves rows, in the order of segments.
+        held_rows: of each holding between owners and slots, after all moves into it.
 
     Args:
         before: the layout whose experts the slots have when a restore begins; None for no experts.
@@ -234,7 +246,8 @@ class Chain:
     ) -> None:
         before_S = None if before is None else before.layout.slot_expert_S
         slots_S = placed.layout.slot_expert_S
-        table, self.owned, found = native.rank_moves(way.native, slots_S, before_S, rank, matrices)
+        parts = native.rank_moves(way.native, slots_S, before_S, rank, matrices)
+        table, self.owned, self.held_rows, found = parts
         moves = [
             Move._make((*others, Segments._make(leaves), Segments._make(arrives)))
             for *others, leaves, arrives in found
@@ -242,6 +255,26 @@ class Chain:
         self.way = way
         self.moves = [move.back() for move in reversed(moves)] if back else moves
         self.table = Table(table, device)
+
+    def restore_bytes(self, row_bytes: int) -> dict[str, int]:
+        """Return the bytes of each buffer that this restore needs."""
+        sent = [move.leaves.rows for move in self.moves if move.packs]
+        received = [move.arrives.rows for move in self.moves if move.arrives.in_place is None]
+        return {
+            "send": max(sent, default=0) * row_bytes,
+            "receive": max([*received, *self.held_rows], default=0) * row_bytes,
+        }
+
+    def reduce_bytes(self, grad_bytes: int, wire_bytes: int) -> dict[str, int]:
+        """Return the bytes of each buffer that this reduce needs."""
+        each = [grad_bytes if move.is_first else wire_bytes for move in self.moves]
+        pairs = [*zip(self.moves, each, strict=True)]
+        sent = [move.leaves.rows * of for move, of in pairs if not move.leaves_in_place]
+        received = [move.arrives.rows * of for move, of in pairs]
+        return {
+            "send": max([*sent, *(rows * wire_bytes for rows in self.held_rows)], default=0),
+            "receive": max(received, default=0),
+        }
 
 
 def _rows(from_Z: Int64, to_Z: Int64, size_Z: Int64, device: torch.device) -> _Rows:

@@ -48,13 +48,11 @@ class Direction:
 
     Attributes:
         stages: by link; None for links of one rank.
-        sums: whether rows that arrive are summed.
         intra_bytes: received from other ranks of the same machine.
         inter_bytes: received from other machines.
     """
 
     stages: Mapping[int, Stage | None]
-    sums: bool
     workspace: Workspace = field(default_factory=Workspace)
     intra_bytes: int = 0
     inter_bytes: int = 0

@@ -22,7 +22,7 @@ from megatron_laer.runtime.weights.share import Share
 _ALIGNMENT = 16
 
 # One row of a holding and of the wire, in a table that has nothing else.
-_ROW = Segments(0, 1, 1, 1, 1, 1, 0)
+_ROW = Segments(0, 1, 1, 1, 1, 0)
 
 
 @torch.no_grad()
