@@ -16,7 +16,7 @@ from megatron_laer.version import __version__
 
 if TYPE_CHECKING:
     from megatron_laer.plugin import disable, enable, training_step
-    from megatron_laer.session import announce_routing
+    from megatron_laer.session import announce_routing, get_fsep_group
 
 __all__ = [
     "FSEPConfig",
@@ -24,6 +24,7 @@ __all__ = [
     "announce_routing",
     "disable",
     "enable",
+    "get_fsep_group",
     "training_step",
 ]
 
@@ -31,6 +32,7 @@ _LAZY = {
     "enable": "megatron_laer.plugin",
     "disable": "megatron_laer.plugin",
     "announce_routing": "megatron_laer.session",
+    "get_fsep_group": "megatron_laer.session",
     "training_step": "megatron_laer.plugin",
 }
 

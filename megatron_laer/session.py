@@ -39,6 +39,10 @@ class Session:
         self._is_training = False
 
     @property
+    def has_groups(self) -> bool:
+        return self._groups is not None
+
+    @property
     def groups(self) -> FSEPGroups:
         """Return the FSEP groups; a RuntimeError before Megatron's parallel state exists."""
         if self._groups is None:
@@ -156,6 +160,17 @@ def replace(session: Session | None) -> None:
 
 def current_coordinator() -> Coordinator | None:
     return None if _session is None else _session.coordinator
+
+
+def get_fsep_group() -> Group:
+    """Return the FSEP group of this rank: N ranks that together hold every expert of a layer.
+
+    Raises:
+        RuntimeError: while FSEP is off, or before Megatron's model parallel state was initialised.
+    """
+    if _session is None:
+        raise RuntimeError(_NO_GROUPS)
+    return _session.groups.tokens
 
 
 def announce_routing(counts_MLE: Any) -> None:

@@ -15,7 +15,6 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.token_traffic import TokenRouting
 from megatron_laer.arrays import Int64
@@ -210,13 +209,14 @@ def run(
     sent: dict[str, list[Sent]] = {}
     kept = _Kept()
     combined, experts = _forward(dispatcher, hidden, map_TE, probs, plan, sent, kept)
+    kept_bytes = kept.total_bytes
     assert combined.shape == hidden.shape and combined.dtype == dtype
     with recorded(sent, "backward"):
         combined.backward(grad)
     assert hidden.grad is not None and probs.grad is not None
     calls = [name for name, *_ in shared.method_calls] if shared else []
     grads = [hidden.grad, probs.grad]
-    return Outcome(experts, combined.detach(), grads, sent, kept.total_bytes, calls, timed)
+    return Outcome(experts, combined.detach(), grads, sent, kept_bytes, calls, timed)
 
 
 def _forward(
@@ -234,9 +234,13 @@ def _forward(
             *dispatcher.token_dispatch(*to_send)
         )
     assert tokens_C.tolist() == plan.quotas.tokens_C
-    with kept.counting(dispatcher.keeping_rows()):
+    with kept.counting():
         outputs = _Experts.apply(inputs, weights)
-    experts = [inputs.detach(), weights.detach()]
+    # Copies, since the dispatcher may free its own.
+    experts = [inputs.detach().clone(), weights.detach()]
+    arrived = getattr(dispatcher, "_experts_input", None)
+    if arrived is not None:  # from which the dispatcher makes the experts' input anew
+        kept.note(arrived[0])
     with kept.counting(), recorded(sent, "combine"):
         outputs = dispatcher.combine_preprocess(outputs)
         combined: torch.Tensor = dispatcher.combine_postprocess(dispatcher.token_combine(outputs))
@@ -299,18 +303,13 @@ class _Kept:
     def total_bytes(self) -> int:
         return sum(storage.nbytes() for storage in self._storages.values())
 
-    def counting(self, inner: Any = None) -> contextlib.AbstractContextManager[Any]:
-        """Return a context that counts; `inner` is another one that decides what is kept."""
-        pack = getattr(inner, "pack_hook", lambda saved: saved)
-        unpack = getattr(inner, "unpack_hook", lambda kept: kept)
-        return torch.autograd.graph.saved_tensors_hooks(lambda t: self._note(pack(t)), unpack)
+    def counting(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autograd.graph.saved_tensors_hooks(self.note, lambda kept: kept)
 
-    def _note(self, kept: Any) -> Any:
-        for tensor in tree_leaves(kept):
-            storage = tensor.untyped_storage()
-            self._storages[storage.data_ptr()] = (
-                storage  # held, so that no other storage reuses its address
-            )
+    def note(self, kept: torch.Tensor) -> torch.Tensor:
+        storage = kept.untyped_storage()
+        # Held, so that no other storage reuses its address.
+        self._storages[storage.data_ptr()] = storage
         return kept
 
 

@@ -112,6 +112,19 @@ def _destroy_groups(original: Any, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
+@around(
+    "megatron.core.process_groups_config",
+    "ProcessGroupCollection.use_mpu_process_groups",
+    "gives pg_collection.fsep to others",
+)
+def _give_field(original: Any, *args: Any, **kwargs: Any) -> Any:
+    collection = original(*args, **kwargs)
+    current = session.current()
+    if current is not None and current.has_groups:
+        collection.fsep = current.groups.tokens
+    return collection
+
+
 LAYER_PATCHES = (
     Patch(
         "megatron.core.models.gpt.moe_module_specs",
@@ -123,4 +136,5 @@ LAYER_PATCHES = (
     _mark_layers,
     _create_groups,
     _destroy_groups,
+    _give_field,
 )

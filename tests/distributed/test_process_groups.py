@@ -18,6 +18,7 @@ def groups_of(
     """Initialise Megatron's state with FSEP, describe the groups, and destroy everything."""
     import torch.distributed as dist
     from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
     import megatron_laer
     from megatron_laer import session
@@ -30,6 +31,7 @@ def groups_of(
         current = session.current()
         assert current is not None
         groups = current.groups
+        collection = ProcessGroupCollection.use_mpu_process_groups()
 
         def members(group: Any) -> list[int] | None:
             return None if group is None else dist.get_process_group_ranks(group)
@@ -49,10 +51,11 @@ def groups_of(
             "parameters": members(groups.parameters),
             "gradients": members(groups.gradients),
             "distinct": len({groups.tokens, *groups.extra()}),
+            "field": collection.fsep is megatron_laer.get_fsep_group(),
         }
         extra = groups.extra()
         parallel_state.destroy_model_parallel()
-        found["destroyed"] = current._groups is None and all(
+        found["destroyed"] = not current.has_groups and all(
             group not in dist.distributed_c10d._world.pg_map for group in extra
         )
         return found
@@ -78,6 +81,7 @@ def test_no_two_exchanges_of_four_ranks_on_nodes_share_a_communicator(
         assert found["tokens"] == (stages if token_exchange == "auto" else [None, None])
         assert found["parameters"] == found["gradients"] == [0, 1, 2, 3]
         assert found["distinct"] == distinct
+        assert found["field"]
         assert found["destroyed"]
 
 

@@ -181,19 +181,19 @@ def check_that_backward_keeps_rows(case: Case, found: list[dict[bool, Outcome]])
         assert rows < received
 
 
-def rows_unpacked(flags: list[str]) -> int:
+def refills(flags: list[str]) -> int:
     """Return how often a run's backward passes spread rows that were kept."""
     from megatron_laer.layer.dispatch import row_map
 
-    unpacked = 0
+    refilled = 0
 
-    def count(kept: Any) -> None:
-        nonlocal unpacked
-        unpacked += isinstance(kept, tuple)
+    def count(*_: Any) -> None:
+        nonlocal refilled
+        refilled += 1
 
-    with watching((row_map, "_unpack", count)):
+    with watching((row_map, "_refill", count)):
         train(flags)
-    return unpacked
+    return refilled
 
 
 @pytest.mark.parametrize(
@@ -201,4 +201,4 @@ def rows_unpacked(flags: list[str]) -> int:
 )
 def test_experts_in_megatrons_loop_keep_rows(trained: Trainings, flags: str) -> None:
     flags += FSEP + TOKENS.format(1)
-    assert trained.each(flags, by=rows_unpacked, global_batch=4) == [3 * 2] * 2
+    assert trained.each(flags, by=refills, global_batch=4) == [3 * 2] * 2

@@ -106,6 +106,9 @@ DAILY = {
     "virtual pipeline 2 x 2": Training(RANDOM + VIRTUAL, 4),
     "both overlaps, slices replicated": Training(RANDOM + DIST_OPT, 4),
     "experts at home, fused accumulation, both overlaps": Training(_HOME + DIST_OPT, fuses=True),
+    "experts at home, fused accumulation, both overlaps, tokens by node": Training(
+        _HOME + DIST_OPT + _BY_NODE, fuses=True
+    ),
     "LoRA on experts, both overlaps": Training(_HOME + DIST_OPT, adapt=lora_on_experts),
     "experts at home held over a step, both overlaps": Training(_HOME + DIST_OPT + STEP),
     "experts at home by a permutation, pairs counted": Training(

@@ -323,5 +323,8 @@ def test_memory_is_poisoned_when_it_is_taken_given_back_and_outgrown() -> None:
     pooled.zero_()
     pool.put_back(pooled)
     assert pooled.isnan().all()
-    pooled.zero_()
-    assert pool.take((2, 3), torch.float32, CPU).isnan().all()
+    assert pool.take((2, 3), torch.float32, CPU) is pooled
+    pool.put_back(pooled)
+    pooled[1, 1] = 0
+    with pytest.raises(AssertionError, match="memory was written after it was put back"):
+        pool.take((2, 3), torch.float32, CPU)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs, unpermute
 
+from megatron_laer.layer.dispatch import row_map as row_map_module
 from megatron_laer.layer.dispatch.permutation import (
     slot_permutation,
     slot_ranges,
@@ -180,55 +182,86 @@ def test_places_of_true_flags_are_those_of_nonzero(shape: tuple[int, int], share
         assert found.dtype == torch.int64 and torch.equal(found, expected)
 
 
-def test_what_is_kept_of_copies_comes_back_as_it_was() -> None:
-    """With as many copies as columns, a transpose has the shape of the copies."""
+def test_freed_copies_come_back_in_every_form_that_was_saved() -> None:
     rows_YH = torch.arange(8.0).view(2, 4).requires_grad_()
     map_ = row_map(torch.tensor([0, 1, 1, 0], dtype=torch.int32), 2)
     copies_XH = map_.spread(rows_YH)
+    expected = copies_XH.detach().clone()
     factor_HH = torch.arange(16.0).view(4, 4).requires_grad_()
-    with map_.keeping_rows(copies_XH, rows_YH):
-        straight, turned = copies_XH @ factor_HH, copies_XH.t() @ factor_HH
-        part = copies_XH[1:] @ factor_HH
-    weights = torch.arange(16.0).view(4, 4)
-    total = (straight * weights).sum() + (turned * weights).sum() + (part * weights[1:]).sum()
-    (found_HH,) = torch.autograd.grad(total, factor_HH)
-    copies_XH = copies_XH.detach()
-    expected_HH = copies_XH.t() @ weights + copies_XH @ weights
-    expected_HH += copies_XH[1:].t() @ weights[1:]
-    torch.testing.assert_close(found_HH, expected_HH)
+    forms = [copies_XH, copies_XH.t(), copies_XH[1:]]
+    output = torch.cat([form @ factor_HH for form in forms])
+    map_.free_until_backward(copies_XH, rows_YH, output)
+    weights = torch.arange(44.0).view(11, 4)
+    (found_HH,) = torch.autograd.grad((output * weights).sum(), factor_HH)
+    saved = torch.cat([expected, expected.t(), expected[1:]])
+    torch.testing.assert_close(found_HH, saved.t() @ weights)
 
 
 @pytest.mark.parametrize("sizes", [[1, 3], [4, 0]])
-def test_of_experts_parts_rows_are_kept_and_no_copy(sizes: list[int]) -> None:
+def test_of_experts_parts_rows_are_kept_until_backward_and_no_copy(sizes: list[int]) -> None:
     rows_YH = torch.arange(8.0).view(2, 4).requires_grad_()
     map_ = row_map(torch.tensor([0, 1, 1, 0], dtype=torch.int32), 2)
-    copies_XH = map_.spread(rows_YH)
+    arrived_YH = rows_YH.clone()
+    copies_XH = map_.spread(arrived_YH)
     factors = [torch.ones(4, 3, requires_grad=True) for _ in range(2)]
-    with map_.keeping_rows(copies_XH, rows_YH):
-        parts = copies_XH.split(sizes)
-        products = [part @ factor for part, factor in zip(parts, factors, strict=True)]
+    parts = copies_XH.split(sizes)
     expected = [part.detach().sum(0)[:, None].expand(4, 3).clone() for part in parts]
-    memory = weakref.ref(copies_XH.untyped_storage())
-    del copies_XH, parts
+    output = torch.cat([part @ factor for part, factor in zip(parts, factors, strict=True)])
+    copies, rows = copies_XH.untyped_storage(), weakref.ref(arrived_YH.untyped_storage())
+    map_.free_until_backward(copies_XH, arrived_YH, output)
+    del arrived_YH, copies_XH, parts
+    assert copies.nbytes() == 0 and rows() is not None
+    output.sum().backward()
+    assert rows() is None, "kept by the output's graph"
+    for factor, grad_HF in zip(factors, expected, strict=True):
+        torch.testing.assert_close(factor.grad, grad_HF)
+
+
+def test_copies_that_no_expert_saved_do_not_come_back() -> None:
+    rows_YH = torch.ones(1, 4, requires_grad=True)
+    map_ = row_map(torch.tensor([0, 0], dtype=torch.int32), 1)
+    copies_XH = map_.spread(rows_YH)
+    output, memory = copies_XH + 1, weakref.ref(copies_XH.untyped_storage())
+    map_.free_until_backward(copies_XH, rows_YH, output)
+    del copies_XH
     assert memory() is None
-    found = torch.autograd.grad(sum(product.sum() for product in products), factors)
-    for found_HF, expected_HF in zip(found, expected, strict=True):
-        torch.testing.assert_close(found_HF, expected_HF)
+    with mock.patch.object(row_map_module, "_refill") as refill:
+        output.sum().backward()
+    refill.assert_not_called()
 
 
-@pytest.mark.parametrize(
-    ("first", "rows"),
-    [(0, 2), (6, 1), (10, 2), (12, 2)],
-    ids="before between beyond behind".split(),
-)
-def test_a_matrix_that_shares_memory_with_copies_is_kept_as_it_is(first: int, rows: int) -> None:
-    memory, factor = torch.arange(20.0), torch.ones(4, 3, requires_grad=True)
-    map_, copies_XH = row_map(torch.tensor([0, 0], dtype=torch.int32), 1), memory[4:12].view(2, 4)
-    other = memory[first : first + 4 * rows].view(rows, 4)
-    with map_.keeping_rows(copies_XH, torch.full((1, 4), float("nan"))):
-        product = other @ factor
-    product.sum().backward()
-    torch.testing.assert_close(factor.grad, other.sum(0)[:, None].expand(4, 3))
+def test_copies_of_experts_without_a_backward_pass_stay() -> None:
+    map_, rows_YH = row_map(torch.tensor([0, 0], dtype=torch.int32), 1), torch.ones(1, 4)
+    copies_XH = map_.spread(rows_YH)
+    map_.free_until_backward(copies_XH, rows_YH, copies_XH + 1)
+    assert copies_XH.tolist() == [[1.0] * 4] * 2
+
+
+def test_the_backward_pass_of_experts_sees_their_own_parameters() -> None:
+    """Megatron's fused kernels mark what they see, and the mark is read from the parameter."""
+    seen: list[Any] = []
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, input_XH: torch.Tensor, weight_HF: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(input_XH, weight_HF)
+            return input_XH @ weight_HF
+
+        @staticmethod
+        def backward(ctx: Any, grad_XF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            input_XH, weight_HF = ctx.saved_tensors
+            seen.append(weight_HF)
+            return grad_XF @ weight_HF.t(), input_XH.t() @ grad_XF
+
+    weight_HF = torch.nn.Parameter(torch.ones(4, 3))
+    rows_YH = torch.ones(1, 4, requires_grad=True)
+    map_ = row_map(torch.tensor([0, 0], dtype=torch.int32), 1)
+    copies_XH = map_.spread(rows_YH)
+    output: torch.Tensor = Linear.apply(copies_XH, weight_HF)
+    map_.free_until_backward(copies_XH, rows_YH, output)
+    output.sum().backward()
+    assert seen[0] is weight_HF
+    torch.testing.assert_close(weight_HF.grad, torch.full((4, 3), 2.0))
 
 
 def test_copies_in_bf16_are_rounded_once() -> None:

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_laer.runtime.comm.memory import empty, poison
+
 
 def send_rows(
     routing_map_TE: torch.Tensor,
@@ -39,7 +41,7 @@ def send_rows(
     num_tokens, num_experts = routing_map_TE.shape
 
     def make(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=routing_map_TE.device)
+        return empty(shape, torch.int32, routing_map_TE.device)
 
     pair_P, token_P, by_token_P = make(num_sent), make(num_sent), make(num_sent)
     if ends_T is None:
@@ -74,7 +76,7 @@ def token_ends(routing_map_TE: torch.Tensor) -> torch.Tensor:
 def sum_rows(rows_PH: torch.Tensor, ends_T: torch.Tensor, by_token_P: torch.Tensor) -> torch.Tensor:
     """Sum the rows of each token in the order of `by_token_P`, in fp32, without copies."""
     num_tokens, width = len(ends_T), rows_PH.shape[1]
-    sums_TH = rows_PH.new_empty(num_tokens, width)
+    sums_TH = poison(rows_PH.new_empty(num_tokens, width))
     if num_tokens:
         block = min(triton.next_power_of_2(width), 1024)
         grid = (num_tokens, triton.cdiv(width, block))

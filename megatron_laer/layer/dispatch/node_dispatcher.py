@@ -11,7 +11,6 @@ first stage, X rows sent in it.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         self._first: RowMap | None = None
         self._second: RowMap | None = None
         self._arrivals: Arrivals | None = None
-        # Arrived rows and the experts' input copied from them, until the experts have saved it.
+        # Arrived rows and the experts' input copied from them, until the experts have used it.
         self._experts_input: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def dispatch_preprocess(
@@ -142,18 +141,14 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
     def rows_sent(self, rank: int, node_size: int) -> tuple[int, int] | None:
         return rows_through_nodes(self._rows, rank, node_size)
 
-    def keeping_rows(self) -> contextlib.AbstractContextManager[Any]:
-        assert self._arrivals is not None and self._experts_input is not None
-        (rows_UH, experts_RH), self._experts_input = self._experts_input, None
-        if self.config.overlap_moe_expert_parallel_comm:  # which frees arrived rows
-            return contextlib.nullcontext()
-        return self._arrivals.rows.keeping_rows(experts_RH, rows_UH)
-
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Sum the experts' outputs, [R, H], by row, and these inside the node, to [Y, H]."""
-        assert self._arrivals is not None
+        assert self._arrivals is not None and self._experts_input is not None
         rows = self._rows
+        (rows_UH, experts_RH), self._experts_input = self._experts_input, None
         summed = self._arrivals.rows.collect(hidden_states)
+        if not self.config.overlap_moe_expert_parallel_comm:  # which frees arrived rows
+            self._arrivals.rows.free_until_backward(experts_RH, rows_UH, hidden_states)
         self._arrivals = None
         if self._second is not None:
             summed = self._inside_node(Kind.COMBINE, summed, rows.second_sent, rows.second_received)

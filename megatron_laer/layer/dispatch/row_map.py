@@ -7,15 +7,13 @@ Legend: Y rows, X copies of them, H hidden.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_laer.runtime.comm.segments import kernels_of
-
-_Kept = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,25 +42,28 @@ class RowMap:
         rows_YH: torch.Tensor = _Collect.apply(copies_XH, self.num_rows, *self._tensors)
         return rows_YH
 
-    def keeping_rows(
-        self, copies_XH: torch.Tensor, rows_YH: torch.Tensor
-    ) -> AbstractContextManager[Any]:
-        """Return a context in which autograd saves rows in place of their spread copies.
+    def free_until_backward(
+        self, copies_XH: torch.Tensor, rows_YH: torch.Tensor, output_XH: torch.Tensor
+    ) -> None:
+        """Free the copies until the backward pass of experts that computed `output_XH` of them.
 
-        Experts save consecutive copies each. The caller must reference the copies while in the
-        context.
+        Until then their rows are kept. Nothing else may read the copies.
         """
-        rows_YH = rows_YH.detach()
-        # Not the tensor, since autograd's saved values reference `pack`.
-        copies = _Place.of(copies_XH)
+        if not output_XH.requires_grad:
+            return
+        # Not `saved_tensors_hooks`: autograd gives parameters that passed them back as other
+        # tensors, on which Megatron's fused kernels leave the mark of an added gradient in vain.
+        storage = copies_XH.untyped_storage()
+        kept = [(weakref.ref(storage), storage.nbytes(), rows_YH.detach())]
+        storage.resize_(0)
 
-        def pack(saved: torch.Tensor) -> _Kept:
-            if not saved.numel():  # of an expert without tokens; a view would hold all copies
-                return saved.new_empty(saved.shape)
-            first = copies.first_of(saved)
-            return saved if first is None else (rows_YH, self.row_X[first : first + len(saved)])
+        def refill(_grad_XH: torch.Tensor) -> None:
+            if kept:  # else a second backward pass of a retained graph
+                freed, num_bytes, rows_YH = kept.pop()  # since the graph may outlive the pass
+                if (storage := freed()) is not None:  # an expert has saved it
+                    _refill(storage, num_bytes, rows_YH, self.row_X)
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+        output_XH.register_hook(refill)
 
     @property
     def _tensors(self) -> tuple[torch.Tensor | None, ...]:
@@ -78,36 +79,11 @@ def row_map(row_X: torch.Tensor, num_rows: int) -> RowMap:
     return RowMap(row_X, num_rows, counts_Y.cumsum(0, dtype=torch.int32), by_row_X)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Memory of a contiguous matrix of `size` bytes."""
-
-    address: int
-    size: int
-    width: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, matrix: torch.Tensor) -> _Place:
-        assert matrix.is_contiguous()
-        return cls(matrix.data_ptr(), matrix.nbytes, matrix.shape[1], matrix.dtype)
-
-    def first_of(self, tensor: torch.Tensor) -> int | None:
-        """Return the first row of the matrix that a tensor of whole rows shows, or None."""
-        # The transpose of a square matrix has the same shape.
-        if tensor.dtype != self.dtype or tensor.stride() != (self.width, 1):
-            return None
-        offset = tensor.data_ptr() - self.address
-        row, rest = divmod(offset, self.width * self.dtype.itemsize)
-        fits = tensor.shape[1] == self.width and 0 <= offset <= self.size - tensor.nbytes
-        return row if fits and rest == 0 else None
-
-
-def _unpack(kept: _Kept) -> torch.Tensor:
-    if isinstance(kept, torch.Tensor):
-        return kept
-    rows_YH, row_X = kept
-    return rows_YH.index_select(0, row_X)
+def _refill(
+    storage: torch.UntypedStorage, num_bytes: int, rows_YH: torch.Tensor, row_X: torch.Tensor
+) -> None:
+    storage.resize_(num_bytes)
+    storage.copy_(rows_YH.index_select(0, row_X).untyped_storage())
 
 
 def dispatch_kernels(tensor: torch.Tensor) -> Any:

@@ -17,6 +17,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_laer.planner.placed import row_bounds
+from megatron_laer.runtime.comm.memory import empty
 
 Init = Callable[[torch.Tensor], object]
 
@@ -79,7 +80,7 @@ class SliceSpec:
 
         A bias is flat, [E·r], since Megatron exempts only vectors from weight decay.
         """
-        whole = torch.empty(self.saved_shape, dtype=dtype, device=device)
+        whole = empty(self.saved_shape, dtype, device)
         slice_ErK = torch.nn.Parameter(whole.view(-1) if self.is_bias else whole)
         slice_ErK.allreduce = False  # type: ignore[attr-defined]
         # Every rank's slice is distinct, so all of them count in the gradient norm.

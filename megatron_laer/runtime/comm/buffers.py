@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 
-from megatron_laer.runtime.comm.memory import empty, poison
+from megatron_laer.runtime.comm.memory import empty, lent_again, poison
 from megatron_laer.runtime.comm.streams import OneComputeStream
 
 _Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
@@ -44,7 +44,7 @@ class BufferPool:
         self.in_use += 1
         free = self._free[shape, dtype, device]
         if free:
-            return poison(free.pop())
+            return lent_again(free.pop())
         tensor = empty(shape, dtype, device)
         self.num_bytes += tensor.numel() * tensor.element_size()
         return tensor

@@ -21,6 +21,7 @@ from megatron_laer.planner.native_core import native
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.token_rows import SizeMessages, TokenRows
 from megatron_laer.runtime.comm.copies import Download, upload
+from megatron_laer.runtime.comm.memory import empty, poison
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.support import RefusedError
 
@@ -81,7 +82,7 @@ class CountsExchange:
         # A kernel's argument needs no copy from the host.
         decision_1 = torch.full((1,), last_decision, dtype=torch.int64, device=counts_E.device)
         payload = torch.cat([counts_E.to(torch.int64), tag_2, decision_1])
-        gathered = payload.new_empty(self._groups.size * payload.numel())
+        gathered = poison(payload.new_empty(self._groups.size * payload.numel()))
         dist.all_gather_into_tensor(gathered, payload, group=self._groups.tokens)
         rows = gathered.view(self._groups.size, -1)
         return partial(self._finish, self._download.start(rows), layer)
@@ -154,7 +155,7 @@ class TokenSizesExchange:
             A function that waits for the copy, and returns this rank's rows.
         """
         told_X = sizes_Z.index_select(0, self._places_X)
-        received = sizes_Z.new_empty(sum(self._received_N))
+        received = poison(sizes_Z.new_empty(sum(self._received_N)))
         dist.all_to_all_single(received, told_X, self._received_N, self._sent_N, group=self._group)
         return partial(self._wait_for_token_sizes, self._download.start(received))
 
@@ -198,7 +199,7 @@ def gather_integers(values: torch.Tensor, groups: FSEPGroups, device: torch.devi
     """Gather every rank's integers `[…]` of one shape, and wait for them; int64 `[N, …]`."""
     values = values.to(torch.int64)
     mine = upload(values, device) if values.device.type == "cpu" else values
-    gathered = mine.new_empty(groups.size * mine.numel())
+    gathered = poison(mine.new_empty(groups.size * mine.numel()))
     dist.all_gather_into_tensor(gathered, mine.flatten(), group=groups.tokens)
     received: Int64 = gathered.view(groups.size, *mine.shape).cpu().numpy()
     return received
@@ -207,7 +208,7 @@ def gather_integers(values: torch.Tensor, groups: FSEPGroups, device: torch.devi
 def broadcast_bytes(data: bytes, groups: FSEPGroups, device: torch.device) -> bytes:
     size = torch.tensor([len(data)], dtype=torch.int64, device=device)
     dist.broadcast(size, src=groups.planner_rank, group=groups.tokens)
-    message = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
+    message = empty((int(size.item()),), torch.uint8, device)
     if groups.rank == 0 and data:
         message.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     if message.numel():

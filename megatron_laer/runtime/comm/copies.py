@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
+from megatron_laer.runtime.comm.memory import poison
 from megatron_laer.runtime.comm.streams import exchange_stream, has_streams
 
 
@@ -85,4 +86,5 @@ class Download:
 
 @torch.inference_mode(False)
 def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    return poison(pinned)

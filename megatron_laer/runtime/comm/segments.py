@@ -76,8 +76,8 @@ class Move(NamedTuple):
 
     Attributes:
         link: of `hops.Link`.
-        holding: number of the holding between owners and slots that a restore's move fills, and
-            that a reduce's move leaves, if it is not the slots.
+        holding: number behind the owners of the holding that a restore's move fills, and that a
+            reduce's move leaves.
         is_kept: whether the slots as they were before have the rows.
         is_first: whether the owners or, in a reduce, the slots have them.
         is_last: whether they go to the slots or, in a reduce, to the owners.

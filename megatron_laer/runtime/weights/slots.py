@@ -213,7 +213,10 @@ class SlotGrads:
         return self._arriving is not None
 
     def begin_step(self, num_passes: int) -> None:
-        """Begin a step whose passes are summed."""
+        """Begin a step whose passes are summed; those of a step that an error ended are dropped."""
+        self.free()
+        self._slots_CRK, self._sums_CRK = self._sums_CRK, None
+        self.free()
         self._num_passes = self._left = num_passes
 
     def new(self, position: int) -> torch.Tensor:

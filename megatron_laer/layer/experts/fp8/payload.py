@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_laer.precision import Precision
+from megatron_laer.runtime.comm.memory import empty
 from megatron_laer.runtime.weights.share import Carried
 
 _DTYPES = {4: torch.float32, 1: torch.uint8}
@@ -56,7 +57,7 @@ class PayloadForm:
         assert values_RK.shape == (self.rows, self.columns) and values_RK.element_size() == 1
         assert scales.dtype == self.scales_dtype and scales.dim() == len(self.scales_shape)
         shape = (self.payload_rows, self.columns)
-        payload_PK = torch.empty(shape, dtype=torch.uint8, device=values_RK.device)
+        payload_PK = empty(shape, torch.uint8, values_RK.device)
         payload_PK[: self.rows].copy_(values_RK.view(torch.uint8))
         payload_PK[self.rows :].zero_()
         self.unpack(payload_PK)[1].copy_(scales[tuple(map(slice, self.scales_shape))])

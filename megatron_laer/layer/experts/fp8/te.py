@@ -26,6 +26,7 @@ from megatron_laer.layer.experts.fp8.payload import PayloadForm, PayloadPacker
 from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.layer.experts.gemm import te as grouped
 from megatron_laer.precision import Precision, Quantisation
+from megatron_laer.runtime.comm.memory import empty
 from megatron_laer.runtime.weights.share import Packers
 
 TENSORS = "transformer_engine.pytorch.tensor"
@@ -166,7 +167,7 @@ class Quantised(SlotGemm):
         features = self._forms[0].rows if is_forward else self._forms[0].columns
         product = "fprop" if is_forward else "dgrad"
         device = weights[0].device
-        output_UX = torch.empty((sum(sizes), features), dtype=self._dtype, device=device)
+        output_UX = empty((sum(sizes), features), self._dtype, device)
         filled = [weight for weight, size in zip(weights, sizes, strict=True) if size]
         if filled:
             grouped.grouped_gemm()(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_laer.layer.experts.gemm import SlotGemm
+from megatron_laer.runtime.comm.memory import poison
 
 
 class Loop(SlotGemm):
@@ -47,7 +48,7 @@ def _products(
     rows_TX: torch.Tensor, matrix_CXY: torch.Tensor, tokens_C: Sequence[int]
 ) -> torch.Tensor:
     """Multiply each slot's rows by its matrix; X and Y are R and K or the reverse."""
-    out_TY = rows_TX.new_empty(rows_TX.shape[0], matrix_CXY.shape[2])
+    out_TY = poison(rows_TX.new_empty(rows_TX.shape[0], matrix_CXY.shape[2]))
     slots = _by_slot(rows_TX, tokens_C), matrix_CXY.unbind(), _by_slot(out_TY, tokens_C)
     for rows_nX, matrix_XY, out_nY in zip(*slots, strict=True):
         torch.mm(rows_nX, matrix_XY, out=out_nY)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_laer.layer.experts.gemm import SlotGemm
+from megatron_laer.runtime.comm.memory import poison
 
 _PACKAGE = "transformer_engine"
 _MODULE = f"{_PACKAGE}.pytorch.cpp_extensions"
@@ -62,14 +63,14 @@ class _TransformerEngine(SlotGemm):
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        output_TR = input_TK.new_empty(input_TK.shape[0], weight_CRK.shape[1])
+        output_TR = poison(input_TK.new_empty(input_TK.shape[0], weight_CRK.shape[1]))
         _multiply("TN", weight_CRK.unbind(), _rows(input_TK, tokens_C), [output_TR], tokens_C)
         return output_TR
 
     def input_grad(
         self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        grad_TK = grad_TR.new_empty(grad_TR.shape[0], weight_CRK.shape[2])
+        grad_TK = poison(grad_TR.new_empty(grad_TR.shape[0], weight_CRK.shape[2]))
         _multiply("NN", weight_CRK.unbind(), _rows(grad_TR, tokens_C), [grad_TK], tokens_C)
         return grad_TK
 
