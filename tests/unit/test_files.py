@@ -106,7 +106,7 @@ def test_a_replacement_that_another_writer_removes_meanwhile_is_begun_anew_or_re
     """Run another process's `discard` between opening and locking."""
     target, lock, met = tmp_path / "log", writing.lock, []
 
-    def lock_late(file: IO[bytes], path: Path) -> None:
+    def lock_late(file: IO[bytes], path: Path, how: int = fcntl.LOCK_EX) -> bool:
         if not met:
             met.append(path)
             with path.open("r+b") as other:
@@ -114,7 +114,7 @@ def test_a_replacement_that_another_writer_removes_meanwhile_is_begun_anew_or_re
                 if holds:
                     lock(file, path)
                 path.unlink()
-        lock(file, path)
+        return lock(file, path, how)
 
     monkeypatch.setattr(writing, "lock", lock_late)
     if holds:
