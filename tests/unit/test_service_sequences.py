@@ -684,7 +684,8 @@ def find(lives: type[Life], fault: Fault) -> None:
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
-    with fault.planted(), pytest.raises((AssertionError, OSError, ValueError)):
+    failures = (AssertionError, OSError, ValueError, pytest.fail.Exception)
+    with fault.planted(), pytest.raises(failures):
         run_state_machine_as_test(lives, settings=until_found)
 
 
