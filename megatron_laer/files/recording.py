@@ -140,11 +140,11 @@ class RecordingFile:
         Return the last step that stays, if any.
         """
         stays = end = len(self._records.line)
-        last, self._next = None, 1
+        last, following = None, 1
         for place in self._places():
             end = place.end
             if place.step < step:
-                last, stays, self._next = place.step, end, place.number + 1
+                last, stays, following = place.step, end, place.number + 1
         with naming(self.path):
             incomplete = self._file.seek(0, os.SEEK_END) - end
             if incomplete:
@@ -156,6 +156,7 @@ class RecordingFile:
                 )
             if stays < end:
                 self._move_aside(stays, end, step)
+        self._next = following  # after all that an error may end, which keeps all records
         return last
 
     def _move_aside(self, begin: int, end: int, step: int) -> None:

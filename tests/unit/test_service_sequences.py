@@ -18,7 +18,7 @@ import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
@@ -377,7 +377,6 @@ class ServiceLives(Life):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stack = ExitStack()
         self.service: PlannerService | None = None
         self.is_sound = False
 
