@@ -215,7 +215,7 @@ class FSEPMoELayer(MoELayer):
         assert plan is not None, "routed_experts_compute before preprocess"
         # A call, not a method: Megatron waits for updated parameters in a module's pre-hook.
         activity = Activity(Kind.EXPERTS, self.state.name)
-        with self.token_dispatcher.keeping_rows(), named_range(activity):
+        with named_range(activity):
             output_TH = self._slot_experts(input_TH, probs_T, plan)
         return self.token_dispatcher.combine_preprocess(output_TH), None
 
@@ -325,6 +325,7 @@ def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
     assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
         "the model's expert-parallel group is not the one that FSEP was set up for"
     )
+    pg_collection.fsep = groups.tokens  # also where a caller has made the collection
     args = _arguments()
     seed = None if args is None else int(args.seed)
     tokens = None if args is None else _tokens(args, config)

@@ -14,6 +14,7 @@ from megatron_laer.choices import ExchangeAlgorithm, Sharding
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import Link, way_of, ways_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import restore_traffic
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
@@ -328,3 +329,63 @@ def test_memory_is_poisoned_when_it_is_taken_given_back_and_outgrown() -> None:
     pooled[1, 1] = 0
     with pytest.raises(AssertionError, match="memory was written after it was put back"):
         pool.take((2, 3), torch.float32, CPU)
+
+
+def test_sums_between_hops_have_the_settings_dtype_over_the_callers() -> None:
+    geometry = Geometry(4, 8, 3, 2, Sharding.EXPERTS)
+    way = ways_of(geometry)[-1]
+    index = layout_index(Placed(geometry.random_layout((1,)), geometry), CPU)
+    for of_setting, wanted in ((torch.float32, torch.float32), (None, torch.float16)):
+        exchanges = [Exchange(one, [way], grad_wire_dtype=of_setting) for one in groups_of(4, 2)]
+        moved: Moved = {}
+        run(
+            [
+                exchange.reduce_steps(
+                    torch.ones(1, 4, COLUMNS, dtype=torch.bfloat16),
+                    index,
+                    ((4, 1),),
+                    add_to=[torch.zeros(4, COLUMNS) for _ in range(2)],
+                    wire_dtype=torch.float16,
+                )
+                for exchange in exchanges
+            ],
+            moved,
+        )
+        dtypes = {dtype for calls in moved.values() for _, dtype in calls}
+        assert dtypes == {torch.bfloat16, wanted}
+
+
+def test_a_relay_in_nodes_leaves_nodes_between_them_alone() -> None:
+    _, relay, _ = ways_of(Geometry(8, 8, 3, 4, Sharding.EXPERTS))
+    assert relay.spreads_in_nodes
+    assert relay.links == (Link.INSIDE, Link.BETWEEN, Link.INSIDE)
+
+
+@pytest.mark.parametrize(
+    ("links", "message"),
+    [((2, 2, 2), "link 2 does not connect ranks"), ((2, 1, 1), "link 1 does not connect ranks")],
+)
+def test_links_that_do_not_connect_ranks_are_refused_by_the_native_core(
+    links: tuple[int, ...], message: str
+) -> None:
+    sizes = 8, 8, 3, 4, 1
+    slots_S = Geometry(8, 8, 3, 4, Sharding.EXPERTS).random_layout((1,)).slot_expert_S
+    right = native.Way(*sizes, (1, 4, 4, 1), (2, 1, 2), 8)
+    wrong = native.Way(*sizes, (1, 4, 4, 1), links, 8)
+    for rank in range(8):
+        native.rank_moves(right, slots_S, None, rank, ((8, 1),))
+    with pytest.raises(ValueError, match=message):
+        for rank in range(8):
+            native.rank_moves(wrong, slots_S, None, rank, ((8, 1),))
+
+
+def test_slots_experts_and_widths_out_of_range_are_refused_by_the_native_core() -> None:
+    slots_S = np.array([0, 1, 1, 0], dtype=np.int16)
+    way = native.Way(2, 2, 2, 2, 1, (1, 2, 1), (0, 0), 2)
+    native.rank_moves(way, slots_S, None, 0, ((4, 1),))
+    with pytest.raises(ValueError, match="slots"):
+        native.rank_moves(way, slots_S[:3], None, 0, ((4, 1),))
+    with pytest.raises(ValueError):
+        native.rank_moves(way, np.array([0, 1, 1, 7], dtype=np.int16), None, 0, ((4, 1),))
+    with pytest.raises(ValueError, match="one the other"):
+        native.Way(6, 6, 2, 3, 1, (1, 2, 1), (0, 0), 6)

@@ -8,7 +8,6 @@ Legend: N ranks, T tokens, E experts, S slots, H hidden.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,10 +82,6 @@ class SlotDispatching:
 
     def end_step(self) -> None:
         """Finish a training step."""
-
-    def keeping_rows(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context for the experts, in which autograd saves less of their input."""
-        return contextlib.nullcontext()
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
         megatrons: Any = super()
