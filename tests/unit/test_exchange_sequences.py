@@ -238,7 +238,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_deliberate_faults_of_state_are_found(fault: str) -> None:
     quick = settings(
-        max_examples=200,
+        max_examples=2000,
         stateful_step_count=30,
         phases=[Phase.generate],
         deadline=None,

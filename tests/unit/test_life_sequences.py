@@ -857,7 +857,7 @@ def test_deliberate_faults_of_state_are_found(fault: Fault) -> None:
     """Expect a life to fail, always the same one."""
     lives = type("Lives", (LayerLives,), {"fixed": fault.setup})
     until_found = settings(
-        max_examples=200,
+        max_examples=2000,
         stateful_step_count=50,
         deadline=None,
         derandomize=True,

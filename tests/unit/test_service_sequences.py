@@ -674,7 +674,7 @@ class Fault:
 def find(lives: type[Life], fault: Fault) -> None:
     """Expect a life to fail with the fault, always the same one."""
     until_found = settings(
-        max_examples=400,
+        max_examples=4000,
         stateful_step_count=50,
         deadline=None,
         derandomize=True,

@@ -35,6 +35,7 @@ struct Ratio {
 };
 
 void add_prior(std::vector<int64_t>& loads) {
+  if (loads.empty()) return;  // of a node that hosts no expert
   const int64_t total = std::accumulate(loads.begin(), loads.end(), int64_t{0});
   const int64_t prior = total / (kPriorParts * static_cast<int64_t>(loads.size()));
   for (int64_t& load : loads) load += prior;
