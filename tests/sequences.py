@@ -6,7 +6,17 @@ that fails, prints it as code, and tries it first in the next run (`.hypothesis`
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 STEPS_OF_A_LIFE = 50
@@ -34,3 +44,37 @@ def run_lives(machine: type[Life], steps: int) -> None:
         ),
     )
     assert machine.steps >= steps, f"{machine.steps} steps of {steps}"
+
+
+def rewritten(method: Callable[..., Any], right: str, wrong: str) -> Any:
+    """Return a patch of a method in whose source wrong text takes the place of right text."""
+    owner, _, name = method.__qualname__.rpartition(".")
+    module = sys.modules[method.__module__]
+    made: dict[str, Any] = {}
+    source = textwrap.dedent(inspect.getsource(method))
+    assert source.count(right) == 1, f"{name} has no {right!r} any more"
+    exec(source.replace(right, wrong), vars(module), made)
+    return mock.patch.object(getattr(module, owner) if owner else module, name, made[name])
+
+
+def find(
+    machine: type[Life],
+    planted: AbstractContextManager[object],
+    failures: tuple[type[BaseException], ...] = (AssertionError,),
+) -> None:
+    """Expect a life to fail with a deliberate fault: hypothesis stops at the first that does.
+
+    It runs that life once more; one of several threads may then end otherwise (`Flaky`).
+    """
+    until_found = settings(
+        max_examples=4000,
+        stateful_step_count=STEPS_OF_A_LIFE,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    with planted, pytest.raises((*failures, Flaky)):
+        run_state_machine_as_test(machine, settings=until_found)

@@ -201,15 +201,22 @@ def _replace_collectives() -> None:
         return _Works(works) if async_op else None
 
     # Gloo joins coalesced tensors, and so converts them to one dtype: quantised parameters, too.
+    # Its threads free a string twice where they run coalesced reduce-scatters at once (torch 2.15).
     @contextlib.contextmanager
-    def coalescing_manager(group: Any = None, *args: Any, **kwargs: Any) -> Any:
-        with true_coalescing(group, *args, **kwargs) as manager:
+    def coalescing_manager(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+        group = group or dist.group.WORLD
+        one_by_one = list[Any]()
+        with true_coalescing(group, device, async_ops) as manager:
             yield manager
-            group = group or dist.group.WORLD
-            for operation in distributed_c10d._world.pg_coalesce_state.get(group, ()):
-                if operation.dst_tensor is not None and operation.redop is None:
-                    operation.tensor = operation.tensor.view(torch.uint8)
-                    operation.dst_tensor = operation.dst_tensor.view(torch.uint8)
+            operations = distributed_c10d._world.pg_coalesce_state.get(group, [])
+            if not async_ops and any(one.redop for one in operations if one.dst_tensor is not None):
+                one_by_one[:], operations[:] = operations, ()
+            for one in operations:
+                if one.dst_tensor is not None and one.redop is None:
+                    one.tensor = one.tensor.view(torch.uint8)
+                    one.dst_tensor = one.dst_tensor.view(torch.uint8)
+        for one in one_by_one:
+            one.op(one.dst_tensor, one.tensor, one.redop, group)
 
     @functools.wraps(true_barrier)
     def barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:

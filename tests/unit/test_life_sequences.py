@@ -10,10 +10,7 @@ Over 400 lines: the machine and its faults read as one; the group is in `tests/l
 
 from __future__ import annotations
 
-import inspect
 import random
-import sys
-import textwrap
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,14 +23,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     initialize,
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from torch.utils.checkpoint import checkpoint
 
@@ -61,7 +57,7 @@ from tests.life_sequences import (
     layouts_of,
     setups,
 )
-from tests.sequences import Life, run_lives
+from tests.sequences import Life, find, rewritten, run_lives
 
 EVENTS_BY_DAY, EVENTS_AT_NIGHT = 1_500, 20_000
 
@@ -590,7 +586,7 @@ class LayerLives(Life):
             self._end_backward()
 
     def _left(self, one: Pass) -> None:
-        """Take account of a pass whose gradients have left, or are in the step's sums."""
+        """Account for a pass whose gradients have left, or are in the step's sums."""
         one.stage = Stage.LEFT
         if not one.has_grads:
             return
@@ -700,13 +696,8 @@ class Fault:
 
     def planted(self) -> ExitStack:
         with ExitStack() as stack:
-            for method, (right, wrong) in self.changes.items():
-                owner, _, name = method.__qualname__.partition(".")
-                names = vars(sys.modules[method.__module__]).copy()
-                source = textwrap.dedent(inspect.getsource(method))
-                assert source.count(right) == 1, f"{name} has no {right!r} any more"
-                exec(source.replace(right, wrong), names)
-                stack.enter_context(mock.patch.object(names[owner], name, names[name]))
+            for method, texts in self.changes.items():
+                stack.enter_context(rewritten(method, *texts))
             return stack.pop_all()
 
 
@@ -856,15 +847,4 @@ FAULTS = (
 def test_deliberate_faults_of_state_are_found(fault: Fault) -> None:
     """Expect a life to fail, always the same one."""
     lives = type("Lives", (LayerLives,), {"fixed": fault.setup})
-    until_found = settings(
-        max_examples=2000,
-        stateful_step_count=50,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    with fault.planted(), pytest.raises(AssertionError):
-        run_state_machine_as_test(lives, settings=until_found)
+    find(lives, fault.planted())

@@ -32,9 +32,9 @@ from megatron_laer.files import writing
 from megatron_laer.files.recording import RecordingFile, run_of
 from megatron_laer.files.records import Records
 from tests.records import FORMATS, taken_apart
-from tests.sequences import Life, run_lives
+from tests.sequences import Life, find, run_lives
 from tests.unit.test_records import FIELDS, full_disk, text_of, values_of
-from tests.unit.test_service_sequences import Fault, find
+from tests.unit.test_service_sequences import FAILURES, Fault
 
 STEPS_BY_DAY, STEPS_AT_NIGHT = 600, 10_000
 
@@ -48,7 +48,7 @@ OTHER_LAYERS = ["layer 1", "layer 3"]
 class Record:
     """Account of a record.
 
-    `number` and `run` are those in its bytes, whatever file it is in. `harm` names a part that was
+    `number` and `run` are those in its bytes, in any file. `harm` names a part that was
     changed: its frame or its content.
     """
 
@@ -229,7 +229,7 @@ class RecordingLives(Life):
         return expected
 
     def _become(self, expected: Expected) -> None:
-        """Take over an expected account; a number that nothing gives is the file's own."""
+        """Adopt an expected account; a number that nothing gives is the file's own."""
         if not expected.account.run:
             expected.account = replace(
                 expected.account, run=run_of(self.path) or "", header=self.codec.line
@@ -687,4 +687,4 @@ FAULTS = (
 
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])
 def test_deliberate_faults_of_state_are_found(fault: Fault) -> None:
-    find(RecordingLives, fault)
+    find(RecordingLives, fault.planted(), FAILURES)

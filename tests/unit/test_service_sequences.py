@@ -10,10 +10,7 @@ Legend: N ranks, C slots per rank, E experts, M microbatches.
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import sys
-import textwrap
 import threading
 import zlib
 from collections import deque
@@ -26,14 +23,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     initialize,
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from megatron_laer.arrays import Int64
@@ -43,7 +38,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan, PlannerService
 from megatron_laer.planner.state import PlannerState
-from tests.sequences import Life, run_lives
+from tests.sequences import Life, find, rewritten, run_lives
 
 STEPS_BY_DAY, STEPS_AT_NIGHT = 600, 10_000
 
@@ -229,7 +224,7 @@ class Account:
         self.go_on()
 
     def _pass_over(self, at: int) -> None:
-        """Take account of a step that is older than a full one."""
+        """Account for a step that is older than a full one."""
         step = self.steps[at]
         if not step.is_open:
             return
@@ -660,33 +655,11 @@ class Fault:
     lives: Mapping[str, Any] = field(default_factory=dict)
 
     def planted(self) -> Any:
-        """Return a patch with the fault."""
-        method = self.method
-        owner, _, name = method.__qualname__.rpartition(".")
-        module = sys.modules[method.__module__]
-        made: dict[str, Any] = {}
-        source = textwrap.dedent(inspect.getsource(method))
-        assert source.count(self.right) == 1, f"{name} has no {self.right!r} any more"
-        exec(source.replace(self.right, self.wrong), vars(module), made)
-        return mock.patch.object(getattr(module, owner) if owner else module, name, made[name])
+        return rewritten(self.method, self.right, self.wrong)
 
 
-def find(lives: type[Life], fault: Fault) -> None:
-    """Expect a life to fail with the fault, always the same one."""
-    until_found = settings(
-        max_examples=4000,
-        stateful_step_count=50,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    failures = (AssertionError, OSError, ValueError, pytest.fail.Exception)
-    with fault.planted(), pytest.raises(failures):
-        run_state_machine_as_test(lives, settings=until_found)
-
+# A strategy's or file's error is a wrong life too.
+FAILURES = (AssertionError, OSError, ValueError, pytest.fail.Exception)
 
 _S = PlannerService
 FAULTS = (
@@ -865,4 +838,5 @@ FAULTS = (
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])
 def test_deliberate_faults_of_state_are_found(fault: Fault) -> None:
     """Expect a life to fail; one in which a thread or training hangs fails after some time."""
-    find(type("Lives", (ServiceLives,), {"patience_s": 0.3, **fault.lives}), fault)
+    lives = type("Lives", (ServiceLives,), {"patience_s": 0.3, **fault.lives})
+    find(lives, fault.planted(), FAILURES)

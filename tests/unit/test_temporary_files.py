@@ -1,4 +1,4 @@
-"""A folder's other users gain nothing by temporary files, and nobody's leftover is in the way."""
+"""A folder's other users gain nothing by temporary files, and no one's leftover is in the way."""
 
 from __future__ import annotations
 

@@ -214,6 +214,9 @@ class SlotGrads:
 
     def begin_step(self, num_passes: int) -> None:
         """Begin a step whose passes are summed; those of a step that an error ended are dropped."""
+        if self._arriving is not None:  # its memory is not to be lent before
+            self._arriving.wait()
+            self._arriving = None
         self.free()
         self._slots_CRK, self._sums_CRK = self._sums_CRK, None
         self.free()
