@@ -10,6 +10,7 @@ POISON = "MEGATRON_LAER_POISON"
 UNRELEASED_MEGATRON = "MEGATRON_LAER_UNRELEASED_MEGATRON"
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 MOST_QUEUES = "32"
+GROUPED_TENSORS = "NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM"
 
 # Prefixes of variables by the library that reads them at import without naming them in its errors.
 _READ_BY = {"tqdm": ("TQDM_",)}

@@ -20,6 +20,8 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 
+from tests.doubles.fusions import mark_added
+
 FLAGS = {
     "--delay-wgrad-compute": "delay_wgrad_compute",
     "--overlap-dispatch-backward-with-experts-wgrad": (
@@ -32,14 +34,18 @@ class _Keep(torch.autograd.Function):
     """Identity of a weight, whose gradient is kept."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, kept: deque[torch.Tensor]) -> torch.Tensor:
-        ctx.kept = kept
+    def forward(
+        ctx: Any, weight: torch.Tensor, kept: deque[torch.Tensor], fuses: bool
+    ) -> torch.Tensor:
+        ctx.kept, ctx.fused = kept, weight if fuses else None
         return weight.detach()  # in fp8 still, where it is
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         ctx.kept.append(grad)
-        return None, None
+        if ctx.fused is None:
+            return None, None, None
+        return mark_added(ctx.fused, grad), None, None
 
 
 class _Delaying:
@@ -55,6 +61,7 @@ class _Delaying:
         self._delays = config.delay_wgrad_compute or (
             kwargs["is_expert"] and config.overlap_dispatch_backward_with_experts_wgrad
         )
+        self._fuses = config.gradient_accumulation_fusion
         if self._delays:
             self.weight.skip_backward_post_hook = True
 
@@ -65,22 +72,24 @@ class _Delaying:
         if not self._delays or not self._kept:
             return
         grad, weight = self._kept.popleft(), self.weight
-        if not self._hooks:  # as Transformer Engine's fused accumulation
+        if self._fuses or not self._hooks:
             weight.main_grad.add_(grad)
             weight.grad_added_to_main_grad = True
-            return
-        weight.grad = grad
+        else:
+            weight.grad = grad
         for hook in self._hooks:
             hook()
 
     def _with_kept_grad(self, weight: Any) -> Any:
         delays = self._delays and weight.requires_grad
-        return _Keep.apply(weight, self._kept) if delays else weight
+        return _Keep.apply(weight, self._kept, self._fuses) if delays else weight
 
 
 class _OfMegatron(_Delaying):
     def _forward_impl(self, input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         megatrons: Any = super()
+        if self._delays:  # its product is not to add anything by itself
+            kwargs["gradient_accumulation_fusion"] = False
         return megatrons._forward_impl(input, self._with_kept_grad(weight), *args, **kwargs)
 
 

@@ -136,18 +136,65 @@ class Case:
 
     def summed_ERK(self, step: int, wire: torch.dtype) -> torch.Tensor:
         """Return the sums over replicas in float32 and in order; those between hops are rounded."""
-        geometry, zero = self.geometry, torch.zeros(self.rows, COLUMNS)
-        width = next((w for w in self.way.widths[-2:0:-1] if w < geometry.num_ranks), None)
-        parts: list[list[torch.Tensor]] = [[] for _ in range(geometry.num_experts)]
-        for first in range(0, geometry.num_ranks, width or geometry.num_ranks):
-            of_node: dict[int, torch.Tensor] = {}
-            for rank in range(first, first + (width or geometry.num_ranks)):
-                for slot, expert in enumerate(self.experts_of(rank, step)):
-                    if expert != EMPTY:
-                        part = self.grads_NCRK[rank, slot].float()
-                        of_node[expert] = of_node[expert] + part if expert in of_node else part
-            for expert, total in of_node.items():
-                parts[expert].append(total.to(wire).float() if width else total)
-        sums = [sum(found[1:], start=found[0]) if found else zero for found in parts]
-        spread = geometry.home_slots > 0 and not self.way.is_direct
-        return torch.stack([total.to(wire).float() if spread else total for total in sums])
+        parts: list[list[tuple[int, torch.Tensor]]] = [[] for _ in range(self.geometry.num_experts)]
+        for rank in range(self.geometry.num_ranks):
+            for slot, expert in enumerate(self.experts_of(rank, step)):
+                if expert != EMPTY:
+                    parts[expert].append((rank, self.grads_NCRK[rank, slot].float()))
+        for at in range(len(self.way.widths) - 2, 0, -1):
+            # A spread next to the homes has one place for an expert.
+            one_place = at == 1 and self.geometry.home_slots > 0
+            width = self.geometry.num_ranks if one_place else self.way.widths[at]
+            for expert, found in enumerate(parts):
+                sums: dict[int, torch.Tensor] = {}
+                for rank, part in found:
+                    first = rank - rank % width
+                    sums[first] = sums[first] + part if first in sums else part
+                parts[expert] = [(first, total.to(wire).float()) for first, total in sums.items()]
+        zero = torch.zeros(self.rows, COLUMNS)
+        return torch.stack([sum((part for _, part in found), start=zero) for found in parts])
+
+    def rows_into_nodes(self, step: int, before: int | None) -> list[int]:
+        """Return the rows that each node receives from others, block by block of the experts.
+
+        Each place of a holding gets an expert once that changed slots want: from a slot of its own
+        that had it, or else from the holding before. A spread gets its own from the owners alone.
+        """
+        geometry, widths = self.geometry, self.way.widths
+        home_slots, node_size, ranks = geometry.home_slots, geometry.node_size, geometry.num_ranks
+        had = [[EMPTY] * geometry.replica_slots for _ in range(ranks)]
+        if before is not None:
+            had = [self.experts_of(rank, before) for rank in range(ranks)]
+        rows_N, found = self.block_rows(ranks), [0] * geometry.num_nodes
+
+        def send(source: int, source_width: int, target: int, target_width: int) -> None:
+            for block, rows in enumerate(rows_N):
+                leaves = source * source_width + block % source_width
+                arrives = target * target_width + block % target_width
+                if leaves // node_size != arrives // node_size:
+                    found[arrives // node_size] += rows
+
+        wanted = [
+            (rank, expert)
+            for rank in range(ranks)
+            for expert, kept in zip(self.experts_of(rank, step), had[rank], strict=True)
+            if expert not in (kept, EMPTY)
+        ]
+        for at in range(len(widths) - 2, 0, -1):
+            width, inner, held = widths[at], widths[at + 1], set[tuple[int, int]]()
+            is_spread = at == 1 and home_slots > 0
+            for target, expert in wanted:
+                place = (expert // home_slots if is_spread else target * inner) // width
+                send(place, width, target, inner)
+                held.add((place, expert))
+            wanted = []
+            for place, expert in held:
+                of_place = range(place * width, (0 if is_spread else place + 1) * width)
+                slots = [rank for rank in of_place if expert in had[rank]]
+                if slots:
+                    send(slots[0], 1, place, width)
+                else:
+                    wanted.append((place, expert))
+        for target, expert in wanted:
+            send(expert // home_slots if home_slots else 0, widths[0], target, widths[1])
+        return found

@@ -133,6 +133,23 @@ def check_far_apart(device: str) -> None:
     assert one.unique().tolist() == [6]
 
 
+def check_longest(device: str) -> None:
+    """Refuse segments whose elements do not fit in 32 bits, before anything is launched."""
+    there = torch.zeros(1, 4, device=device)
+    table = torch.zeros(1, dtype=torch.int64, device=device)
+    longest = Segments(0, 1, 1, 1, 2**29 + 1, in_place=None)
+    for launch in (
+        lambda: kernels.copy_segments([there], there, table, 0, longest, packs=True),
+        lambda: kernels.sum_segments([there], there, table, 0, longest, adds=True),
+    ):
+        try:
+            launch()
+        except AssertionError as error:
+            assert "536870913 rows of 4 has more than 2^31 elements" in str(error)
+        else:
+            raise ValueError("a segment that is too long was launched")
+
+
 def numbered(rows: int, columns: int, *, dtype: torch.dtype, first: int) -> torch.Tensor:
     count = torch.arange(first, first + rows * columns)
     return (count % 2039).to(dtype).view(rows, columns)
@@ -155,7 +172,8 @@ def check_all(device: str) -> int:
         for pair in dtypes:
             check_sums(size, pair, device)
     check_far_apart(device)
-    return len(SIZES) * (3 + len(dtypes)) + 1
+    check_longest(device)
+    return len(SIZES) * (3 + len(dtypes)) + 2
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def train(
         probe: called after every step with the model chunks; its results are recorded.
         script: run this Megatron script by `megatron_laer train` instead of our own.
         adapt: changes every model chunk before Megatron wraps it.
-        gradients: whether to record the first step's; overlapped reduces in a pipeline split them.
+        gradients: whether to record the first step's, where reduces leave them whole.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
@@ -88,10 +88,12 @@ def train(
             # None in a run that only evaluates; Megatron-FSDP's main weights are the ones loaded.
             if result[1] is not None and not training.get_args().use_megatron_fsdp:
                 result[1].reload_model_params()
-        # Make Megatron reduce and save whole gradients in the first step. Between instances of the
-        # distributed optimizer it reduces only parts.
-        if gradients and training.get_args().num_distributed_optimizer_instances == 1:
-            training.get_args().save_wgrads_interval = 1
+        # Make Megatron reduce and save whole gradients in the first step. It reduces only parts
+        # between instances of the distributed optimizer, and early in a pipeline.
+        of_run = training.get_args()
+        in_parts = of_run.overlap_grad_reduce and of_run.pipeline_model_parallel_size > 1
+        if gradients and not in_parts and of_run.num_distributed_optimizer_instances == 1:
+            of_run.save_wgrads_interval = 1
         return result
 
     def observed_step(*args: Any, **kwargs: Any) -> Any:

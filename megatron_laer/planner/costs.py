@@ -291,8 +291,9 @@ class CostModel:
         """
         if algorithm == Auto.AUTO:
             every = replace(self, by_layout=True)
-            way = every.way_of(Placed(typical_layout(geometry), geometry))
-            chosen = ExchangeAlgorithm.FLAT if len(way.links) == 1 else ExchangeAlgorithm.NODE
+            widths = every.way_of(Placed(typical_layout(geometry), geometry)).widths
+            words = (of for of in ExchangeAlgorithm if way_of(geometry, of).widths == widths)
+            chosen = next(words, ExchangeAlgorithm.NODE)  # a relay in nodes has no word of its own
         else:
             chosen = ExchangeAlgorithm(algorithm)
         by_layout = algorithm == Auto.AUTO and geometry.home_slots > 0

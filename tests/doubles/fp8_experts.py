@@ -23,6 +23,7 @@ import torch
 from megatron_laer.precision import recipe_of
 from tests.doubles import fp8
 from tests.doubles.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
+from tests.doubles.fusions import mark_added
 
 _is_off = ContextVar("_is_off", default=False)
 _SAVE_INPUT = "set_save_original_input"
@@ -82,8 +83,9 @@ class Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input_nK: torch.Tensor, weight_RK: torch.Tensor, recipe: Recipe
+        ctx: Any, input_nK: torch.Tensor, weight_RK: torch.Tensor, recipe: Recipe, fuses: bool
     ) -> torch.Tensor:
+        ctx.fused = weight_RK if fuses else None
         ctx.save_for_backward(recipe.again(input_nK, recipe.forward, recipe.by_columns), weight_RK)
         ctx.recipe = recipe
         input_again_nK = recipe.again(input_nK, recipe.forward, recipe.by_rows)
@@ -100,7 +102,10 @@ class Fp8Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_again_nR = recipe.again(grad_nR, recipe.backward, recipe.by_columns)
             grad_weight_RK = (grad_again_nR.t() @ kept_nK).to(grad_nR.dtype)
-        return grad_input_nK, grad_weight_RK, None
+            if ctx.fused is not None:
+                ctx.fused.main_grad.add_(grad_weight_RK)
+                grad_weight_RK = mark_added(ctx.fused, grad_weight_RK)
+        return grad_input_nK, grad_weight_RK, None, None
 
 
 @contextlib.contextmanager
@@ -119,7 +124,8 @@ def fp8_replaced() -> Iterator[None]:
             if not (self.is_expert and self.config.fp8) or _is_off.get():
                 return stock[layer](self, input, weight, *args, **kwargs)
             assert input.dim() == 2 and kwargs.get("bias") is None  # Megatron's MLP adds it
-            return Fp8Linear.apply(input, weight, Recipe.of(self.config))
+            fuses = kwargs["gradient_accumulation_fusion"]
+            return Fp8Linear.apply(input, weight, Recipe.of(self.config), fuses)
 
         return forward
 

@@ -1,8 +1,19 @@
-"""Transformer Engine's fused permutations and routers, by Megatron's unfused functions."""
+"""Fused permutations and routers of Transformer Engine, and apex's fused gradient accumulation."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import torch
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
+
+# Without it, weight gradients are added to main gradients by their product.
+UNFUSED = "--no-gradient-accumulation-fusion"
 
 
 def give_to_megatron() -> None:
@@ -35,3 +46,24 @@ def _sort_chunks_with_probs(tokens: Any, probs: Any, *by: Any) -> Any:
 
 def _aux_loss(*, coeff: float, **settings: Any) -> Any:
     return moe_utils.switch_load_balancing_loss_func(moe_aux_loss_coeff=coeff, **settings)
+
+
+@contextlib.contextmanager
+def fused_accumulation() -> Iterator[None]:
+    """Replace apex's extension, with a product and an addition."""
+
+    def add(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        main_grad.add_(grad_output.t() @ total_input)
+
+    extension = SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
+    with (
+        mock.patch.object(layers, "_grad_accum_fusion_available", True),
+        mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", extension, create=True),
+    ):
+        yield
+
+
+def mark_added(weight: Any, grad: torch.Tensor) -> torch.Tensor:
+    """Mark a weight's gradient as added by its product; return one for autograd, full of NaN."""
+    weight.grad_added_to_main_grad = True
+    return torch.full_like(grad, torch.nan)

@@ -99,7 +99,7 @@ def has_room(way: Way, placed: Placed) -> bool:
     """Return whether a relay over all ranks has buffers for what ranks send by this way."""
     geometry = placed.geometry
     home, node_size = geometry.home_slots, geometry.node_size
-    if home == 0:
+    if not way.is_direct and not way.spreads_in_nodes:
         return True
     (slot_S,) = placed.filled_S.nonzero()
     expert_S = placed.replica_expert_S[placed.filled_S]

@@ -40,6 +40,7 @@ SEEN_ON_A_CARD: frozenset[str] = frozenset()
 FEATURES: dict[str, tuple[str, ...]] = {
     "expert data parallel above 1": ("edp",),
     "gradient accumulation": ("accum",),
+    "fused gradient accumulation": ("fused", "fused-virtual", "recipe-qwen3"),
     "losses of load balancing as logged, under recompute": ("losses",),
     "models frozen in part": ("frozen",),
     "tied embeddings": ("pipeline-mtp",),

@@ -28,12 +28,12 @@ def command_line(
     global_batch: int = 4,
     without: str = "",
 ) -> list[str]:
-    """Return flags for one run, `without` some of the model's; `extra` may override any."""
+    """Return flags for one run, `without` some of these; `extra` may override any."""
     dropped = without.split()
-    assert set(dropped) <= set(MODEL_FLAGS), f"the model has not all of {without}"
+    flags = [*MODEL_FLAGS, *CPU_FLAGS]
+    assert set(dropped) <= set(flags), f"the model has not all of {without}"
     return [
-        *(flag for flag in MODEL_FLAGS if flag not in dropped),
-        *CPU_FLAGS,
+        *(flag for flag in flags if flag not in dropped),
         *TOKENIZER_FLAGS,
         *f"--data-path {data} --num-experts {experts}".split(),
         *f"--expert-model-parallel-size {expert_parallel}".split(),

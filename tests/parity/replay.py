@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_laer.cpu.training import Adapt, Probe, Record, train
 from tests.delayed_weights import FLAGS, delayed_weights
+from tests.doubles.fusions import UNFUSED, fused_accumulation
 from tests.te_graphs import graphs_replaced
 
 REPLAY = "--moe-enable-routing-replay"
@@ -38,6 +39,8 @@ def train_row(
             replaced.enter_context(te_fp8.replaced_on_cpu())
         if not FLAGS.keys().isdisjoint(flags):
             replaced.enter_context(delayed_weights())
+        if UNFUSED not in flags:
+            replaced.enter_context(fused_accumulation())
         if REPLAY in flags:
             from megatron.training import training
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_laer.cpu.training import Adapt
+from tests.doubles.fusions import UNFUSED
 from tests.parity.compare import Distance
 from tests.parity.flags import command_line
 
@@ -62,7 +63,7 @@ class Row:
         fsep: flags for the FSEP side alone.
         expert_parallel: FSEP's group size N, where not all ranks.
         stock_parallel: expert-parallel sizes of the two stock runs, the reference first.
-        without: switches of the model that neither side gets.
+        without: switches that neither side gets.
         reference_ranks: ranks of the reference, instead of `ranks`.
         reference_flags: of the reference, instead of `flags`: the same model, cut less.
         capacity: `--fsep-capacity`, where not the default.
@@ -115,6 +116,7 @@ class Row:
         """Return the row's settings: a word for each value of each flag, and its sizes."""
         found = words_of(f"{self.flags} {self.fsep}")
         found |= {f"without {flag}" for flag in self.without.split()}
+        found |= {"fused accumulation"} if UNFUSED in self.without.split() else set()
         sizes = "ranks", "experts", "expert_parallel", "accumulation", "capacity"
         found |= {f"{name} {getattr(self, name)}" for name in sizes}
         return frozenset(found | {getattr(self.adapt, "__name__", "all is trained")})

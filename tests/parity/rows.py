@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tests.doubles.fusions import UNFUSED
 from tests.parity.adapted import frozen_in_part, lora_on_attention
 from tests.parity.bridge_lora import lora_of_each_kind, lora_on_experts_under_recompute
 from tests.parity.row import AT_HOME, HOMES, LONG, LONGEST, Row
@@ -21,6 +22,7 @@ from tests.parity.row import AT_HOME, HOMES, LONG, LONGEST, Row
 RANDOM = " --fsep-planner random"
 STEP = " --fsep-restore step"
 NODES = " --fsep-node-size {} --fsep-set restore_algorithm=node"
+RELAYED = f" --fsep-node-size 2 --fsep-set cluster={Path(__file__).with_name('relay_pays.yaml')}"
 PERMUTED = HOMES + f" --fsep-homes {Path(__file__).parent}/homes_" + "{}.json"
 TOKENS = " --fsep-node-size {} --fsep-token-exchange node"
 
@@ -160,14 +162,15 @@ DEEPSEEK_V3 = Common(BF16 + MXFP8 + VIRTUAL + " --use-distributed-optimizer" + T
     + LATENT_ATTENTION + " --moe-layer-freq ([0]*1+[1]*3) --moe-ffn-hidden-size 32" + SIGMOID_ROUTER
     + " --moe-aux-loss-coeff 1e-4 --moe-router-num-groups 4 --moe-router-group-topk 2"
     " --moe-router-topk-scaling-factor 2.5" + SHARED + MTP + LATENT_RECOMPUTE,
-    {"accumulation": 4, "ranks": 4, "stock": (1, 2)})
+    {"accumulation": 4, "ranks": 4, "stock": (1, 2), "without": UNFUSED})
 QWEN3 = Common(BF16 + MXFP8_KEPT + DIST_OPT + GROUPED_QUERIES + AUX_LOSS
     + " --qk-layernorm --kv-channels 16 --moe-aux-loss-coeff 1e-3" + FP32_ROUTER
-    + " --moe-router-fusion --moe-permute-fusion", {"accumulation": 4, "stock": (1, 2)})
+    + " --moe-router-fusion --moe-permute-fusion", {"accumulation": 4, "stock": (1, 2),
+    "without": UNFUSED})
 GPT_OSS = Common(BF16 + MXFP8_KEPT + DIST_OPT + CLAMPED_GEGLU + GROUPED_QUERIES + AUX_LOSS
     + " --moe-aux-loss-coeff 1e-3 --softmax-type learnable --window-size 15,0"
     " --window-attn-skip-freq 2" + FP32_ROUTER, {"accumulation": 4, "ranks": 4, "stock": (4, 2),
-    "without": NO_BIAS_NOR_SWIGLU})
+    "without": f"{UNFUSED} {NO_BIAS_NOR_SWIGLU}"})
 LORA_OF_EACH_KIND = Common(SHARED + " --num-layers 3" + FAST, {"ranks": 4, "accumulation": 2,
     "adapt": lora_of_each_kind})
 # fmt: on
@@ -238,6 +241,9 @@ ROWS = [
     _on(DEPTH_3, "homes", PERMUTED.format(2) + DEEPEP),
     _on(ROUTED_TO_4, "homes-nodes", PERMUTED.format(4) + TOKENS.format(2)),
     _on(RECOMPUTED, "homes-announced", PERMUTED.format(4) + ANNOUNCED),
+    # Layouts change after their restore has begun, which goes by the relay in nodes.
+    _on(RECOMPUTED, "homes-relay", RANDOM + " --fsep-plan-mode adaptive"
+        " --fsep-set imbalance_tolerance=0" + AT_HOME + RELAYED, capacity=6),
     _row("scheduler-off", fsep=SCHEDULER_OFF + " --fsep-set gemm=torch"),
     # Experts in fp8.
     _row("fp8", FP8, IN_FP8, steps=LONG),
@@ -358,6 +364,10 @@ ROWS = [
         gradients=False),
     # Tied embeddings.
     _row("pipeline-mtp", PIPELINE + MTP, ranks=4, group=2, accumulation=2, without=UNTIED),
+    # Weight gradients that are added to main gradients by their product, as Megatron's default is.
+    _row("fused", DIST_OPT, TOKENS.format(1), accumulation=2, without=UNFUSED),
+    _row("fused-virtual", VIRTUAL + DIST_OPT, ranks=4, group=2, accumulation=4, gradients=False,
+        without=UNFUSED),
     # Megatron's combined 1F1B schedule, which runs with bf16 alone.
     _combined("combined", DIST_OPT + SHARED + FP32_ROUTER),
     _combined("combined-fp8-hybridep", BLOCKS + PADDING, IN_FP8 + HYBRIDEP),
@@ -366,7 +376,7 @@ ROWS = [
     _recipe(GPT_OSS, "gpt-oss"),
     _combined("delayed-virtual", VIRTUAL + MTP + LATENT_MOE + DELAYED, ranks=4, group=2),
     _combined("delayed-exact", DIST_OPT + SHARED + FP32_ROUTER + DELAYED,
-        EXACT + DEEPEP + ACT_RECOMPUTE + " layernorm shared_experts"),
+        EXACT + DEEPEP + ACT_RECOMPUTE + " layernorm shared_experts", without=UNFUSED),
     _combined("delayed-step", HALF_DENSE + DELAYED, TOKENS.format(2) + STEP, ranks=4, group=4),
     _combined("delayed-graphs", DIST_OPT + SHARED + FP32_ROUTER + DELAYED,
         GRAPHS + " moe_router moe_preprocess"),

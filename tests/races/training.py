@@ -6,7 +6,6 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,6 +16,7 @@ from megatron_laer.cpu import training
 from megatron_laer.planner.homes_file import write_homes
 from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
+from tests.doubles.fusions import UNFUSED
 from tests.fake_cuda import device, findings
 from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, FSDP_REDUCE, HYBRID_EP, Place
 from tests.fake_cuda.device import B200, H100, Watched
@@ -128,8 +128,11 @@ DAILY = {
     "one queue, experts at home by relay, full recompute": Training(
         _HOME + FULL_RECOMPUTE + DIST_OPT + _RELAY, one_queue=True
     ),
-    "combined 1F1B with delayed weight gradients, experts at home, both overlaps": Training(
-        _HOME + _COMBINED + DELAYED + DIST_OPT
+    "combined 1F1B, delayed and fused weight gradients, experts at home, both overlaps": Training(
+        _HOME + _COMBINED + DELAYED + DIST_OPT, fuses=True
+    ),
+    "virtual pipeline 2 x 2, experts at home, fused accumulation, both overlaps": Training(
+        _HOME + VIRTUAL + DIST_OPT, 4, fuses=True
     ),
     "graphs of attention, router and counts, both overlaps": Training(
         f"{RANDOM}{DIST_OPT}{SHARED}{_GRAPHS} attn moe_router moe_preprocess",
@@ -178,8 +181,14 @@ AT_NIGHT = {
     "combined 1F1B with delayed weight gradients, virtual pipeline 2 x 2": Training(
         RANDOM + _COMBINED + DELAYED + VIRTUAL, 4
     ),
+    "combined 1F1B with delayed weight gradients, experts at home, both overlaps": Training(
+        _HOME + _COMBINED + DELAYED + DIST_OPT
+    ),
     "combined 1F1B with delayed weight gradients, mxfp8, tokens by node": Training(
         _HOME + _MXFP8 + _COMBINED + DELAYED + _BY_NODE
+    ),
+    "combined 1F1B, delayed and fused weight gradients, mxfp8, both overlaps": Training(
+        _HOME + _MXFP8 + _COMBINED + DELAYED + DIST_OPT, fuses=True
     ),
     "experts at home, passed twice, fused accumulation, both overlaps": Training(
         f"{_HOME}{DIST_OPT}{REPEATED}2", fuses=True, accumulates=True
@@ -215,7 +224,6 @@ def watch(
         side_stream_of_leaves(),
         mock.patch.object(training, "fresh_megatron", _synchronised),
         _steady_steps(),
-        _fused_accumulation(),
     ):
         watched = device.watch(
             lambda: train_row(command, adapt=settings.adapt).losses,
@@ -260,10 +268,9 @@ def _command(data: str, scenario: str) -> list[str]:
         flags = flags.format(folder=folder)
         order_E = np.array([2, 1, 3, 0])
         write_homes(folder / "homes.json", 2, {"layer 1": order_E, "layer 2": order_E[::-1]})
-    command = command_line(data, flags, experts=4, global_batch=8, steps=settings.steps)
-    if settings.fuses:
-        command.remove("--no-gradient-accumulation-fusion")
-    return command
+    without = UNFUSED if settings.fuses else ""
+    sizes: dict[str, int] = {"experts": 4, "global_batch": 8, "steps": settings.steps}
+    return command_line(data, flags, without=without, **sizes)
 
 
 @contextlib.contextmanager
@@ -277,22 +284,6 @@ def _synchronised(model: list[torch.nn.Module]) -> Iterator[None]:
 
 
 _fresh_megatron = training.fresh_megatron
-
-
-@contextlib.contextmanager
-def _fused_accumulation() -> Iterator[None]:
-    """Replace apex's extension, with a product and an addition."""
-    from megatron.core.tensor_parallel import layers
-
-    def add(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-        main_grad.add_(grad_output.t() @ total_input)
-
-    extension = SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
-    with (
-        mock.patch.object(layers, "_grad_accum_fusion_available", True),
-        mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", extension, create=True),
-    ):
-        yield
 
 
 @contextlib.contextmanager

@@ -161,22 +161,41 @@ def test_every_strategy_knows_its_name_and_refuses_other_shapes(name: str) -> No
 def test_every_strategy_is_legal_and_a_pure_function(
     name: str, geometry: Geometry, seed: int
 ) -> None:
-    if geometry.home_slots and name not in ("greedy", "static"):
-        with pytest.raises(ValueError, match="use greedy or static"):
-            make_strategy(name, geometry=geometry, costs=COSTS)
+    try:
+        strategy = make_strategy(name, geometry=geometry, costs=COSTS)
+    except ValueError as refusal:
+        assert geometry.home_slots and "or --fsep-sharding rows" in str(refusal)
         return
     counts_NE, current = any_counts(geometry, seed), geometry.random_layout((seed,))
     given_NE, given_slots = counts_NE.copy(), current.to_list()
 
-    planned = make_strategy(name, geometry=geometry, costs=COSTS).plan(counts_NE, current)
+    planned = strategy.plan(counts_NE, current)
 
     geometry.check_layout(planned)
-    if name == "static" or (geometry.home_slots and not counts_NE.any()):
-        assert planned == geometry.static_layout
     again = make_strategy(name, geometry=geometry, costs=COSTS).plan(given_NE, current)
     assert again == planned
     np.testing.assert_array_equal(counts_NE, given_NE)
     assert current.to_list() == given_slots
+
+
+@pytest.mark.parametrize("name", ["greedy", "static"])
+@given(geometry=home_geometries(), seed=st.integers(0, 2**16))
+def test_strategies_that_refusals_name_take_homes_and_fetch_nothing_without_tokens(
+    name: str, geometry: Geometry, seed: int
+) -> None:
+    with pytest.raises(ValueError, match="use greedy or static, or --fsep-sharding rows"):
+        make_strategy("laer", geometry=geometry, costs=COSTS)
+    strategy = make_strategy(name, geometry=geometry, costs=COSTS)
+    counts_NE, current = counts_of("zero", geometry, seed), geometry.random_layout((seed,))
+    assert strategy.plan(counts_NE, current) == geometry.static_layout
+
+
+@settings(max_examples=25)
+@given(geometry=geometries(40, 64) | home_geometries(), seed=st.integers(0, 2**16))
+def test_static_has_one_layout(geometry: Geometry, seed: int) -> None:
+    static = make_strategy("static", geometry=geometry, costs=COSTS)
+    current = geometry.random_layout((seed,))
+    assert static.plan(any_counts(geometry, seed), current) == geometry.static_layout
 
 
 def test_an_unknown_strategy_is_quoted() -> None:

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from megatron_laer.arrays import Bool
 from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import Link, way_of, ways_of
+from megatron_laer.planner.hops import Link, way_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
 from tests.placed import placed
 from tests.unit.planner_cases import geometries, with_holes
+
+FLAT, NODE = ExchangeAlgorithm.FLAT, ExchangeAlgorithm.NODE
 
 
 @dataclass
@@ -90,7 +92,8 @@ def test_no_node_exchanges_more_across_nodes_than_flat_and_no_rank_where_rows_ar
         reduce_traffic,
     ]
     for at, formula in enumerate(formulas):
-        flat, node = (formula(case.of, case.matrices, way) for way in ways_of(case.of.geometry))
+        ways = (way_of(case.of.geometry, of) for of in (FLAT, NODE))
+        flat, node = (formula(case.of, case.matrices, way) for way in ways)
         # Then all ranks fetch equally many slots.
         is_even = at >= 2 and is_full and all(rows % num_ranks == 0 for rows, _ in case.matrices)
         for name in ("inter_N", "sent_inter_N"):
@@ -110,7 +113,7 @@ def test_ranks_of_a_node_hand_out_what_it_kept_in_turn() -> None:
         )
         for fifth in ([EMPTY] * 4, experts)
     )
-    way = way_of(geometry, ExchangeAlgorithm.NODE)
+    way = way_of(geometry, NODE)
     sent_N = restore_traffic(after, [(10, 1)], way, before=before).sent_intra_N
     assert len({*sent_N[:4].tolist()}) == 1 and sent_N[0] > 0 == sent_N[5:].sum()
 
@@ -127,7 +130,7 @@ def test_wrong_arguments_are_refused_with_what_works() -> None:
     layout = ExpertLayout.static(4, 2, 4)
     of = placed(layout, 2)
     with pytest.raises(ValueError, match=r"expected \(8,\)"):
-        way = way_of(of.geometry, ExchangeAlgorithm.NODE)
+        way = way_of(of.geometry, NODE)
         restore_traffic(of, [(8, 8)], way, np.ones(3, dtype=np.bool_))
     with pytest.raises(ValueError, match="different"):
         layout.changed_from(ExpertLayout.static(4, 3, 4))

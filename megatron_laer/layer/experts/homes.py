@@ -8,12 +8,14 @@ Legend: T tokens received, H hidden.
 
 from __future__ import annotations
 
+import os
 from functools import cached_property
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 
+from megatron_laer.environment import GROUPED_TENSORS
 from megatron_laer.layer.experts.adapters import Adapter, find_adapter
 from megatron_laer.layer.experts.built_parts import ADAPTED_AT_HOME, BuiltParts
 from megatron_laer.layer.experts.home_moves import move_home
@@ -22,6 +24,9 @@ from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.share import Packers, Share
+
+# Of Transformer Engine's GroupedLinear, from 2.20 on.
+_GROUPED_TENSOR = "use_grouped_tensor"
 
 
 class HomeExperts:
@@ -73,7 +78,8 @@ class HomeExperts:
         """Describe changes of the experts that replicas do not follow; None if there are none."""
         adapters = [adapter for adapter in self._compute.adapters if adapter is not None]
         wrappers = {wrapper for adapter in adapters for wrapper in adapter.wrappers}
-        return self._problem or self.built_parts.what_changed(wrappers)
+        problem = self._problem or self._other_products()
+        return problem or self.built_parts.what_changed(wrappers)
 
     @property
     def adapters(self) -> str:
@@ -122,6 +128,19 @@ class HomeExperts:
                 "would be initialised and saved; leave it out"
             )
         return found
+
+    def _other_products(self) -> str | None:
+        """Refuse Transformer Engine's newer path, with other products and quantisers."""
+        if isinstance(self._experts, SequentialMLP):
+            return None
+        found = [part for part in self._experts.modules() if getattr(part, _GROUPED_TENSOR, False)]
+        if not found and os.environ.get(GROUPED_TENSORS, "0") == "0":
+            return None
+        return (
+            f"its experts take Transformer Engine's grouped tensors ({_GROUPED_TENSOR}, or "
+            f"{GROUPED_TENSORS}={os.environ.get(GROUPED_TENSORS)}), and replicas do not, so that "
+            "their bits would differ: leave both out"
+        )
 
     def _linears(self, name: str) -> list[torch.nn.Module]:
         """Return a linear layer of each home expert, or the grouped one of all of them."""

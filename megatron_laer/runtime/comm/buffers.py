@@ -13,7 +13,7 @@ from typing import Self
 
 import torch
 
-from megatron_laer.runtime.comm.memory import empty, lent_again, poison
+from megatron_laer.runtime.comm.memory import POISONS, empty, lent_again, poison
 from megatron_laer.runtime.comm.streams import OneComputeStream
 
 _Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
@@ -75,7 +75,7 @@ class Buffer:
     def reserve(self, num_bytes: int, device: torch.device) -> None:
         """Grow to the bytes that an exchange needs, before it begins."""
         assert not self._is_taken, f"{self._name}: rows of another exchange are in the buffer"
-        if self._bytes is None or self.num_bytes < num_bytes:
+        if self._bytes is None or self.num_bytes < num_bytes or POISONS:
             if self._bytes is not None:
                 poison(self._bytes)
             self._bytes = None  # free before the new allocation

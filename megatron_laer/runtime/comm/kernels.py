@@ -35,7 +35,7 @@ def copy_segments(
         places: where the table has the distances of the tensors to the first one, in elements.
     """
     columns, alignment = _common(held, wire)
-    programs = triton.cdiv(segments.most_rows * columns, _BLOCK_COPIED)
+    programs = _programs(segments, columns, _BLOCK_COPIED)
     _copy_segments[(programs * segments.number,)](
         held[0],
         wire,
@@ -61,7 +61,7 @@ def sum_segments(
 ) -> None:
     """Sum segments of the wire into or onto the tensors of the holding; `places` as above."""
     columns, alignment = _common(held, wire)
-    programs = triton.cdiv(segments.most_rows * columns, _BLOCK_SUMMED)
+    programs = _programs(segments, columns, _BLOCK_SUMMED)
     _sum_segments[(programs * segments.sums,)](
         held[0],
         wire,
@@ -75,6 +75,15 @@ def sum_segments(
         ADDS=adds,
         BLOCK=_BLOCK_SUMMED,
     )
+
+
+def _programs(segments: Segments, columns: int, block: int) -> int:
+    """Return the number of programs per segment, which count its elements in 32 bits."""
+    programs = int(triton.cdiv(segments.most_rows * columns, block))
+    assert programs * block <= 2**31, (
+        f"a segment of {segments.most_rows} rows of {columns} has more than 2^31 elements"
+    )
+    return programs
 
 
 def _common(held: Held, wire: torch.Tensor) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Memory that its user must write first. Tests fill it with impossible numbers.
 
 With `MEGATRON_LAER_POISON=1` all bytes of such memory are 255: NaN in each float dtype, and -1 or
-the highest number in integers. So rows that are stale or missing show in results.
+the highest number in integers. So rows that are stale or missing show in results. Buffers then have
+no room from former exchanges, in which rows that need more would lie by luck.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import torch
 
 from megatron_laer.environment import POISON
 
-_POISONS = os.environ.get(POISON) == "1"
+POISONS = os.environ.get(POISON) == "1"
 _BYTE = 255
 
 
 def poison(memory: torch.Tensor) -> torch.Tensor:
     """Fill contiguous memory with impossible numbers, on the current stream, in tests alone."""
-    if _POISONS and memory.numel():
+    if POISONS and memory.numel():
         from torch.utils._python_dispatch import _disable_current_modes
 
         with torch.no_grad(), _disable_current_modes():  # no launch for tests that count them
@@ -28,7 +29,7 @@ def poison(memory: torch.Tensor) -> torch.Tensor:
 
 def lent_again(memory: torch.Tensor) -> torch.Tensor:
     """Return poisoned memory; an assertion that nothing wrote to it since, in tests alone."""
-    if _POISONS and memory.numel():
+    if POISONS and memory.numel():
         from torch.utils._python_dispatch import _disable_current_modes
 
         with torch.no_grad(), _disable_current_modes():

@@ -164,7 +164,7 @@ class Table:
         if segments.at not in self._sums:
             self._sums[segments.at] = self._rows_of_sums(segments, len(held))
         ((first, _), *others), results = self._sums[segments.at]
-        total = wire[first].float()
+        total = wire[first].to(torch.float32, copy=True)
         for read, written in others:
             _write(total, written, wire[read], adds=True)
         for tensor, (read, written) in zip(held, results, strict=True):
