@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import train
+from megatron_laer.cpu.training import Record, train
 from tests.parity.flags import command_line
 
 STEPS = 250
@@ -40,23 +42,30 @@ def balance_of_step(model: object) -> tuple[float, float, int]:
     return ours, stocks, coordinator.layouts.version
 
 
-@pytest.mark.parametrize(
-    ("fsep", "most"),
-    [(ROWS, 1.01), pytest.param(LAER, 1.1, marks=pytest.mark.nightly)],
-    ids=["default", "laer"],
-)
+Run = Callable[[str], Record]
+
+
+@pytest.fixture(scope="module")
+def run(ranks: RankPools, text_data: str) -> Run:
+    def trained(mode: str) -> Record:
+        flags = command_line(text_data, FLAGS + mode, global_batch=8, steps=STEPS)
+        record: Record = ranks(2).run(train, flags, balance_of_step, timeout_s=3600.0)[0]
+        return record
+
+    return trained
+
+
+@pytest.fixture(scope="module")
+def stock(run: Run) -> Record:
+    """Train with stock once, for all that is compared with it."""
+    return run("")
+
+
+@pytest.mark.parametrize(("fsep", "most"), [(ROWS, 1.01), (LAER, 1.1)], ids=["default", "laer"])
 def test_a_small_model_learns_text_as_with_stock(
-    ranks: RankPools, text_data: str, fsep: str, most: float
+    run: Run, stock: Record, fsep: str, most: float
 ) -> None:
-    stock, found = (
-        ranks(2).run(
-            train,
-            command_line(text_data, FLAGS + mode, global_batch=8, steps=STEPS),
-            balance_of_step,
-            timeout_s=3600.0,
-        )[0]
-        for mode in ("", fsep)
-    )
+    found = run(fsep)
     expected, learned = stock.eval_losses[-1], found.eval_losses[-1]
     balance, stocks = (sum(of) / STEPS for of in list(zip(*found.probes, strict=True))[:2])
     print(

@@ -1,9 +1,11 @@
-"""Bitwise equality of a run and its repetition with evaluations, and of stock without FSEP.
+"""Bitwise equality of a run and its repetition, recorded and evaluated, and of stock without FSEP.
 
 That a re-run under a checkpoint keeps the first pass's routing is in `test_dispatcher.py`.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -17,14 +19,16 @@ STEPS = 6
 
 
 @pytest.mark.parametrize("extra", [" --fsep-node-size 1 --fsep-token-exchange node", HOMES])
-def test_a_run_that_waits_for_plans_is_bitwise_the_same_with_evaluations(
-    trained: Trainings, extra: str
+def test_a_run_that_waits_for_plans_is_bitwise_the_same_with_evaluations_and_recordings(
+    trained: Trainings, tmp_path: Path, extra: str
 ) -> None:
     flags = f"{FSEP} --fsep-late-plan wait --fsep-planner greedy{extra}"
+    recorded = f" --fsep-record {tmp_path} metrics trace layouts"
     plain, evaluated = (
         trained(flags + more, layouts_in_force, steps=STEPS)
-        for more in ("", " --eval-interval 3 --eval-iters 2")
+        for more in ("", f" --eval-interval 3 --eval-iters 2{recorded}")
     )
+    assert len([*tmp_path.iterdir()]) == 3
     assert plain.probes[-1][0] == STEPS - 1, (
         "every step but the first has a plan from the one before"
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import processes
+from tests.distributed.test_paper import check_toys
 from tests.documents import COMMANDS, PAGES, ROOT, SCRIPT, SHOWN, Block, blocks, inline_commands
 
 # Replacements in the commands of a page; each must occur there.
@@ -202,6 +203,8 @@ def test_the_commands_of_a_page_run_as_they_stand(page: Path, top: Path) -> None
         run(page.name, SHELL, BEFORE[page.name], top)
     for interpreter, text in commands_of(page):
         run(page.name, interpreter, text, top)
+    if page.name == "paper.md":
+        check_toys(top / ".paper")
     if page.name in LOGS:
         log = (top / LOGS[page.name]).read_text()
         assert "fsep_load_imbalance" in log

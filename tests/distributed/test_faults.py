@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from megatron_laer.cpu.ranks import Raised, RankPool
 from megatron_laer.cpu.training import train
 from megatron_laer.planner.layout import ExpertLayout
-from tests.checkpoints import iteration_folder, saved_iteration
+from tests.checkpoints import assert_equal, iteration_folder, saved_iteration
 from tests.distributed.conftest import Trainings
 from tests.faults.injected import (
     ROUTINGS,
@@ -25,6 +26,8 @@ from tests.faults.injected import (
     train_with_other_layout,
     train_with_rerun,
     train_with_routing,
+    train_with_signal,
+    train_with_skipped_step,
 )
 from tests.parity.compare import distance
 from tests.parity.row import FP32_BOUND, FSEP, HOMES
@@ -32,6 +35,7 @@ from tests.parity.row import FP32_BOUND, FSEP, HOMES
 STATIC = FSEP + " --fsep-planner static"
 EXACT = FSEP + " --fsep-plan-mode exact"
 WAIT = FSEP + " --fsep-planner greedy --fsep-late-plan wait"
+RARE_ROUTINGS = ("a rank sends none", "one token in all")
 VERSIONS = ("rank 2 (place 2 in the group) holds version 1", "the others hold version 0")
 STEPS = 8
 
@@ -143,7 +147,38 @@ def test_a_step_that_megatron_repeats_changes_no_bit(trained: Trainings, extra: 
     assert again[0][0].losses == plain[0][0].losses
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
+def test_a_skipped_step_leaves_weights_and_later_steps_as_in_stock(trained: Trainings) -> None:
+    scaled = " --fp16 --no-check-for-nan-in-loss-and-grad --initial-loss-scale 1024"
+    stock: list[float] = []
+    for mode in ("", WAIT + " --fsep-restore step", WAIT + HOMES + " --fsep-restore step"):
+        record, digests = trained(mode + scaled, 3, by=train_with_skipped_step, steps=6)
+        unchanged = [after == before for before, after in pairwise(digests)]
+        assert unchanged == [step == 3 for step in range(1, 6)], mode
+        others = record.losses[:3] + record.losses[4:]
+        stock = stock or others
+        assert others == pytest.approx(stock, rel=1e-3), mode
+
+
+def test_a_signal_to_one_rank_saves_and_the_resumed_run_is_the_uninterrupted_one(
+    trained: Trainings, tmp_path: Path
+) -> None:
+    whole = trained(WAIT, steps=STEPS)
+    saves = f"{WAIT} --save {tmp_path} --save-interval 100 --exit-signal-handler"
+    ends = trained.ends(saves, 4, 1, by=train_with_signal, steps=STEPS)
+    assert [how_it_ended(result, tmp_path) for result in ends] == ["SystemExit: 0"] * 2
+    assert saved_iteration(tmp_path) == 5
+    rest = trained(f"{WAIT} --load {tmp_path}", steps=STEPS)
+    assert rest.losses == whole.losses[5:] and rest.grad_norms == whole.grad_norms[5:]
+    assert_equal(rest.weights, whole.weights)
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name in RARE_ROUTINGS else [])
+        for name in ROUTINGS
+    ],
+)
 def test_extreme_routing_trains_as_stock_does(trained: Trainings, routing: str) -> None:
     stock = trained("", routing, by=train_with_routing)
     for mode in (FSEP + " --fsep-planner random", EXACT + HOMES):

@@ -101,6 +101,24 @@ def test_layers_without_homes_beyond_the_decoder_are_refused_on_every_rank(
         assert f"--fsep-homes '{given.split()[1]}': has no homes for mtp" in result.message
 
 
+@pytest.mark.parametrize(
+    ("ranks_of_file", "experts", "layers", "said"),
+    [
+        (4, 8, 2, "has homes for 4 ranks and 8 experts"),
+        (2, 6, 2, "has homes for 2 ranks and 6 experts"),
+        (2, 8, 1, "has no homes for layer 2"),
+    ],
+    ids=["ranks", "experts", "layers"],
+)
+def test_homes_of_another_run_are_refused_on_every_rank(
+    trained: Trainings, tmp_path: Path, ranks_of_file: int, experts: int, layers: int, said: str
+) -> None:
+    path, order_E = tmp_path / "homes.json", np.arange(experts)[::-1]
+    write_homes(path, ranks_of_file, {f"layer {at + 1}": order_E for at in range(layers)})
+    message = trained.refused(f"{STATIC} --fsep-homes {path}", steps=1)
+    assert f"--fsep-homes '{path}': {said}" in message, message
+
+
 def misses(_: list[torch.nn.Module]) -> int:
     from megatron_laer.session import current_coordinator
 

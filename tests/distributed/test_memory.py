@@ -15,6 +15,7 @@ import torch
 
 from megatron_laer.cpu.training import Record, train
 from tests.distributed.conftest import Trainings
+from tests.faults.injected import ROUTINGS, current_step, routed
 from tests.parity.compare import identical
 from tests.parity.row import AT_HOME, FSEP, HOMES
 from tests.parity.rows import FULL_RECOMPUTE, MOE_RECOMPUTE, RANDOM
@@ -189,3 +190,33 @@ def test_a_recomputed_activation_is_not_kept(trained: Trainings) -> None:
     for (computed, kept), (recomputed, left) in zip(plain, under, strict=True):
         assert kept > 0 and left == 0
         assert recomputed == 2 * computed > 0
+
+
+def bytes_in_tensors(command: list[str], burst_every: int, look_every: int) -> list[int]:
+    """Train; every so many steps all tokens go to one expert. Return bytes of live tensors."""
+    found: list[int] = []
+    one_expert = ROUTINGS["every token to one expert"]
+
+    def burst(map_TE: torch.Tensor) -> torch.Tensor:
+        return map_TE if current_step() % burst_every else one_expert(map_TE)
+
+    def look(_: object) -> None:
+        if (current_step() + 1) % look_every == 0:
+            gc.collect()
+            tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+            storages = {item.untyped_storage().data_ptr(): item for item in tensors}
+            found.append(sum(item.untyped_storage().nbytes() for item in storages.values()))
+
+    with routed(burst):
+        train(command, look)
+    return found
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("sharding", ["", HOMES], ids=["rows", "experts at home"])
+def test_bursts_leave_no_memory_behind(trained: Trainings, sharding: str) -> None:
+    flags = f"{FSEP} --fsep-late-plan wait{sharding} --lr 1e-4 --min-lr 1e-4"
+    options: dict[str, Any] = {"steps": 400, "global_batch": 4, "timeout_s": 7200.0}
+    for held in trained.each(flags, 10, 100, by=bytes_in_tensors, **options):
+        # By step 200 the caches of index tensors hold all layouts of the run.
+        assert len(held) == 4 and held[-1] < 1.01 * held[1], held

@@ -13,7 +13,7 @@ from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests.distributed.conftest import Trainings
 from tests.parity.row import FSEP
-from tests.parity.rows import PIPELINE
+from tests.parity.rows import PIPELINE, SCHEDULER_OFF
 
 STEPS = 6
 MICROBATCHES = 2
@@ -24,10 +24,15 @@ EXPERT_BYTES = 3 * 48 * 64 * 4
 EXCHANGES = 3 * LAYERS * MICROBATCHES
 
 
-@pytest.mark.parametrize(("size", "flags"), [(2, ""), (4, PIPELINE)], ids=["flat", "pipeline"])
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [(2, ""), (2, SCHEDULER_OFF), (4, PIPELINE)],
+    ids=["flat", "scheduler off", "pipeline"],
+)
 def test_balance_and_planning_are_in_tensorboard(
     trained: Trainings, tmp_path: Path, size: int, flags: str
 ) -> None:
+    hides_nothing = flags == SCHEDULER_OFF
     flags += f" --log-interval 2 --tensorboard-dir {tmp_path}"
     flags += f" --fsep-record {tmp_path / 'recorded'} metrics"
     trained(f"{FSEP} --fsep-late-plan wait{flags}", size=size, steps=STEPS)
@@ -55,6 +60,9 @@ def test_balance_and_planning_are_in_tensorboard(
     assert all(0.05 < value < 3 for value in series("fsep_share_of_forced_balance"))
     assert all(0 < value < 1e4 for value in series("fsep_predicted_layer_ms"))
     assert all(0 < value < 1e5 for value in series("fsep_layer_ms"))
+    for name in ("fsep_restore_exposed_ms", "fsep_reduce_exposed_ms"):
+        assert all(0 <= value < 1e5 for value in series(name))
+        assert not hides_nothing or all(series(name)), name
     assert all(0 < value < 1e4 for value in series("fsep_memory_headroom_gib"))
     assert all(0 <= value <= 1 for value in series("fsep_fresh_layouts"))
     assert all(value > 0 for value in series("fsep_quota_ms"))
@@ -88,6 +96,9 @@ def test_balance_and_planning_are_in_tensorboard(
         assert (of["replicas"] == 1).all() and (of["without_replicas"] == 0).all()
         received_mb = recording.metrics["fsep_weight_mb"]
         assert received_mb == pytest.approx(steps["weight_bytes"] / 1e6, rel=1e-3)
+        for what in ("restore", "reduce"):
+            waited_ms = recording.metrics[f"fsep_{what}_exposed_ms"]
+            assert waited_ms == pytest.approx(steps[f"{what}_wait_ms"], rel=1e-3)
         assert (of["passes"] == MICROBATCHES).all()
         assert (of["layer_ms"] > 0).all() and (of["bound_ms"] <= of["predicted_ms"]).all()
         assert (recording.rank_tokens_TLN.sum(axis=2) > 0).all()

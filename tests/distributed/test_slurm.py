@@ -163,6 +163,23 @@ def test_a_job_is_requeued_with_its_log_while_steps_remain_and_no_more_often_tha
     assert len(minutes) == 3 and all(50 <= each < 60 for each in minutes)
 
 
+def test_a_job_that_scontrol_requeues_goes_on_from_its_last_step(
+    slurm_cluster: Cluster, submit: Submit, tmp_path: Path
+) -> None:
+    body = f"""
+        [[ ${{SLURM_RESTART_COUNT:-0}} == 0 ]] || {{ {SAVE_ALL}; exit; }}
+        echo 4 >"$CHECKPOINT/latest_checkpointed_iteration.txt"
+        echo waiting
+        sleep 600"""
+    job = submit(ONE_NODE, body)
+    job.wait_for_text("waiting")
+    slurm_cluster.run("scontrol", "requeue", job.name)
+    job.restart_now()
+    assert job.end() == "COMPLETED", job.log
+    assert job.log.count("started:") == 2
+    assert f"{tmp_path}/run holds step 4 of this job, as it was before restart 1" in job.log
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -258,3 +275,21 @@ def test_a_task_of_an_array_requeues_itself_alone(slurm_cluster: Cluster, tmp_pa
     requeued.restart_now()
     assert requeued.end() == "COMPLETED", requeued.log
     assert [job.field("Restarts") for job in (others, requeued)] == ["0", "1"]
+
+
+def test_tasks_of_an_array_that_run_one_by_one_are_a_chain(
+    slurm_cluster: Cluster, tmp_path: Path
+) -> None:
+    body = 'echo $((5 * SLURM_ARRAY_TASK_ID)) >"$CHECKPOINT/latest_checkpointed_iteration.txt"'
+    array = slurm_cluster.submit(
+        *("--array=1-2%1", "--no-requeue", *ONE_NODE, str(SBATCH), str(SCRIPT)),
+        *("--train-iters", "10"),
+        environment=settings(tmp_path, body, CHECKPOINT=str(tmp_path / "run")),
+        log="%A_%a",
+    )
+    first, second = (replace(array, name=f"{array.name}_{task}") for task in (1, 2))
+    for job in (first, second):
+        assert job.end() == "COMPLETED", job.log
+        assert "started:" in job.log
+    assert "requeue is off for this job" in first.log
+    assert f"{tmp_path}/run holds step 5 of job {first.name} (megatron-laer); " in second.log

@@ -4,8 +4,9 @@ Each job is compared with an undisturbed one, under `--fsep-late-plan wait`: all
 losses and gradient norms, and the layouts' versions. One loss is omitted: Megatron prints the mean
 of two at the second step after a start. The script's own decisions are in test_slurm.py.
 
-Each day a job on two nodes is saved, requeued and resumed, and one on a single node trains in
-`tests/unit/test_slurm_script.py`. At night come ends that take a real cluster and a real training.
+Each day a job on two nodes is saved, requeued and resumed. At night come ends that take a real
+cluster and a real training; the paper's toys then train on this machine, without Slurm, by the same
+script (`test_documented_commands.py`).
 """
 
 from __future__ import annotations
@@ -122,6 +123,12 @@ def assert_same(job: Job, undisturbed: Job, resumed_at: int, first: int = 1) -> 
             assert step.values[name] == other[name], (number, name)
 
 
+def test_the_jobs_log_names_node_and_rank(undisturbed: Job) -> None:
+    for rank, node in enumerate(undisturbed.cluster.nodes):
+        assert f"[{node} rank {rank}]: " in undisturbed.log
+        assert f"[{node} rank {1 - rank}]: " not in undisturbed.log
+
+
 def test_usr1_saves_and_the_requeued_job_goes_on_from_the_step_it_came_in(
     training: Training, undisturbed: Job
 ) -> None:
@@ -200,3 +207,13 @@ def test_a_preempted_job_saves_and_goes_on_after_the_urgent_one(
     assert saved_iteration(training.checkpoint) == HELD_IN
     job.restart_now()
     assert_same(job, undisturbed, HELD_IN)
+
+
+@pytest.mark.nightly
+def test_a_job_whose_step_alone_is_ended_is_requeued(training: Training, undisturbed: Job) -> None:
+    job = training.submit_held()
+    training.cluster.run("scancel", f"{job.name}.0")
+    job.wait_for_text("requeued (1 of 100)")
+    assert "the run ended with status 1" in job.log  # 137 or 143
+    job.restart_now()
+    assert_same(job, undisturbed, SAVE_INTERVAL)

@@ -6,6 +6,7 @@ Each is a context manager, or a function that a rank runs. The tests check the c
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -89,6 +90,54 @@ def train_with_rerun(flags: list[str], step: int) -> tuple[Record, list[str]]:
     return record, digests
 
 
+def train_with_skipped_step(flags: list[str], step: int) -> tuple[Record, list[str]]:
+    """Overflow the loss of a step, which loss scaling skips; also return a digest per step."""
+    from megatron.training import training
+
+    import pretrain_gpt
+
+    loss_func, train_step = pretrain_gpt.loss_func, training.train_step
+    digests: list[str] = []
+
+    def infinite(loss_mask: torch.Tensor, output: torch.Tensor) -> Any:
+        return loss_func(loss_mask, output * float("inf") if current_step() == step else output)
+
+    def step_with_norm(*args: Any, **kwargs: Any) -> Any:
+        result = list(train_step(*args, **kwargs))
+        result[5] = float("nan") if result[5] is None else result[5]
+        return tuple(result)
+
+    def look(model: list[torch.nn.Module]) -> None:
+        for chunk in model:
+            for parameter in chunk.parameters():
+                parameter.main_grad.zero_()  # so that the digest is the weights' alone
+        digests.append(digest(model))
+
+    with (
+        mock.patch.object(pretrain_gpt, "loss_func", infinite),
+        mock.patch.object(training, "train_step", step_with_norm),
+    ):
+        return train(flags, look), digests
+
+
+def train_with_signal(flags: list[str], step: int, rank: int) -> Record:
+    """Train; tell one rank to end in a step. Remove Megatron's signal handlers afterwards."""
+    import pretrain_gpt
+
+    loss_func, before = pretrain_gpt.loss_func, signal.getsignal(signal.SIGTERM)
+
+    def signalled(*args: Any) -> Any:
+        if current_step() == step and rank_of_environment() == rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss_func(*args)
+
+    try:
+        with mock.patch.object(pretrain_gpt, "loss_func", signalled):
+            return train(flags)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # Map from the router's choice to tokens' experts: bool [T, E] to bool [T, E].
 Routing = Callable[[torch.Tensor], torch.Tensor]
 
@@ -99,8 +148,27 @@ def _one_expert(map_TE: torch.Tensor) -> torch.Tensor:
     return routed_TE
 
 
+def _first_half(map_TE: torch.Tensor) -> torch.Tensor:
+    routed_TE = map_TE.clone()
+    routed_TE[:, map_TE.shape[1] // 2 :] = False
+    return routed_TE
+
+
+def _silent_rank(map_TE: torch.Tensor) -> torch.Tensor:
+    return map_TE if rank_of_environment() == 0 else torch.zeros_like(map_TE)
+
+
+def _one_token(map_TE: torch.Tensor) -> torch.Tensor:
+    routed_TE = torch.zeros_like(map_TE)
+    routed_TE[0, 3] = rank_of_environment() == 0
+    return routed_TE
+
+
 ROUTINGS: dict[str, Routing] = {
     "every token to one expert": _one_expert,
+    "half of the experts get none": _first_half,
+    "a rank sends none": _silent_rank,
+    "one token in all": _one_token,
     "no token at all": torch.zeros_like,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -51,6 +52,17 @@ def test_nothing_only_needed_to_install_stays_and_shellcheck_finds_nothing(path:
             shellcheck = [Path(sys.executable).with_name("shellcheck"), "--shell=bash"]
             command = [*shellcheck, "--exclude=SC2154", "-"]
             subprocess.run(command, input=instruction.text, text=True, check=True)
+
+
+@each
+def test_an_image_trains_without_roots_rights_and_has_tried_what_it_needs(path: Path) -> None:
+    found = instructions(path)
+    names = [instruction.name for instruction in found]
+    assert [instruction.text for instruction in found if instruction.name == "USER"] == ["laer"]
+    assert names[names.index("USER") :] == ["USER", "WORKDIR", "RUN", "CMD"]
+    trial, command = found[-2].text, found[-1].text
+    assert "megatron-laer doctor" in trial and "check-recipe" in trial
+    assert json.loads(command) == ["megatron-laer", "doctor"]
 
 
 def wheel(folder: Path, name: str, version: str, needs: Sequence[str] = ()) -> None:

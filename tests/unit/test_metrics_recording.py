@@ -208,10 +208,34 @@ def test_exchanges_phases_and_waits_add_up_within_a_step() -> None:
     assert set(found) == {STEP, DISPATCH, WAIT}
 
 
+def test_the_last_phase_of_a_step_is_no_part_of_the_next() -> None:
+    times = StepTimes(TickingClock())
+    for _ in range(2):
+        times.begin_step()
+        times.begin_exchange(DISPATCH)
+        times.end_exchange(Activity(Kind.EXPERTS, "layer 1"))
+        times.end_step()
+        found = times.take()
+        assert found is not None and set(found) == {STEP, DISPATCH}
+
+
+def test_a_timed_exchange_leaves_missing_gradients_missing() -> None:
+    from megatron_laer.layer.dispatch.slot_dispatch import _Edge
+
+    sent = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    called = mock.Mock()
+    tokens, _ = _Edge.apply(called.forward, called.backward, *sent)
+    tokens.sum().backward()
+    assert [call[0] for call in called.mock_calls] == ["forward", "backward"]
+    assert sent[0].grad is not None and sent[1].grad is None
+
+
 def test_passes_add_up_and_what_was_weighed_is_averaged() -> None:
     planned, ranks = ExpertLayout.static(4, 3, 8), GEOMETRY.num_ranks
     counts = [counts_NE(0, 0, microbatch) for microbatch in range(3)]
     counts[1] //= 8
+    for of_one in counts:
+        of_one[0, 0] += 1  # so that no mean is a whole number
     decisions = [GUARD.decide(of_one, planned) for of_one in counts]
     assert [decision.replanned for decision in decisions] == [True, False, True]
     passes = LayerPasses.of(ranks)
@@ -248,6 +272,36 @@ def test_replicas_are_counted_per_rank_and_passes_without_them() -> None:
     found, _ = named([LayerMetrics.of(passes, price(GUARD, Outcome(decision)))], RankMetrics())
     assert found["fsep_replicas"] == pytest.approx(1 / 3)
     assert found["fsep_passes_without_replicas"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "rows"),
+    [((1, 3), [0, 2]), ((2, -1), [1, 3]), ((3, -2), [2, 4]), ((1, -3), [0, 4])],
+)
+def test_a_layers_metrics_are_logged_under_its_number(
+    numbers: tuple[int, ...], rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative numbers are of MTP layers, behind three others; the last row has any further one."""
+    from megatron_laer.plugin import metrics_tracker
+
+    outcome = Outcome(GUARD.decide(counts_NE(0, 0, 0), ExpertLayout.static(*GEOMETRY.shape)))
+    layers = [
+        mock.Mock(number=abs(number), is_mtp=number < 0, index=at)
+        for at, number in enumerate(numbers)
+    ]
+    for layer in layers:
+        layer.statistics.take_sent.return_value = np.zeros(5)
+        layer.statistics.take_outcomes.return_value = [outcome]
+    coordinator = mock.MagicMock(geometry=GEOMETRY, layers=layers)
+    coordinator.take_exchanged.return_value = (0.0, 0.0, 0.0)
+    coordinator.recorder.take_layer_ms.return_value = None
+    coordinator.layouts.guard_of.return_value = GUARD
+    coordinator.layouts.status = PlannerStatus()
+    monkeypatch.setattr(metrics_tracker, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(metrics_tracker.dist, "all_reduce", lambda *_, **__: None)
+    _, per_layer = metrics_tracker.collect(coordinator, 3, 2)
+    logged = [name for name in per_layer if name.startswith("fsep_load_imbalance_layer_")]
+    assert logged == [f"fsep_load_imbalance_layer_{row}" for row in rows]
 
 
 def mean(values: Iterable[float]) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.command_line import program
 from megatron_laer.device import CPU_FLAGS
-from scripts.paper import figure8, figure9, figure10, runner
+from scripts.paper import figure8, figure9, figure10, figure11, published, runner
 from scripts.paper.experiments import MODELS
 from tests import processes
 from tests.unit.shell_scripts import fake_python
@@ -149,3 +149,16 @@ def test_jobs_are_waited_for_and_their_logs_read_again(
     assert json.loads((folder / "result.json").read_text()) == first
     assert run_figure(figure8, *words, "qwen-8x7b-e8k2", "--collect") == 1
     assert "qwen-8x7b-e8k2_aux0_stock: no log at" in (folder / "result.txt").read_text()
+
+
+def test_figure_11_times_both_planners_beside_the_papers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figure11, "SOLVES", 1)
+    (tmp_path / published.PLANNER).write_text("n_device,C_e,time\n64,1,0.0005\n128,4,0.002\n")
+    folders = ["--work-dir", str(tmp_path), "--published", str(tmp_path)]
+    assert figure11.main(["--toy", *folders]) == 0
+    written = json.loads((tmp_path / "figure11-toy" / "result.json").read_text())
+    (table,) = written["tables"]
+    assert [row["paper"] for row in table["rows"]] == [0.5, None, None, 2.0]
+    assert all(row[name] > 0 for row in table["rows"] for name in figure11.STRATEGIES)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,10 @@ from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.state import STATE, PlannerState
+from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.planner_checkpoint import (
+    Resumption,
+    report_resumption,
     save_state,
     state_path,
 )
@@ -41,6 +45,14 @@ def test_a_state_comes_back_as_it_was() -> None:
         if isinstance(saved, SmoothedForecast):
             assert isinstance(forecast, SmoothedForecast) and forecast.errors == saved.errors
     assert [len(forecast.kept) for forecast in found.forecasts] == [2, 0, 3]
+
+
+def test_errors_of_both_means_come_back_in_their_order() -> None:
+    geometry = Geometry(num_ranks=N, num_experts=E, capacity=C, node_size=2)
+    forecast = SmoothedForecast((np.ones((N, E), dtype=np.int64),) * 2, (3, 5))
+    state = PlannerState(1, 1, ("layer 1",), (geometry.static_layout,), (forecast,), ())
+    (found,) = PlannerState.from_bytes(state.to_bytes()).forecasts
+    assert isinstance(found, SmoothedForecast) and found.errors == (3, 5)
 
 
 def test_a_state_of_another_group_is_refused_with_what_differs() -> None:
@@ -174,3 +186,27 @@ def test_only_the_groups_first_rank_writes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     save(tmp_path, storage)
     assert Path(state_path(str(tmp_path), 0)).read_bytes() == b"state"
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ([], "goes on with step 30, layout version 7"),
+        ([(5, None), (7, None)], "goes on with step 30, layout version 5 to 7, 3 groups"),
+        ([(None, "group-1.bin is cut off")], "in 1 of 2 groups: group-1.bin is cut off"),
+    ],
+)
+def test_a_resumed_run_logs_one_line_for_all_groups(
+    others: list[tuple[int | None, str | None]], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def gather(everyone: list[Any], mine: tuple[int | None, str | None]) -> None:
+        everyone[:] = [mine, *others]
+
+    world = SimpleNamespace(
+        get_world_size=lambda: 1 + len(others), get_rank=lambda: 0, all_gather_object=gather
+    )
+    state = dataclasses.replace(make_state(), version=7)
+    with mock.patch.object(planner_checkpoint, "dist", world), caplog.at_level(logging.INFO):
+        report_resumption(Resumption(state), 30)
+    (record,) = caplog.records
+    assert record.getMessage().endswith(said)

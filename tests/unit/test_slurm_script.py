@@ -50,6 +50,7 @@ def test_a_container_is_given_to_srun_with_its_mounts(fake_slurm):
     assert "--kill-on-bad-exit=1" in words and "CUDA_DEVICE_MAX_CONNECTIONS=32" in words
     assert "--container-image=/images/a b.sqsh" in words
     assert "--container-mounts=/data:/data" in words
+    assert value_of("--cpus-per-task", words) == "4"
 
 
 @pytest.mark.parametrize(
