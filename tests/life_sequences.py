@@ -11,29 +11,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from megatron_laer.choices import ExchangeAlgorithm, Sharding
+from megatron_laer.layer.experts.fp8.payload import PayloadForm, PayloadPacker
 from megatron_laer.life import IMPOSSIBLE, Kind, Kinds
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import row_bounds
+from megatron_laer.precision import Precision
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.streams import Steps
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.share import Carried, Packers, Share
+from megatron_laer.runtime.weights.share import Packers, Share
+from tests.doubles import fp8
 from tests.loopback import groups_of, run
 
 CPU = torch.device("cpu")
 RANKS, SLOTS = 2, 2
-SIZES = ((4, 3), (3, 6), (2, 3))
+# Scales of payloads are aligned, as in all sizes that a recipe takes.
+SIZES = ((4, 4), (3, 8), (2, 4))
 
 # Kinds that the layer's share, the layout or the pass has; all others are the run's.
 _FOUND = {
@@ -65,14 +69,16 @@ def layouts_of(*, at_home: bool, may_be_empty: bool) -> list[ExpertLayout]:
     return [ExpertLayout.from_slots(ranks, capacity, experts, slots) for slots in slots_CN]
 
 
-class Scale(NamedTuple):
-    """Packer of payloads that are the weights times a number."""
+def packers_of(precision: Precision, size: tuple[int, int]) -> Packers:
+    """Return those of a matrix's real payloads, by the definitions of the precision's quantiser."""
 
-    carried: Carried
-    factor: float
+    def packer(*, by_columns: bool) -> PayloadPacker:
+        form, block = PayloadForm(precision, *size, by_columns=by_columns), precision.row.block
+        block = block[::-1] if block is not None and by_columns else block
+        return PayloadPacker(form, partial(fp8.quantised, dtype=fp8.E4M3, block=block))
 
-    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
-        return weight_RK * self.factor
+    forward = packer(by_columns=False)
+    return forward, packer(by_columns=True) if precision.row.directions > 1 else forward
 
 
 @dataclass(frozen=True)
@@ -103,10 +109,8 @@ class Layer:
         at_home = self.at_home = Kind.HOMES in setup.kinds
         self.setup, self.geometry = setup, geometry_of(at_home=at_home)
         experts = self.geometry.num_experts
-        self.whole = [
-            1000.0 * number + torch.arange(experts * rows * columns).view(experts, rows, columns)
-            for rows, columns in SIZES
-        ]
+        self.random = torch.Generator().manual_seed(number)
+        self.whole = [torch.empty(experts, *size) for size in SIZES]
         self.expected = [torch.zeros_like(whole_ERK) for whole_ERK in self.whole]
         self.summed: list[Pass] = []
         self.last: Pass | None = None
@@ -130,10 +134,8 @@ class Layer:
         if not self.at_home:
             return Share.of_slices([part for (part,) in parts], [rows for rows, _ in SIZES])
         packers: list[Packers | None] = [None] * len(SIZES)
-        if Kind.DIRECTIONS in self.setup.kinds:
-            for at, size in enumerate(SIZES[:2]):
-                carried = Carried(*size, torch.float32)
-                packers[at] = Scale(carried, 2.0), Scale(carried, 4.0)
+        if self.setup.precision.is_quantised:
+            packers[:2] = [packers_of(self.setup.precision, size) for size in SIZES[:2]]
         return Share.of_homes(parts, packers)
 
     def parts(self, whole_ERK: torch.Tensor, rank: int) -> list[torch.Tensor]:
@@ -153,12 +155,13 @@ class Layer:
 
     @torch.no_grad()
     def put_weights(self) -> None:
+        for whole_ERK in self.whole:
+            whole_ERK.normal_(generator=self.random)
         for parameter, at, rank, place in self.owned():
             parameter.copy_(self.parts(self.whole[at], rank)[place])
 
     def update(self) -> None:
         """Change all weights, as an optimizer does."""
-        self.whole = [whole_ERK + 0.5 for whole_ERK in self.whole]
         self.put_weights()
 
     def zero_grads(self) -> None:
@@ -177,10 +180,10 @@ class Layer:
         self, matrix_CRK: torch.Tensor, layout: ExpertLayout, at: int, *, backward: bool
     ) -> None:
         packers = self.share.packers[at]
-        factor = 1.0 if packers is None else (2.0, 4.0)[backward]
         for slot, expert in enumerate(self.slots_of(layout, 0)):
             if expert != EMPTY:
-                wanted_RK = self.whole[at][expert] * factor
+                wanted_RK = self.whole[at][expert]
+                wanted_RK = packers[backward].pack(wanted_RK) if packers else wanted_RK
                 assert torch.equal(matrix_CRK[slot], wanted_RK), (
                     f"slot {slot} has no weights of expert {expert}, matrix {at}: "
                     f"{matrix_CRK[slot].tolist()} is not {wanted_RK.tolist()}"
@@ -261,6 +264,7 @@ class Setup:
         chunks: of the model, each with the numbers of its layers.
         kept: the number of layers whose weights fit into the memory to keep them.
         hurries: probability that a stream does its work at once.
+        in_blocks: whether payloads of home experts have one scale per block, or one; None for none.
         at_block: whether checkpoints are around transformer layers, not around MoE layers.
     """
 
@@ -275,6 +279,16 @@ class Setup:
     hurries: float = 0.5
     at_block: bool = True
     seed: int = 0
+    in_blocks: bool | None = None
+
+    @property
+    def precision(self) -> Precision:
+        """Return that of home experts: by `in_blocks`, unless directions have their own."""
+        if Kind.DIRECTIONS in self.kinds:
+            return Precision.MXFP8
+        if Kind.HOMES not in self.kinds or self.in_blocks is None:
+            return Precision.PARAMETERS
+        return Precision.BLOCKWISE if self.in_blocks else Precision.TENSORWISE
 
     @property
     def of_run(self) -> Kinds:
@@ -316,6 +330,7 @@ def setups(draw: st.DrawFn, /, **fixed: Any) -> Setup:
         draw(st.sampled_from([0.0, 0.5, 1.0])),
         draw(bools),
         draw(st.integers(0, 2**16)),
+        draw(st.sampled_from([None, False, True])),
     )
     return replace(drawn, **fixed)
 

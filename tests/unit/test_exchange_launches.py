@@ -20,6 +20,7 @@ from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.runtime.comm import segments
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.comm.segments import Chain
 from megatron_laer.runtime.comm.streams import finish
 from tests.loopback import groups_of
 from tests.placed import placed
@@ -89,3 +90,20 @@ def test_exchanges_launch_two_kernels_and_one_more_if_they_go_through_nodes(
     with launches:
         finish(exchange.restore_steps(owned, index, matrices, out=grad_CRK))
     assert launches.counted == Counter(dict(zip(LAUNCHES, restore, strict=True)))
+
+
+@pytest.mark.parametrize("algorithm", [FLAT, NODE])
+def test_kernels_have_programs_for_all_rows_of_the_longest_segment(
+    algorithm: ExchangeAlgorithm,
+) -> None:
+    """Deal 67 rows to 32 ranks, so that blocks have two or three."""
+    hot = placed(HOT, 8)
+    way, shorter_last = way_of(hot.geometry, algorithm), 0
+    for rank in range(HOT.num_ranks):
+        chain = Chain(way, hot, None, rank, ((67, 2), (67, 1)), torch.device("cpu"))
+        for part in (end for move in chain.moves for end in (move.leaves, move.arrives)):
+            size_Z = chain.table._of(part)[:, 3]
+            assert part.most_rows == size_Z.max(initial=0)
+            assert part.rows == size_Z.sum()
+            shorter_last += bool(len(size_Z)) and size_Z[-1] < part.most_rows
+    assert shorter_last

@@ -32,6 +32,7 @@ from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.token_prices import TokenPrices
+from megatron_laer.precision import Precision
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.planner_cases import KINDS, counts_of, geometries, home_geometries
 
@@ -331,6 +332,21 @@ def test_reasons_say_what_was_compared() -> None:
     even = replace(decide(PlanMode.ADAPTIVE, slow, tolerance=0.1), planned_quotas=None)
     counts = "fresh layout in 1 layer, kept forecast in 1 layer"
     assert in_words({"layer 1": even, "layer 2": kept}) == f"{counts}; layer 2: {kept.reason}"
+
+
+def test_layers_that_are_not_quantised_are_decided_at_their_own_prices() -> None:
+    """Let a change cost more than it saves in fp8, and less than in bf16, which is half as fast."""
+    free = make_costs(points=((1, 1e8),), intra=FREE, inter=FREE)
+    gain_s = (360 - 96) * 3 * free.flops_per_token / 1e8
+    cluster = replace(free.cluster, solve=SolveTime(0.75 * gain_s, 0.0, 0.0))
+    costs = replace(free, cluster=cluster, precision=Precision.TENSORWISE)
+    geometry = Geometry(4, 4, 2, 4)
+    planned = ExpertLayout.from_slots(4, 2, 4, [0, 1, 1, 2, 2, 3, 3, 1])
+    quantised = Guard(PlanMode.ADAPTIVE, costs, geometry)
+    for guard, part in ((quantised, 0.5), (quantised.in_bf16, 1.0)):
+        decision = guard.decide(HOT_NE, planned)
+        assert decision.gain_s == pytest.approx(part * gain_s, rel=0.01)
+        assert decision.replanned == (part == 1.0)
 
 
 def test_the_even_split_keeps_the_forecast_and_combinations_without_meaning_are_refused() -> None:

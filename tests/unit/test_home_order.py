@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_laer.choices import Sharding
 from megatron_laer.config import FSEPConfig
+from megatron_laer.layer.experts.home_moves import move_home
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder, home_digest
@@ -21,6 +26,7 @@ from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.runtime import build
 from megatron_laer.runtime.planning.planner_checkpoint import by_expert, by_position
+from megatron_laer.runtime.weights.share import Share
 
 ORDER = HomeOrder(np.array([3, 0, 2, 1]))
 STOCK = HomeOrder.stock(4)
@@ -35,6 +41,10 @@ def test_values_and_layouts_go_there_and_back() -> None:
     assert named.to_list() == [3, 0, -1, 2, 1, 3]
     assert ORDER.layout_of_positions(named) == layout
     assert STOCK.layout_of_experts(layout) is layout and STOCK.by_expert(values_NE) is values_NE
+    pairs_EE = np.arange(16).reshape(4, 4)
+    pairs_EE += pairs_EE.T
+    places = np.ix_(ORDER.expert_E, ORDER.expert_E)
+    assert ORDER.pairs_by_expert(pairs_EE)[places].tolist() == pairs_EE.tolist()
 
 
 def test_homes_have_a_name_by_content_and_stocks_have_none() -> None:
@@ -111,3 +121,37 @@ def test_an_own_loop_with_another_runs_homes_is_refused_when_its_layers_are_buil
     ):
         build._common_homes(FSEPConfig(homes=str(path)), groups, 4)
     compared.assert_called_once()  # so that a rank without the problem does not wait for others
+
+
+@pytest.mark.parametrize(
+    "moved", [[5, 3, 0, 4, 2, 1], [1, 0, 2, 5, 4, 3], [3, 4, 5, 0, 1, 2], [2, 5, 4, 1, 3, 0]]
+)
+def test_initial_values_go_to_the_slots_of_their_homes(moved: list[int]) -> None:
+    """Two ranks in threads have three homes each, of which several come from one rank."""
+    order, sent = HomeOrder(np.array(moved)), dict[int, Any]()
+    all_are_there = threading.Barrier(2)
+
+    def all_to_all(
+        received: torch.Tensor,
+        given: torch.Tensor,
+        received_N: list[int],
+        sent_N: list[int],
+        group: int,
+    ) -> None:
+        sent[group] = given.split(sent_N)
+        all_are_there.wait(60)
+        parts = [sent[source][group] for source in range(2)]
+        assert [len(part) for part in parts] == received_N
+        received.copy_(torch.cat(parts))
+        all_are_there.wait(60)
+
+    def move(rank: int) -> list[float]:
+        values = [torch.full((2, 4), float(3 * rank + at)) for at in range(3)]
+        share = Share.of_homes([tuple(map(torch.nn.Parameter, values))])
+        groups = mock.Mock(rank=rank, size=2, parameters=rank)
+        move_home(share, order, groups, torch.device("cpu"))
+        return [home[1, 3].item() for home in share.matrices[0]]
+
+    with mock.patch.object(dist, "all_to_all_single", all_to_all), ThreadPoolExecutor(2) as pool:
+        found = [*pool.map(move, range(2))]
+    assert [value for of_rank in found for value in of_rank] == moved

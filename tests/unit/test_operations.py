@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from unittest import mock
 
 import pytest
 
 from megatron_laer.life import Kind
+from megatron_laer.plugin import steps
 from megatron_laer.runtime.operations import Operation, OperationOrder
 from megatron_laer.runtime.scheduler import Scheduler
 
@@ -101,3 +103,30 @@ def test_a_backward_begins_at_the_last_layer_of_its_forward_once_that_is_there()
     for layer, is_last in zip(chunk.layers, (False, True), strict=True):
         restored = scheduler.enter(layer, training=True)
         assert scheduler._first_of(backward) is (restored if is_last else None)
+
+
+def test_weight_gradients_that_a_broken_step_delayed_are_not_computed_in_the_next() -> None:
+    scheduler = Scheduler(frozenset((Kind.PARTS,)), mock.MagicMock(), mock.Mock())
+    layer = mock.Mock(delayed=deque([mock.Mock()]))
+    scheduler.attach([mock.Mock(layers=[layer], blocks=[])])
+    scheduler.begin_step(1)
+    assert not layer.delayed
+
+
+@pytest.mark.parametrize(
+    ("aligned", "with_optimizer", "skips"),
+    [(False, False, False), (True, False, True), (False, True, True)],
+)
+def test_weights_are_awaited_as_megatrons_own_hook_does(
+    aligned: bool, with_optimizer: bool, skips: bool
+) -> None:
+    """Megatron's hook dispatches the next bucket's gather, unless that is done elsewhere."""
+    trained, frozen = (mock.Mock(requires_grad=trains) for trains in (True, False))
+    wrapped = mock.Mock(
+        ddp_config=mock.Mock(use_megatron_fsdp=False, align_param_gather=aligned),
+        overlap_param_gather_with_optimizer_step=with_optimizer,
+        remove_forward_pre_hook_handles={"module": mock.Mock()},
+        param_to_bucket_group={trained: (bucket := mock.Mock())},
+    )
+    steps._await_weights(wrapped, [trained, frozen])
+    bucket.finish_param_sync.assert_called_once_with(skip_next_bucket_dispatch=skips)

@@ -118,6 +118,19 @@ def test_the_core_refuses_each_argument_that_does_not_fit_the_others(call: Any) 
             call(*arguments)
 
 
+def test_shares_of_counts_just_below_32_bits_are_exact() -> None:
+    """Give a replica in the node of ranks 0 and 1 room for seven eighths of their tokens."""
+    slots_S = ExpertLayout.from_slots(6, 1, 2, [1, 1, 0, 1, 1, 0]).slot_expert_S
+    counts_NE = np.array([[2 * 10**9, 0]] * 2 + [[0, 0]] * 4)
+    loads_S = np.array([0, 0, 35, 0, 0, 5]) * 10**8
+    for rank in (0, 1):
+        row_S = native.rank_row(counts_NE, slots_S, loads_S, 3, rank)
+        assert row_S.tolist() == [0, 0, 175 * 10**7, 0, 0, 25 * 10**7]
+    for rank, tokens in ((2, 175 * 10**7), (5, 25 * 10**7)):
+        columns_NC = native.rank_columns(counts_NE, slots_S, loads_S, 3, rank)
+        assert columns_NC.ravel().tolist() == [tokens, tokens, 0, 0, 0, 0]
+
+
 def test_counts_are_read_from_rows_that_end_in_the_same_tags() -> None:
     rows = np.arange(12).reshape(3, 4)
     rows[:, 2:] = 7

@@ -14,6 +14,7 @@ import torch
 
 from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.runtime.comm.buffers import BufferPool
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.layer_state import check_main_grads
@@ -245,6 +246,15 @@ def test_delayed_gradients_of_two_passes_are_computed_oldest_first(
         assert streams.grads.in_use == (1 if restored is first else 0)
 
 
+def test_lent_memory_is_counted_in_bytes_and_serves_training_after_an_evaluation() -> None:
+    pool, kind = BufferPool(), ((3, 5), torch.bfloat16, CPU)
+    with torch.inference_mode():
+        lent = pool.take(*kind)
+    pool.put_back(lent)
+    assert pool.take(*kind) is lent and not lent.is_inference()
+    assert (pool.in_use, pool.num_bytes) == (1, 30)
+
+
 def test_placeholders_fill_no_memory_but_once_also_where_an_evaluation_comes_first() -> None:
     like = torch.zeros(2, dtype=torch.float64)  # a dtype that no other test has
     with torch.inference_mode():
@@ -379,3 +389,11 @@ def test_a_backward_that_follows_at_once_has_its_forwards_weights(
     restored.weights.fetch(restored.weights)
     compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
     assert (streams.exchange.count.restores, streams.weights.in_use) == (1, 0)
+
+
+def test_weights_that_stay_for_no_backward_are_freed(streams: ExchangeStreams) -> None:
+    restored = restored_experts(streams, trained=(False, False))
+    restored.weights.start_restore()
+    restored.weights.stay()
+    compute(restored, ones(needs_grad=False), ones(needs_grad=False))
+    assert is_over(restored) and streams.weights.in_use == 0

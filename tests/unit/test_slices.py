@@ -35,6 +35,7 @@ def test_blocks_tile_the_matrix(rows: int, num_ranks: int, is_bias: bool) -> Non
             spec = spec.of_bias() if is_bias else spec
             slice_ErK = spec.new_parameter(torch.float32, torch.device("cpu"))
             assert counts_in_norm(slice_ErK, mock.Mock(rank=lambda: 1)), "of each tensor rank"
+            assert not slice_ErK.allreduce, "other ranks have other rows"  # type: ignore[attr-defined]
             factory = sharded_slice(slice_ErK, spec, "key", ((0, layer, LAYERS),), (0, 0, 0))
             shard = factory.build()
             assert shard.global_shape == tuple(covered.shape)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.support import arguments, triton_needs
 from megatron_laer.telemetry.activities import Activity, Kind
+
+CARD = torch.device("cuda", 0)
+RESTORE, REDUCE = Activity(Kind.RESTORE), Activity(Kind.REDUCE)
 
 
 @pytest.mark.parametrize(
@@ -150,3 +155,69 @@ def test_the_result_of_a_thread_is_waited_for_and_its_error_raised_there() -> No
     with pytest.raises(RuntimeError, match="shape"):
         wrong.wait()
     stream.close()
+
+
+@pytest.mark.parametrize("is_over", [True, False])
+def test_compute_is_timed_only_while_it_waits(is_over: bool) -> None:
+    on_thread = streams.make_comm_stream("parameters", torch.device("cpu"), overlaps=True)
+    late = on_thread.submit(lambda: torch.ones(3), RESTORE)
+    late.wait()
+    if not is_over:  # as while the thread works, of which only the end is seen
+        late._is_there = mock.Mock(is_set=lambda: False)  # type: ignore[attr-defined]
+    result, done = mock.Mock(), mock.Mock(query=lambda: is_over)
+    with (
+        mock.patch.object(torch.cuda, "current_stream"),
+        mock.patch.object(on_thread.times, "waited") as waited,
+    ):
+        for pending in (late, streams._StreamResult(result, done, on_thread.times, RESTORE)):
+            waited.reset_mock()
+            pending.wait()
+            assert [call.args[1] for call in waited.mock_calls] == [RESTORE] * (not is_over)
+    on_thread.close()
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[str]]:
+    """Record the work of a fake card's streams, and how one waits for another."""
+    seen: list[str] = []
+    stream = mock.Mock(device=CARD, wait_stream=lambda of: seen.append(f"wait for {of}"))
+    with (
+        mock.patch.object(torch.cuda, "Stream", return_value=stream),
+        mock.patch.object(torch.cuda, "current_stream", return_value="compute"),
+        mock.patch.object(torch.cuda, "stream", lambda _: contextlib.nullcontext()),
+        mock.patch.object(streams, "StreamTimes"),
+    ):
+        yield seen
+
+
+@pytest.mark.parametrize("connections", ["1", "32"])
+def test_work_begins_behind_compute_and_the_exchange_before(
+    connections: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one queue the rest of an exchange is put off, and other work still comes behind it."""
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+
+    def steps(name: str, seen: list[str]) -> streams.Steps:
+        for number in range(2):
+            seen.append(f"{name} {number}")
+            yield number == 0
+        seen.append(f"{name} copied")
+        return mock.Mock()
+
+    with launches() as seen:
+        stream = streams.make_comm_stream("parameters", CARD, overlaps=True)
+
+        def work() -> torch.Tensor:
+            seen.append("work")
+            return mock.Mock()
+
+        stream.submit_exchange(steps("first", seen), RESTORE)
+        is_put_off = seen == ["wait for compute", "first 0"]
+        assert is_put_off == (connections == "1")
+        stream.submit_exchange(steps("second", seen), REDUCE)
+        stream.submit(work, RESTORE)
+    each = [[f"{name} 0", f"{name} 1", f"{name} copied"] for name in ("first", "second")]
+    launched = [label for label in seen if not label.startswith("wait")]
+    assert launched == [*each[0], *each[1], "work"]
+    assert seen.count("wait for compute") == 3
+    assert seen[seen.index("work") - 1] == "wait for compute"
