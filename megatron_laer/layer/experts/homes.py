@@ -25,8 +25,10 @@ from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.share import Packers, Share
 
-# Of Transformer Engine's GroupedLinear, from 2.20 on.
-_GROUPED_TENSOR = "use_grouped_tensor"
+_OTHER_PRODUCTS = (
+    "its experts take Transformer Engine's grouped tensors (use_grouped_tensor, or a "
+    f"{GROUPED_TENSORS} other than 0), whose bits replicas would not have: leave both out"
+)
 
 
 class HomeExperts:
@@ -78,8 +80,7 @@ class HomeExperts:
         """Describe changes of the experts that replicas do not follow; None if there are none."""
         adapters = [adapter for adapter in self._compute.adapters if adapter is not None]
         wrappers = {wrapper for adapter in adapters for wrapper in adapter.wrappers}
-        problem = self._problem or self._other_products()
-        return problem or self.built_parts.what_changed(wrappers)
+        return self._problem or self._other_products() or self.built_parts.what_changed(wrappers)
 
     @property
     def adapters(self) -> str:
@@ -130,17 +131,10 @@ class HomeExperts:
         return found
 
     def _other_products(self) -> str | None:
-        """Refuse Transformer Engine's newer path, with other products and quantisers."""
-        if isinstance(self._experts, SequentialMLP):
-            return None
-        found = [part for part in self._experts.modules() if getattr(part, _GROUPED_TENSOR, False)]
-        if not found and os.environ.get(GROUPED_TENSORS, "0") == "0":
-            return None
-        return (
-            f"its experts take Transformer Engine's grouped tensors ({_GROUPED_TENSOR}, or "
-            f"{GROUPED_TENSORS}={os.environ.get(GROUPED_TENSORS)}), and replicas do not, so that "
-            "their bits would differ: leave both out"
-        )
+        asked = os.environ.get(GROUPED_TENSORS, "0") != "0"
+        parts = () if isinstance(self._experts, SequentialMLP) else self._experts.modules()
+        others = any(asked or getattr(part, "use_grouped_tensor", False) for part in parts)
+        return _OTHER_PRODUCTS if others else None
 
     def _linears(self, name: str) -> list[torch.nn.Module]:
         """Return a linear layer of each home expert, or the grouped one of all of them."""

@@ -86,5 +86,4 @@ class Download:
 
 @torch.inference_mode(False)
 def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
-    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-    return poison(pinned)
+    return poison(torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True))

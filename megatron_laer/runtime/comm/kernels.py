@@ -34,8 +34,7 @@ def copy_segments(
     Args:
         places: where the table has the distances of the tensors to the first one, in elements.
     """
-    columns, alignment = _common(held, wire)
-    programs = _programs(segments, columns, _BLOCK_COPIED)
+    programs, columns, alignment = _common(held, wire, segments, _BLOCK_COPIED)
     _copy_segments[(programs * segments.number,)](
         held[0],
         wire,
@@ -60,8 +59,7 @@ def sum_segments(
     adds: bool,
 ) -> None:
     """Sum segments of the wire into or onto the tensors of the holding; `places` as above."""
-    columns, alignment = _common(held, wire)
-    programs = _programs(segments, columns, _BLOCK_SUMMED)
+    programs, columns, alignment = _common(held, wire, segments, _BLOCK_SUMMED)
     _sum_segments[(programs * segments.sums,)](
         held[0],
         wire,
@@ -77,23 +75,17 @@ def sum_segments(
     )
 
 
-def _programs(segments: Segments, columns: int, block: int) -> int:
-    """Return the number of programs per segment, which count its elements in 32 bits."""
-    programs = int(triton.cdiv(segments.most_rows * columns, block))
-    assert programs * block <= 2**31, (
-        f"a segment of {segments.most_rows} rows of {columns} has more than 2^31 elements"
-    )
-    return programs
-
-
-def _common(held: Held, wire: torch.Tensor) -> tuple[int, int]:
-    """Return the columns of rows, and the elements to which the holding's tensors are aligned."""
+def _common(held: Held, wire: torch.Tensor, segments: Segments, block: int) -> tuple[int, int, int]:
+    """Return programs per segment, columns, and the elements to which tensors are aligned."""
+    columns, elements = wire.shape[1], segments.most_rows * wire.shape[1]
+    assert elements <= 2**31 - block, f"a segment has {elements} elements, not below 2^31"
     assert wire.is_contiguous()
     is_aligned = True
     for tensor in held:
         assert tensor.is_contiguous()
         is_aligned &= tensor.data_ptr() % _ALIGNMENT == 0
-    return wire.shape[1], _ALIGNMENT // held[0].element_size() if is_aligned else 1
+    alignment = _ALIGNMENT // held[0].element_size() if is_aligned else 1
+    return triton.cdiv(elements, block), columns, alignment
 
 
 @triton.jit(do_not_specialize=["places", "at", "programs"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_laer.environment import POISON
 
@@ -20,8 +21,6 @@ _BYTE = 255
 def poison(memory: torch.Tensor) -> torch.Tensor:
     """Fill contiguous memory with impossible numbers, on the current stream, in tests alone."""
     if POISONS and memory.numel():
-        from torch.utils._python_dispatch import _disable_current_modes
-
         with torch.no_grad(), _disable_current_modes():  # no launch for tests that count them
             memory.detach().view(-1).view(torch.uint8).fill_(_BYTE)
     return memory
@@ -30,8 +29,6 @@ def poison(memory: torch.Tensor) -> torch.Tensor:
 def lent_again(memory: torch.Tensor) -> torch.Tensor:
     """Return poisoned memory; an assertion that nothing wrote to it since, in tests alone."""
     if POISONS and memory.numel():
-        from torch.utils._python_dispatch import _disable_current_modes
-
         with torch.no_grad(), _disable_current_modes():
             of_bytes = memory.detach().view(-1).view(torch.uint8)
             assert bool((of_bytes == _BYTE).all()), "memory was written after it was put back"
