@@ -74,7 +74,7 @@ def check_copies(rows: int, tensors: int, columns: int, dtype: torch.dtype, devi
     numbers, part, used = draw(rows, tensors, rows + columns, parts=1)
     theirs, mine = tables_of(numbers, device)
     held = [numbered(rows, columns, dtype=dtype, first=at) for at in range(tensors)]
-    held_there = [one.to(device, copy=True) for one in held]
+    held_there = [copied(one, device, odd=at % 2) for at, one in enumerate(held)]
     wire = numbered(part.rows + 3, columns, dtype=dtype, first=7)
     wire_there = wire.to(device, copy=True)
     theirs.pack(part, [held[at] for at in used], wire)
@@ -101,7 +101,7 @@ def check_sums(
         held = [
             torch.randn(rows, columns, generator=generator).to(dtypes[1]) for _ in range(tensors)
         ]
-        held_there = [one.to(device, copy=True) for one in held]
+        held_there = [copied(one, device, odd=at % 2) for at, one in enumerate(held)]
         theirs.add(part, wire, [held[at] for at in used], adds=adds)
         placed = [held_there[at] for at in used]
         mine.place(placed)
@@ -148,6 +148,12 @@ def check_longest(device: str) -> None:
             assert "a segment has 2147483652 elements" in str(error)
         else:
             raise ValueError("a segment that is too long was launched")
+
+
+def copied(tensor: torch.Tensor, device: str, *, odd: int) -> torch.Tensor:
+    """Return a copy that begins this many elements behind aligned memory."""
+    memory = torch.empty(tensor.numel() + odd, dtype=tensor.dtype, device=device)
+    return memory[odd:].view(tensor.shape).copy_(tensor)
 
 
 def numbered(rows: int, columns: int, *, dtype: torch.dtype, first: int) -> torch.Tensor:

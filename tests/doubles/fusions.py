@@ -12,9 +12,6 @@ import torch
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
 
-# Without it, weight gradients are added to main gradients by their product.
-UNFUSED = "--no-gradient-accumulation-fusion"
-
 
 def give_to_megatron() -> None:
     """Provide these functions to Megatron's MoE layers without Transformer Engine."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from megatron_laer.device import CPU_FLAGS
 from tests.text_data import TOKENIZER_FLAGS
 
+# Without it, weight gradients are added to main gradients by their product.
+UNFUSED = "--no-gradient-accumulation-fusion"
+
 MODEL_FLAGS = """
     --num-layers 2 --hidden-size 48 --num-attention-heads 4 --ffn-hidden-size 64
     --seq-length 48 --max-position-embeddings 48

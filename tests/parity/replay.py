@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from megatron_laer.cpu.training import Adapt, Probe, Record, train
 from tests.delayed_weights import FLAGS, delayed_weights
-from tests.doubles.fusions import UNFUSED, fused_accumulation
+from tests.doubles.fusions import fused_accumulation
+from tests.parity.flags import UNFUSED
 from tests.te_graphs import graphs_replaced
 
 REPLAY = "--moe-enable-routing-replay"

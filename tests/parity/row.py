@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_laer.cpu.training import Adapt
-from tests.doubles.fusions import UNFUSED
 from tests.parity.compare import Distance
-from tests.parity.flags import command_line
+from tests.parity.flags import UNFUSED, command_line
 
 # Enough for a wrong gradient to show, by day and at night. Rows of common settings train longer at
 # night, so that rounding adds up as it does in training.

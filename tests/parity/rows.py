@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tests.doubles.fusions import UNFUSED
 from tests.parity.adapted import frozen_in_part, lora_on_attention
 from tests.parity.bridge_lora import lora_of_each_kind, lora_on_experts_under_recompute
+from tests.parity.flags import UNFUSED
 from tests.parity.row import AT_HOME, HOMES, LONG, LONGEST, Row
 
 RANDOM = " --fsep-planner random"

@@ -16,7 +16,6 @@ from megatron_laer.cpu import training
 from megatron_laer.planner.homes_file import write_homes
 from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from tests.doubles.fusions import UNFUSED
 from tests.fake_cuda import device, findings
 from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, FSDP_REDUCE, HYBRID_EP, Place
 from tests.fake_cuda.device import B200, H100, Watched
@@ -25,7 +24,7 @@ from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
 from tests.fake_cuda.observing import side_stream_of_leaves
 from tests.launch_order import Launch, recorded
 from tests.parity.bridge_lora import lora_on_experts
-from tests.parity.flags import command_line
+from tests.parity.flags import UNFUSED, command_line
 from tests.parity.replay import REPLAY, train_row
 from tests.parity.row import HOMES
 from tests.parity.rows import (

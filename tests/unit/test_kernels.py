@@ -22,8 +22,10 @@ def test_kernels_equal_torch_in_tritons_interpreter(module: str, cases: int) -> 
     assert printed.strip() == f"{cases} cases"
 
 
-def compile_for(capability: int, kernel: Any, types: dict[str, str], given: dict[str, int]) -> str:
-    """Compile the kernel for pointers to aligned memory; return its code."""
+def compile_for(
+    capability: int, kernel: Any, types: dict[str, str], given: dict[str, int], odd: str = ""
+) -> str:
+    """Compile the kernel for pointers to aligned memory, but for an odd one; return its code."""
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -32,7 +34,9 @@ def compile_for(capability: int, kernel: Any, types: dict[str, str], given: dict
     types = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(given, "constexpr")
     types = {name: types[name] for name in kernel.arg_names}
     aligned = {
-        (at,): [["tt.divisibility", 16]] for at, of in enumerate(types.values()) if of[0] == "*"
+        (at,): [["tt.divisibility", 16]]
+        for at, (name, of) in enumerate(types.items())
+        if of[0] == "*" and name != odd
     }
     source = ASTSource(kernel, types, given, aligned)
     made = compile(source, target=GPUTarget("cuda", capability, 32))
@@ -67,14 +71,14 @@ def test_kernels_compile_for_cards_that_are_not_here(
     ):
         compile_for(capability, kernel, types, {"BLOCK": 256})
     types = {"table": "*i64", "wire": f"*{parts}"}
-    # Rows of 16 bytes are moved at once; those of a bias's elements are not.
-    for value, columns, is_wide in ((False, 8, True), (True, 8, True), (True, 1, False)):
+    # Whatever the length of rows, there is code that moves 16 bytes at once.
+    given = {"BLOCK": 1024}
+    for value, columns in ((False, 8), (True, 8), (True, 1)):
         for kernel, held in ((exchanges._copy_segments, parts), (exchanges._sum_segments, out)):
-            given = {"COLUMNS": columns, "ALIGNMENT": 4 if held == "fp32" else 8}
-            given |= {"PACKS": value, "ADDS": value, "BLOCK": 1024}
+            given |= {"COLUMNS": columns, "PACKS": value, "ADDS": value}
             code = compile_for(capability, kernel, types | {"held": f"*{held}"}, given)
-            assert ("ld.global.v4.b32" in code) == is_wide
-    # Nor are those of tensors that are not aligned.
-    given = {"COLUMNS": 8, "ALIGNMENT": 1, "PACKS": True, "BLOCK": 1024}
+            assert "ld.global.v4.b32" in code and "st.global.v4.b32" in code
+    # There is none for the memory of tensors whose first one is not aligned.
     types["held"] = f"*{parts}"
-    assert "ld.global.v4" not in compile_for(capability, exchanges._copy_segments, types, given)
+    code = compile_for(capability, exchanges._copy_segments, types, given, odd="held")
+    assert "ld.global.v4" not in code and "st.global.v4" in code

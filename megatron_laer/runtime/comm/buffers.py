@@ -75,7 +75,9 @@ class Buffer:
     def reserve(self, num_bytes: int, device: torch.device) -> None:
         """Grow to the bytes that an exchange needs, before it begins."""
         assert not self._is_taken, f"{self._name}: rows of another exchange are in the buffer"
-        if self._bytes is None or self.num_bytes < num_bytes or POISONS:
+        # Rows may lie by luck where there is more room; on a card that shows their races.
+        is_exact = POISONS and device.type == "cpu"
+        if self._bytes is None or self.num_bytes < num_bytes or is_exact:
             if self._bytes is not None:
                 poison(self._bytes)
             self._bytes = None  # free before the new allocation

@@ -3,8 +3,8 @@
 Every result has one writer, so nothing is atomic and bits never depend on timing. Programs share
 the elements of one segment, whose start is computed in 64 bits. Tensors of a holding are found by
 their distances to the first one, so that a copy or a sum has one launch. Numbers that change with
-layouts are not specialised, so that no kernel is compiled again during training. Columns and the
-tensors' alignment are: programs move as many bytes at once as these allow.
+layouts are not specialised, so that no kernel is compiled again during training. Each segment is
+moved by 16 bytes if its own begin and size allow that, so that an odd tensor makes itself slow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from megatron_laer.runtime.comm.segments import Held, Segments
 
 _BLOCK_COPIED = 4096
 _BLOCK_SUMMED = 1024
-_ALIGNMENT = 16  # of memory, in bytes
 
 
 def copy_segments(
@@ -34,7 +33,7 @@ def copy_segments(
     Args:
         places: where the table has the distances of the tensors to the first one, in elements.
     """
-    programs, columns, alignment = _common(held, wire, segments, _BLOCK_COPIED)
+    programs, columns = _sizes(held, wire, segments, _BLOCK_COPIED)
     _copy_segments[(programs * segments.number,)](
         held[0],
         wire,
@@ -43,7 +42,6 @@ def copy_segments(
         segments.at,
         programs,
         COLUMNS=columns,
-        ALIGNMENT=alignment,
         PACKS=packs,
         BLOCK=_BLOCK_COPIED,
     )
@@ -59,7 +57,7 @@ def sum_segments(
     adds: bool,
 ) -> None:
     """Sum segments of the wire into or onto the tensors of the holding; `places` as above."""
-    programs, columns, alignment = _common(held, wire, segments, _BLOCK_SUMMED)
+    programs, columns = _sizes(held, wire, segments, _BLOCK_SUMMED)
     _sum_segments[(programs * segments.sums,)](
         held[0],
         wire,
@@ -69,23 +67,40 @@ def sum_segments(
         segments.at + 4 * segments.number,
         programs,
         COLUMNS=columns,
-        ALIGNMENT=alignment,
         ADDS=adds,
         BLOCK=_BLOCK_SUMMED,
     )
 
 
-def _common(held: Held, wire: torch.Tensor, segments: Segments, block: int) -> tuple[int, int, int]:
-    """Return programs per segment, columns, and the elements to which tensors are aligned."""
+def _sizes(held: Held, wire: torch.Tensor, segments: Segments, block: int) -> tuple[int, int]:
+    """Return the programs of each segment, and the columns of its rows."""
+    assert wire.is_contiguous() and all(tensor.is_contiguous() for tensor in held)
     columns, elements = wire.shape[1], segments.most_rows * wire.shape[1]
     assert elements <= 2**31 - block, f"a segment has {elements} elements, not below 2^31"
-    assert wire.is_contiguous()
-    is_aligned = True
-    for tensor in held:
-        assert tensor.is_contiguous()
-        is_aligned &= tensor.data_ptr() % _ALIGNMENT == 0
-    alignment = _ALIGNMENT // held[0].element_size() if is_aligned else 1
-    return triton.cdiv(elements, block), columns, alignment
+    return triton.cdiv(elements, block), columns
+
+
+@triton.jit
+def _load(memory, at, element, size):
+    """Load a block of a segment, by 16 bytes where its begin and size allow that."""
+    WIDTH: tl.constexpr = 128 // memory.dtype.element_ty.primitive_bitwidth
+    if (at % WIDTH == 0) & (size % WIDTH == 0):
+        # The compiler sees these multiples.
+        begin, end = at // WIDTH * WIDTH, size // WIDTH * WIDTH
+        value = tl.load(memory + begin + element, mask=element < end, other=0)
+    else:
+        value = tl.load(memory + at + element, mask=element < size, other=0)
+    return value
+
+
+@triton.jit
+def _store(memory, at, element, size, value):
+    WIDTH: tl.constexpr = 128 // memory.dtype.element_ty.primitive_bitwidth
+    if (at % WIDTH == 0) & (size % WIDTH == 0):
+        begin, end = at // WIDTH * WIDTH, size // WIDTH * WIDTH
+        tl.store(memory + begin + element, value, mask=element < end)
+    else:
+        tl.store(memory + at + element, value, mask=element < size)
 
 
 @triton.jit(do_not_specialize=["places", "at", "programs"])
@@ -97,21 +112,18 @@ def _copy_segments(
     at,
     programs,
     COLUMNS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     PACKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Copy a block of one segment."""
     segment = table + at + 4 * (tl.program_id(0) // programs)
     element = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
-    inside = element < tl.load(segment + 3) * COLUMNS
-    place = tl.multiple_of(tl.load(table + places + tl.load(segment)), ALIGNMENT)
-    in_held = held + place + tl.load(segment + 1) * COLUMNS + element
-    in_wire = wire + tl.load(segment + 2) * COLUMNS + element
+    in_held = tl.load(table + places + tl.load(segment)) + tl.load(segment + 1) * COLUMNS
+    in_wire, size = tl.load(segment + 2) * COLUMNS, tl.load(segment + 3) * COLUMNS
     if PACKS:
-        tl.store(in_wire, tl.load(in_held, mask=inside), mask=inside)
+        _store(wire, in_wire, element, size, _load(held, in_held, element, size))
     else:
-        tl.store(in_held, tl.load(in_wire, mask=inside), mask=inside)
+        _store(held, in_held, element, size, _load(wire, in_wire, element, size))
 
 
 @triton.jit(do_not_specialize=["places", "at", "first_sum", "programs"])
@@ -124,7 +136,6 @@ def _sum_segments(
     first_sum,
     programs,
     COLUMNS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     ADDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -132,14 +143,12 @@ def _sum_segments(
     first = table + first_sum + tl.program_id(0) // programs
     segment = table + at + 4 * tl.load(first)
     element = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
-    inside = element < tl.load(segment + 3) * COLUMNS
-    part = wire + tl.load(segment + 2) * COLUMNS + element
-    total = tl.load(part, mask=inside, other=0.0).to(tl.float32)
+    size = tl.load(segment + 3) * COLUMNS
+    total = _load(wire, tl.load(segment + 2) * COLUMNS, element, size).to(tl.float32)
     for other in range(tl.load(first) + 1, tl.load(first + 1)):
-        part = wire + tl.load(table + at + 4 * other + 2) * COLUMNS + element
-        total += tl.load(part, mask=inside, other=0.0).to(tl.float32)
-    place = tl.multiple_of(tl.load(table + places + tl.load(segment)), ALIGNMENT)
-    target = held + place + tl.load(segment + 1) * COLUMNS + element
+        in_wire = tl.load(table + at + 4 * other + 2) * COLUMNS
+        total += _load(wire, in_wire, element, size).to(tl.float32)
+    in_held = tl.load(table + places + tl.load(segment)) + tl.load(segment + 1) * COLUMNS
     if ADDS:
-        total = tl.load(target, mask=inside, other=0.0).to(tl.float32) + total
-    tl.store(target, total.to(held.dtype.element_ty), mask=inside)
+        total = _load(held, in_held, element, size).to(tl.float32) + total
+    _store(held, in_held, element, size, total.to(held.dtype.element_ty))

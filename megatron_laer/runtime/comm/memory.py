@@ -1,8 +1,7 @@
 """Memory that its user must write first. Tests fill it with impossible numbers.
 
 With `MEGATRON_LAER_POISON=1` all bytes of such memory are 255: NaN in each float dtype, and -1 or
-the highest number in integers. So rows that are stale or missing show in results. Buffers then have
-no room from former exchanges, in which rows that need more would lie by luck.
+the highest number in integers. So rows that are stale or missing show in results.
 """
 
 from __future__ import annotations

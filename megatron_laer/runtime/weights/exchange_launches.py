@@ -9,13 +9,13 @@ Legend: K columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
 import torch
 
-from megatron_laer.runtime.comm.segments import Held, Segments, Table, exchange_kernels
+from megatron_laer.runtime.comm.segments import Segments, Table, exchange_kernels
 from megatron_laer.runtime.weights.share import Share
 
 # Triton specialises on whether a tensor's address is a multiple of this.
@@ -55,27 +55,19 @@ def launch_exchange_kernels(
         part = torch.empty(1, form.columns, dtype=dtype, device=device)
         if dtype in grads:
             _copy(table, [part])
-        for adds, holdings in ((False, [[between]]), (True, _holdings(map(_row_like, targets)))):
-            for held in holdings:
-                table.place(held)
-                table.add(_ROW, part, held, adds=adds)
+        for adds, sums in ((False, [between]), (True, map(_row_like, targets))):
+            for row in sums:
+                table.place([row])
+                table.add(_ROW, part, [row], adds=adds)
 
 
 def _copy(table: Table, rows: Sequence[torch.Tensor]) -> None:
     """Copy rows of slots and of owned tensors to a buffer, and back."""
     buffer = torch.empty_like(rows[0])
-    for held in _holdings(rows):
-        table.place(held)
-        table.pack(_ROW, held, buffer)
-        table.unpack(_ROW, buffer, held)
-
-
-def _holdings(rows: Iterable[torch.Tensor]) -> list[Held]:
-    """Return each tensor alone, and an aligned one before an unaligned one, if there are both."""
-    held = [[one] for one in rows]
-    aligned = [one for (one,) in held if one.data_ptr() % _ALIGNMENT == 0]
-    others = [one for (one,) in held if one.data_ptr() % _ALIGNMENT]
-    return [*held, *([aligned[0], one] for one in others[:1] if aligned)]
+    for row in rows:
+        table.place([row])
+        table.pack(_ROW, [row], buffer)
+        table.unpack(_ROW, buffer, [row])
 
 
 def _row_like(rows: torch.Tensor) -> torch.Tensor:
