@@ -139,8 +139,8 @@ def check_longest(device: str) -> None:
     table = torch.zeros(1, dtype=torch.int64, device=device)
     longest = Segments(0, 1, 1, 1, 2**29 + 1, in_place=None)
     for launch in (
-        lambda: kernels.copy_segments([there], there, table, 0, longest, packs=True),
-        lambda: kernels.sum_segments([there], there, table, 0, longest, adds=True),
+        lambda: kernels.copy_segments([there], there, (table, 0), longest, packs=True),
+        lambda: kernels.sum_segments([there], there, (table, 0), longest, adds=True),
     ):
         try:
             launch()

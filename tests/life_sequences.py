@@ -27,6 +27,7 @@ from megatron_laer.planner.placed import row_bounds
 from megatron_laer.precision import Precision
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
+from megatron_laer.runtime.comm.memory import Memory, empty
 from megatron_laer.runtime.comm.streams import Steps
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.weights.restored import RestoredExperts
@@ -87,9 +88,9 @@ class GroupShare(Share):
 
     peers: tuple[Share, ...] = ()
 
-    def weights(self) -> Any:
+    def weights(self, memory: Memory = empty) -> Any:
         peers = (replace(peer, packers=self.packers) for peer in self.peers)
-        return (super().weights(), *(peer.weights() for peer in peers))
+        return (super().weights(memory), *(peer.weights() for peer in peers))
 
     def sums_in_rows(self, sums: tuple[torch.Tensor, ...]) -> Any:
         return (super().sums_in_rows(sums), *(peer.sums_in_rows(()) for peer in self.peers))

@@ -83,7 +83,11 @@ class Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input_nK: torch.Tensor, weight_RK: torch.Tensor, recipe: Recipe, fuses: bool
+        ctx: Any,
+        input_nK: torch.Tensor,
+        weight_RK: torch.Tensor,
+        recipe: Recipe,
+        fuses: bool = False,
     ) -> torch.Tensor:
         ctx.fused = weight_RK if fuses else None
         ctx.save_for_backward(recipe.again(input_nK, recipe.forward, recipe.by_columns), weight_RK)

@@ -185,6 +185,7 @@ class LayerLives(Life):
             most_kept_bytes=setup.kept * self.bytes_kept,
             weights=CheckedPool(),
             grads=CheckedPool(),
+            payloads=CheckedPool(),
         )
         self.states = [self._state(number) for number in numbers]
         self.step_layouts = [self.layouts[0]] * len(numbers)
@@ -628,6 +629,7 @@ class LayerLives(Life):
             if weights.are_here
         }
         assert streams.weights.in_use == len(alive), "memory has no owner, or two"
+        assert streams.payloads.in_use == 0, "payloads outlive their exchange"
         assert sum(streams.kept.values()) <= streams.most_kept_bytes
         assert set(streams.kept) <= alive
         assert streams.grads.in_use == self.num_grads

@@ -20,6 +20,8 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.wire_form import weights_form
 from megatron_laer.precision import QUANTISED, Precision
+from megatron_laer.runtime.comm.buffers import BufferPool
+from megatron_laer.runtime.comm.memory import Memory, empty
 from megatron_laer.runtime.weights.share import Carried, Share
 from tests.costs import make_costs
 
@@ -117,8 +119,9 @@ class Bytes:
 
     carried = Carried(6, 16, torch.uint8)
 
-    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
-        return weight_RK.view(torch.uint8).flip(0, 1)
+    def pack(self, weight_RK: torch.Tensor, memory: Memory = empty) -> torch.Tensor:
+        payload = memory((6, 16), torch.uint8, weight_RK.device)
+        return payload.copy_(weight_RK.view(torch.uint8).flip(0, 1))
 
 
 def new_share(*, at_home: bool) -> Share:
@@ -129,6 +132,23 @@ def new_share(*, at_home: bool) -> Share:
         return Share.of_slices([*map(torch.nn.Parameter, slices)], (6, 6))
     homes = [tuple(map(torch.nn.Parameter, part.unbind())) for part in drawn]
     return Share.of_homes(homes, ((Bytes(), Bytes()), None))
+
+
+def test_payloads_of_each_exchange_are_made_in_the_same_memory() -> None:
+    """So kernels find them where they were, and their table need not be uploaded again."""
+    share, pool, places = new_share(at_home=True), BufferPool(), []
+    for numbers in ((0, 1), (1, 0), (0,), (0, 1)):
+        with pool.lent() as memory:
+            rows = [share.weights(memory)[at] for at in numbers]
+            places.append([payload.data_ptr() for payload in rows])
+            for at, payload in zip(numbers, rows, strict=True):
+                wanted = Bytes().pack(share.matrices[0][at].detach())
+                assert torch.equal(payload, wanted.view(payload.shape))
+    assert places[0] == places[1] == places[3] and places[2] == places[0][:1]
+    with pytest.raises(ZeroDivisionError), pool.lent() as memory:
+        memory((6, 16), torch.uint8, torch.device("cpu"))
+        raise ZeroDivisionError
+    assert pool.in_use == 0 and pool.num_bytes == 2 * 6 * 16
 
 
 def test_payloads_and_biases_of_an_expert_travel_and_lie_as_bytes() -> None:

@@ -9,11 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 
-from megatron_laer.runtime.comm.memory import POISONS, empty, lent_again, poison
+from megatron_laer.runtime.comm.memory import POISONS, Memory, empty, lent_again, poison
 from megatron_laer.runtime.comm.streams import OneComputeStream
 
 _Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
@@ -54,6 +54,21 @@ class BufferPool:
         self.in_use -= 1
         poison(tensor)
         self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)
+
+    @contextmanager
+    def lent(self) -> Iterator[Memory]:
+        """Lend tensors to one exchange, the same ones to each that takes as many."""
+        taken = list[torch.Tensor]()
+
+        def take(*of: Any) -> torch.Tensor:
+            taken.append(self.take(*of))
+            return taken[-1]
+
+        try:
+            yield take
+        finally:
+            while taken:
+                self.put_back(taken.pop())
 
 
 class Buffer:

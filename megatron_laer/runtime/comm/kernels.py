@@ -19,57 +19,30 @@ _BLOCK_COPIED = 4096
 _BLOCK_SUMMED = 1024
 
 
-def copy_segments(
-    held: Held,
-    wire: torch.Tensor,
-    table: torch.Tensor,
-    places: int,
-    segments: Segments,
-    *,
-    packs: bool,
-) -> None:
-    """Copy segments between the tensors of the holding and the wire.
+# A table on the device, and where it has the distances of a holding's tensors to the first one, in
+# elements.
+Numbers = tuple[torch.Tensor, int]
 
-    Args:
-        places: where the table has the distances of the tensors to the first one, in elements.
-    """
+
+def copy_segments(
+    held: Held, wire: torch.Tensor, numbers: Numbers, segments: Segments, *, packs: bool
+) -> None:
+    """Copy segments between the tensors of the holding and the wire."""
     programs, columns = _sizes(held, wire, segments, _BLOCK_COPIED)
-    _copy_segments[(programs * segments.number,)](
-        held[0],
-        wire,
-        table,
-        places,
-        segments.at,
-        programs,
-        COLUMNS=columns,
-        PACKS=packs,
-        BLOCK=_BLOCK_COPIED,
-    )
+    given = held[0], wire, *numbers, segments.at, programs
+    constants = {"COLUMNS": columns, "PACKS": packs, "BLOCK": _BLOCK_COPIED}
+    _copy_segments[(programs * segments.number,)](*given, **constants)
 
 
 def sum_segments(
-    held: Held,
-    wire: torch.Tensor,
-    table: torch.Tensor,
-    places: int,
-    segments: Segments,
-    *,
-    adds: bool,
+    held: Held, wire: torch.Tensor, numbers: Numbers, segments: Segments, *, adds: bool
 ) -> None:
-    """Sum segments of the wire into or onto the tensors of the holding; `places` as above."""
+    """Sum segments of the wire into or onto the tensors of the holding."""
     programs, columns = _sizes(held, wire, segments, _BLOCK_SUMMED)
-    _sum_segments[(programs * segments.sums,)](
-        held[0],
-        wire,
-        table,
-        places,
-        segments.at,
-        segments.at + 4 * segments.number,
-        programs,
-        COLUMNS=columns,
-        ADDS=adds,
-        BLOCK=_BLOCK_SUMMED,
-    )
+    first_sum = segments.at + 4 * segments.number
+    given = held[0], wire, *numbers, segments.at, first_sum, programs
+    constants = {"COLUMNS": columns, "ADDS": adds, "BLOCK": _BLOCK_SUMMED}
+    _sum_segments[(programs * segments.sums,)](*given, **constants)
 
 
 def _sizes(held: Held, wire: torch.Tensor, segments: Segments, block: int) -> tuple[int, int]:

@@ -7,11 +7,15 @@ the highest number in integers. So rows that are stale or missing show in result
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_laer.environment import POISON
+
+# Returns memory of a shape and a dtype on a device.
+Memory = Callable[[tuple[int, ...], torch.dtype, torch.device], torch.Tensor]
 
 POISONS = os.environ.get(POISON) == "1"
 _BYTE = 255

@@ -159,7 +159,7 @@ class Table:
         if not segments.number:
             return
         if self._kernels is not None:
-            self._kernels.sum_segments(held, wire, *self._on_device, segments, adds=adds)
+            self._kernels.sum_segments(held, wire, self._on_device, segments, adds=adds)
             return
         if segments.at not in self._sums:
             self._sums[segments.at] = self._rows_of_sums(segments, len(held))
@@ -174,7 +174,7 @@ class Table:
         if not segments.number:
             return
         if self._kernels is not None:
-            self._kernels.copy_segments(held, wire, *self._on_device, segments, packs=packs)
+            self._kernels.copy_segments(held, wire, self._on_device, segments, packs=packs)
             return
         key = segments.at, packs
         if key not in self._rows:

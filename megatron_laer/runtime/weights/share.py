@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
+from megatron_laer.runtime.comm.memory import Memory, empty
 from megatron_laer.runtime.weights import main_grads
 
 
@@ -74,8 +75,8 @@ class Packer(Protocol):
     @property
     def carried(self) -> Carried: ...
 
-    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
-        """Return the payload of one expert's matrix."""
+    def pack(self, weight_RK: torch.Tensor, memory: Memory = empty) -> torch.Tensor:
+        """Return the payload of one expert's matrix, in this memory."""
         ...
 
 
@@ -94,9 +95,9 @@ class Owned(NamedTuple):
         """Return this tensor's part of one that belongs to the parameter."""
         return whole if self.expert is None else whole[self.expert]
 
-    def weight(self) -> torch.Tensor:
+    def weight(self, memory: Memory) -> torch.Tensor:
         weight = self.part(self.parameter)
-        return weight if self.packer is None else self.packer.pack(weight.detach())
+        return weight if self.packer is None else self.packer.pack(weight.detach(), memory)
 
 
 @dataclass(frozen=True)
@@ -213,12 +214,14 @@ class Share:
         """Return the bytes of restored weights on this rank, for one direction."""
         return replica_slots * sum(part.num_bytes for part in self.form.parts)
 
-    def weights(self) -> Sequence[torch.Tensor]:
-        """Return the weights from which an exchange restores, in rows; read without gradients."""
-        form = self.form
-        if all(part.dtype == form.dtype for part in form.parts):
-            return _InRows(self.owned, form.columns, Owned.weight)
-        return _InRows(self.owned, form.columns, lambda one: one.weight().view(form.dtype))
+    def weights(self, memory: Memory = empty) -> Sequence[torch.Tensor]:
+        """Return the weights from which an exchange restores, in rows; read without gradients.
+
+        Args:
+            memory: of payloads, which are made there.
+        """
+        dtype = self.form.dtype
+        return _InRows(self.owned, self.form.columns, lambda one: one.weight(memory).view(dtype))
 
     def new_sums(self) -> tuple[torch.Tensor, ...]:
         """Return zeros for the sums of `trained`, or nothing where main gradients take them."""

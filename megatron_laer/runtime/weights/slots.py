@@ -25,7 +25,7 @@ from megatron_laer.telemetry.activities import Activity, Kind
 
 @dataclass(frozen=True)
 class ExchangeStreams:
-    """Exchange of all layers, its communication streams, its result buffers, and kept weights.
+    """Exchange of all layers, its streams, its buffers of results and payloads, and kept weights.
 
     Attributes:
         most_kept_bytes: of weights that stay until backward, the first ones of a step that fit. All
@@ -39,6 +39,7 @@ class ExchangeStreams:
     most_kept_bytes: float = 0
     weights: BufferPool = field(default_factory=BufferPool)
     grads: BufferPool = field(default_factory=BufferPool)
+    payloads: BufferPool = field(default_factory=BufferPool)
     kept: dict[RestoredWeights, int] = field(default_factory=dict)
 
     def close(self) -> None:
@@ -104,10 +105,11 @@ class RestoredWeights:
         share, index, exchange = self.share, self.index, self._streams.exchange
 
         def steps() -> Steps:
-            # The present weights: they change between steps only.
-            weights, matrices = share.weights(), share.form.matrices
-            made = exchange.restore_steps(weights, index, matrices, out=out(), before=before)
-            return (yield from made)
+            with self._streams.payloads.lent() as memory:
+                # The present weights: they change between steps only.
+                weights, matrices = share.weights(memory), share.form.matrices
+                made = exchange.restore_steps(weights, index, matrices, out=out(), before=before)
+                return (yield from made)
 
         activity = Activity(kind, self.name)
         self._pending = self._streams.parameters.submit_exchange(steps(), activity)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_laer.precision import Precision
-from megatron_laer.runtime.comm.memory import empty
+from megatron_laer.runtime.comm.memory import Memory, empty
 from megatron_laer.runtime.weights.share import Carried
 
 _DTYPES = {4: torch.float32, 1: torch.uint8}
@@ -49,7 +49,9 @@ class PayloadForm:
     def carried(self) -> Carried:
         return Carried(self.payload_rows, self.columns, torch.uint8)
 
-    def pack(self, values_RK: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def pack(
+        self, values_RK: torch.Tensor, scales: torch.Tensor, memory: Memory = empty
+    ) -> torch.Tensor:
         """Return the payload [P, K] of 8-bit values, or their bytes, and scales.
 
         Scales may be padded, which the payload's are not.
@@ -57,7 +59,7 @@ class PayloadForm:
         assert values_RK.shape == (self.rows, self.columns) and values_RK.element_size() == 1
         assert scales.dtype == self.scales_dtype and scales.dim() == len(self.scales_shape)
         shape = (self.payload_rows, self.columns)
-        payload_PK = empty(shape, torch.uint8, values_RK.device)
+        payload_PK = memory(shape, torch.uint8, values_RK.device)
         payload_PK[: self.rows].copy_(values_RK.view(torch.uint8))
         payload_PK[self.rows :].zero_()
         self.unpack(payload_PK)[1].copy_(scales[tuple(map(slice, self.scales_shape))])
@@ -81,5 +83,5 @@ class PayloadPacker:
     def carried(self) -> Carried:
         return self.form.carried
 
-    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
-        return self.form.pack(*self.quantise(weight_RK))
+    def pack(self, weight_RK: torch.Tensor, memory: Memory = empty) -> torch.Tensor:
+        return self.form.pack(*self.quantise(weight_RK), memory)
