@@ -39,11 +39,9 @@ def counted(flags: list[str]) -> dict[str, Any]:
 
     A layout has with it whether its layer is in fp8; so have the prices of decisions.
     """
-    import weakref
     from unittest import mock
 
     from megatron_laer import session
-    from megatron_laer.layer.experts.fp8.payload import PayloadForm
     from megatron_laer.planner.guard import Guard
     from megatron_laer.runtime.comm.exchange import Exchange
 
@@ -54,36 +52,24 @@ def counted(flags: list[str]) -> dict[str, Any]:
         found["decided"].append(self.costs.precision.is_quantised)
         return decide(self, *args)
 
-    pack, held = PayloadForm.pack, {"now": 0, "most": 0}
-
-    def watched_pack(*args: Any) -> Any:
-        payload = pack(*args)
-        hold(payload.nbytes)
-        weakref.finalize(payload.untyped_storage(), hold, -payload.nbytes)
-        return payload
-
-    def hold(more: int) -> None:
-        held["now"] += more
-        held["most"] = max(held.values())
-
     def watched(name: str) -> Any:
         steps = getattr(Exchange, f"{name}_steps")
 
         def exchange(self: Any, source: Any, index: Any, *args: Any, **options: Any) -> Any:
             found[name].append((index.placed.quantised, index.placed.layout.to_list()))
-            found["exchange"] = self
-            found["costs"] = session.current_coordinator().guard.costs
+            coordinator = session.current_coordinator()
+            found["exchange"], found["payloads"] = self, coordinator.streams.payloads
+            found["costs"] = coordinator.guard.costs
             return steps(self, source, index, *args, **options)
 
         return mock.patch.object(Exchange, f"{name}_steps", exchange)
 
-    packs = mock.patch.object(PayloadForm, "pack", watched_pack)
     decides = mock.patch.object(Guard, "decide", watched_decide)
-    with watched("restore"), watched("reduce"), packs, decides:
+    with watched("restore"), watched("reduce"), decides:
         train_row(flags)
-    exchange = found.pop("exchange")
-    assert held["now"] == 0  # none outlives its exchange
-    found["payloads"] = held["most"]
+    exchange, pool = found.pop("exchange"), found["payloads"]
+    assert pool.in_use == 0  # none outlives its exchange
+    found["payloads"] = pool.num_bytes
     received = exchange.restored.received_bytes, exchange.reduced.received_bytes
     return found | dict(zip(("restored", "reduced"), received, strict=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.precision import Precision
-from megatron_laer.runtime.comm import process_groups
+from megatron_laer.runtime.comm import buffers, process_groups
 from megatron_laer.runtime.comm.exchange import Exchange
-from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.streams import finish
 from megatron_laer.tools.simulator.iteration.methods import MethodSettings, fsep
 from megatron_laer.tools.simulator.iteration.rates import Rates
@@ -67,16 +68,18 @@ def allocated_bytes(geometry: Geometry, costs: CostModel, holds: bool) -> int:
             ]
 
         summed = slots(grads, torch.float32 if holds else torch.bfloat16)
-        for seed in range(LAYOUTS):
-            index = layout_index(Placed(geometry.random_layout((seed,)), geometry), cpu)
+
+        def restore_and_reduce(index: LayoutIndex) -> None:
             given = owned(weights, dtype), index, weights.matrices
             finish(exchange.restore_steps(*given, out=slots(weights, dtype)))
-            sums = owned(grads, torch.bfloat16)
-            finish(
-                exchange.reduce_steps(
-                    summed, index, grads.matrices, add_to=sums, wire_dtype=torch.bfloat16
-                )
-            )
+            given = summed, index, grads.matrices
+            sums = {"add_to": owned(grads, torch.bfloat16), "wire_dtype": torch.bfloat16}
+            finish(exchange.reduce_steps(*given, **sums))
+
+        with mock.patch.object(buffers, "POISONS", False):  # so that they keep their room
+            for seed in range(LAYOUTS):
+                placed = Placed(geometry.random_layout((seed,)), geometry)
+                restore_and_reduce(layout_index(placed, cpu))
     finally:
         dist.destroy_process_group()
     assert len(chosen) == len(ways), "a way was not tried"
