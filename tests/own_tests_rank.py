@@ -37,7 +37,6 @@ else:
 
 import torch.distributed as dist  # noqa: E402 -- after what replaces parts of torch
 
-from megatron_laer.cpu.ranks import share_gloo_device  # noqa: E402
 from tests.doubles.install import install  # noqa: E402
 
 install()
@@ -46,9 +45,6 @@ for ours in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
     del sys.modules[ours]
 sys.path[0] = CHECKOUT
 os.chdir(CHECKOUT)
-
-# Megatron's tests leave 600 groups, whose devices' threads would keep two cores busy.
-share_gloo_device()
 
 # Longer than ranks are late on a busy machine; a failed rank leaves its groups at once.
 _GROUP_TIMEOUT = datetime.timedelta(seconds=120)

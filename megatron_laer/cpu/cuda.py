@@ -201,22 +201,15 @@ def _replace_collectives() -> None:
         return _Works(works) if async_op else None
 
     # Gloo joins coalesced tensors, and so converts them to one dtype: quantised parameters, too.
-    # Its threads free a string twice where they run coalesced reduce-scatters at once (torch 2.15).
     @contextlib.contextmanager
-    def coalescing_manager(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
-        group = group or dist.group.WORLD
-        one_by_one = list[Any]()
-        with true_coalescing(group, device, async_ops) as manager:
+    def coalescing_manager(group: Any = None, *args: Any, **kwargs: Any) -> Any:
+        with true_coalescing(group, *args, **kwargs) as manager:
             yield manager
-            operations = distributed_c10d._world.pg_coalesce_state.get(group, [])
-            if not async_ops and any(one.redop for one in operations if one.dst_tensor is not None):
-                one_by_one[:], operations[:] = operations, ()
-            for one in operations:
-                if one.dst_tensor is not None and one.redop is None:
-                    one.tensor = one.tensor.view(torch.uint8)
-                    one.dst_tensor = one.dst_tensor.view(torch.uint8)
-        for one in one_by_one:
-            one.op(one.dst_tensor, one.tensor, one.redop, group)
+            group = group or dist.group.WORLD
+            for operation in distributed_c10d._world.pg_coalesce_state.get(group, ()):
+                if operation.dst_tensor is not None and operation.redop is None:
+                    operation.tensor = operation.tensor.view(torch.uint8)
+                    operation.dst_tensor = operation.dst_tensor.view(torch.uint8)
 
     @functools.wraps(true_barrier)
     def barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
@@ -233,6 +226,31 @@ def _replace_collectives() -> None:
         setattr(dist, function.__name__, function)
         setattr(dist.distributed_c10d, function.__name__, function)
     dist._coalescing_manager = coalescing_manager
+    _replace_gloo_groups(dist.ProcessGroupGloo)
+
+
+def _replace_gloo_groups(gloo: Any) -> None:
+    true_init = gloo.__init__
+    device = functools.cache(gloo.create_default_device)
+
+    # One device for all groups: each one's thread wakes 100 times a second, and the end of a group
+    # waits for it. One thread for each group: two would share the name of their last operation
+    # without a lock, and free it twice where it is long, as ALLGATHER_COALESCED (torch 2.15).
+    @functools.wraps(true_init)
+    def init(
+        self: Any, store: Any, rank: int, size: int, timeout: Any = None, **settings: Any
+    ) -> None:
+        options = gloo._Options()
+        options._devices, options._threads = [device()], 1
+        for name, value in {"_timeout": timeout, **settings}.items():
+            if value is not None:
+                setattr(options, name, value)
+        true_init(self, store, rank, size, options)
+        # A rank that raises at once would else close connections that another still makes.
+        store.set(f"connected_{rank}", "")
+        store.wait([f"connected_{other}" for other in range(size)])
+
+    gloo.__init__ = init
 
 
 class _Works(NamedTuple):

@@ -221,33 +221,6 @@ class RankPools:
             pool.close()
 
 
-def share_gloo_device() -> None:
-    """Share one gloo device among all process groups, instead of a thread for each.
-
-    A device's thread wakes 100 times a second, and the end of a group waits for it. This replaces a
-    private function of torch. Each group waits for all its ranks' connections. Otherwise a rank
-    that raises at once would close those that another still makes.
-    """
-    from torch.distributed import ProcessGroupGloo, distributed_c10d
-
-    gloo: Any = ProcessGroupGloo  # torch's types lack some of its arguments
-    internals: Any = distributed_c10d
-    device = gloo.create_default_device()
-
-    def create(given: Any, _: object) -> Any:
-        options = gloo._Options()
-        options._devices, options._timeout = [device], given.timeout
-        options.enable_reconfigure = given.enable_reconfigure
-        options.global_ranks_in_group = given.global_ranks_in_group
-        options.group_name = given.group_id
-        group = gloo(given.store, given.group_rank, given.group_size, options)
-        given.store.set(f"connected_{given.group_rank}", "")
-        given.store.wait([f"connected_{rank}" for rank in range(given.group_size)])
-        return group
-
-    internals._create_gloo_process_group = create
-
-
 def _serve(
     pipe: Connection, rank: int, world_size: int, log: str, environment: dict[str, str]
 ) -> None:
@@ -268,7 +241,6 @@ def _serve(
         PYTHONWARNINGS="ignore",
         **ENVIRONMENT,
     )
-    share_gloo_device()
     frozen = False
     while True:
         try:

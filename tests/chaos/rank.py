@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.cpu.ranks import lead_session, share_gloo_device
+from megatron_laer.cpu.ranks import lead_session
 
 
 def run(
@@ -39,7 +39,6 @@ def run(
     from tests.faults.delays import digest
     from tests.faults.injected import current_step
 
-    share_gloo_device()
     step, found = training.train_step, {}
 
     def observed(*args: Any, **kwargs: Any) -> Any:

@@ -85,6 +85,12 @@ def test_a_process_with_cuda_replaced_seeds_marks_and_builds_as_on_a_cpu():
             assert WrappedTorchNorm(config, 8).weight.sequence_parallel == bool(more)
             assert config.sequence_parallel == bool(more)
 
+        # A group's threads would free the name of their last operation twice; so it has one.
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        for group in (torch.distributed.group.WORLD, torch.distributed.new_group()):
+            assert group._get_backend(torch.device("cpu")).options._threads == 1
+
         # The dataset helper is not built where the wheel brings it.
         stock, built = utils.compile_helpers, "helpers_cpp.cpython-313.so"
         for names, is_mended in (((built,), True), ((built, "Makefile"), False), ((), False)):
