@@ -276,7 +276,7 @@ def _saved() -> Iterator[dict[int, int]]:
 
 @contextmanager
 def gathering(counts_NE: Any) -> Iterator[None]:
-    """Replace the counts that gathers return; keep the other values behind them."""
+    """Replace the counts that gathers return, and their words; keep the other values behind."""
     import torch
     import torch.distributed as dist
 
@@ -287,7 +287,12 @@ def gathering(counts_NE: Any) -> Iterator[None]:
         with _uncounted():
             rows = output.view(len(counts_NE), -1)
             rows.copy_(payload.expand_as(rows))
-            rows[:, : counts_NE.shape[1]] = counts_NE
+            num_ranks, num_experts = counts_NE.shape
+            rows[:, :num_experts] = counts_NE
+            if words := rows.shape[1] - num_experts - 3:  # none in earlier commits
+                bytes_NWX = counts_NE.view(num_ranks, words, -1)
+                shifts_X = 8 * torch.arange(bytes_NWX.shape[2])
+                rows[:, num_experts:-3] = (bytes_NWX << shifts_X).sum(dim=2)
         return work
 
     dist.all_gather_into_tensor = all_gather_into_tensor

@@ -32,7 +32,7 @@ from megatron_laer.planner.clusters import (
 )
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.gemm_curve import GemmCurve
-from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.geometry import Geometry, counts_bytes
 from megatron_laer.planner.hops import Way, way_of, ways_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.native_core import native
@@ -53,9 +53,7 @@ from megatron_laer.precision import Precision
 _BACKWARD_GEMMS = 2
 # Small kernels of a layer's forward and backward, counted by `benchmarks/launches.py`; each takes
 # about as long to start as to run.
-_LAUNCHES, _LAUNCHES_OF_MORE_HOPS = 46, 3
-# Numbers per rank that accompany its counts in their exchange, and bytes per number.
-_BESIDE_COUNTS, _COUNT_BYTES = 3, 8
+_LAUNCHES, _LAUNCHES_OF_MORE_HOPS = 47, 3
 # GEMMs around an exchange are measured a tenth to a fifth slower on cards.
 _LEAST_HIDDEN_SHARE = 0.125
 # Passes over rows of hidden states in forward: put in order on both ranks, there and back.
@@ -211,8 +209,8 @@ class CostModel:
         gate_s = host.gate.seconds(*geometry.shape)
         if num_ranks > 1:
             link = self.cluster.intra if num_ranks == node_size else self.cluster.inter
-            counts = (num_ranks - 1) * (geometry.num_experts + _BESIDE_COUNTS)
-            gate_s += counts * _COUNT_BYTES / link.bytes_per_s
+            received = (num_ranks - 1) * counts_bytes(geometry.num_experts)
+            gate_s += received / link.bytes_per_s
             gate_s += self._latency_seconds(num_ranks, node_size)
         hops = len(way_of(geometry, self.restore_algorithm).links)
         launches = _LAUNCHES + _LAUNCHES_OF_MORE_HOPS * (hops > 1)

@@ -5,6 +5,7 @@ Legend: N ranks, E experts, C slots per rank, G ranks per node.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -144,3 +145,13 @@ def check_node_size(num_ranks: int, node_size: int, flag: str = "node size") -> 
         raise ValueError(
             f"{flag} {node_size} does not divide the {num_ranks} ranks; use one of {works}"
         )
+
+
+def experts_of_a_word(num_experts: int) -> int:
+    """Return how many experts' counts one word checks in the exchange of counts: 8 if they fit."""
+    return math.gcd(num_experts, 8)
+
+
+def counts_bytes(num_experts: int) -> int:
+    """Return a rank's bytes in the exchange of counts: counts, their words and three tags."""
+    return 8 * (num_experts + num_experts // experts_of_a_word(num_experts) + 3)

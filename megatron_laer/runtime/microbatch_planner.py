@@ -97,6 +97,7 @@ class MicrobatchPlanner:
         restored = self.scheduler.enter(layer, training)
         read_counts = self._counts.start(
             counts_E,
+            routing_map_TE,
             layer.tag(self.layouts.version, restored.index.placed.layout),
             self._last_decision,
             layer.name,

@@ -23,6 +23,7 @@ from tests.faults.injected import (
     train_with_bad_loss,
     train_with_burst,
     train_with_full_disk,
+    train_with_other_counts,
     train_with_other_layout,
     train_with_rerun,
     train_with_routing,
@@ -57,6 +58,14 @@ def test_a_rank_with_another_layout_or_version_stops_every_rank(
     message = trained.refused(
         *given, by=train_with_other_layout, kind="LayoutMismatchError", **options
     )
+    assert [part for part in parts if part not in message] == []
+
+
+def test_a_rank_that_counts_otherwise_than_its_router_stops_every_rank(trained: Trainings) -> None:
+    message = trained.refused(
+        FSEP, 1, 1, by=train_with_other_counts, kind="CountsMismatchError", size=2, steps=STEPS
+    )
+    parts = ("layer 1: rank 1 (place 1 in the group) counted [", "but its router's map has others")
     assert [part for part in parts if part not in message] == []
 
 

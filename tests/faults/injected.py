@@ -51,6 +51,24 @@ def train_with_other_layout(flags: list[str], rank: int, after_step: int, ahead:
     train(flags, change)
 
 
+def train_with_other_counts(flags: list[str], rank: int, step: int) -> None:
+    """Train; in a step one rank counts one token of an expert as another's: the sum stays."""
+    from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching
+
+    count = SlotDispatching.count
+
+    def miscount(self: SlotDispatching, routing_map_TE: torch.Tensor) -> None:
+        count(self, routing_map_TE)
+        counts_E = self.counts_E
+        if current_step() == step and rank_of_environment() == rank and counts_E is not None:
+            busiest = int(counts_E.argmax())
+            counts_E[busiest] -= 1
+            counts_E[busiest - 1] += 1
+
+    with mock.patch.object(SlotDispatching, "count", miscount):
+        train(flags)
+
+
 def train_with_bad_loss(flags: list[str], step: int, value: float, passing: bool) -> Record:
     """Train with a bad loss of a step on rank 0; a `passing` fault is gone in a rerun."""
     import pretrain_gpt

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
+from megatron_laer.runtime.comm.collectives import routing_words
 from tests.costs import make_costs
 from tests.oracles import planner as reference
 from tests.unit.planner_cases import geometries, with_holes
@@ -131,18 +133,42 @@ def test_shares_of_counts_just_below_32_bits_are_exact() -> None:
         assert columns_NC.ravel().tolist() == [tokens, tokens, 0, 0, 0, 0]
 
 
-def test_counts_are_read_from_rows_that_end_in_the_same_tags() -> None:
-    rows = np.arange(12).reshape(3, 4)
-    rows[:, 2:] = 7
-    counts_NE = native.agreed_counts(rows, 2)
-    assert counts_NE is not None and counts_NE.tolist() == rows[:, :2].tolist()
-    for place in (2, 3):
+def gathered(rng: np.random.Generator, num_experts: int) -> tuple[np.ndarray, int]:
+    """Return the rows of three ranks' counts, words and two tags, and the number of words."""
+    rows = []
+    for _ in range(3):
+        map_TE = torch.from_numpy(rng.random((50, num_experts)) < 0.5)
+        rows.append([*map_TE.sum(dim=0).tolist(), *(words := routing_words(map_TE).tolist()), 7, 8])
+    return np.array(rows), len(words)
+
+
+@pytest.mark.parametrize(("num_experts", "words"), [(64, 8), (60, 15), (6, 3), (5, 5)])
+def test_counts_are_read_from_rows_with_the_same_tags_whose_words_have_them(
+    num_experts: int, words: int
+) -> None:
+    rng = np.random.default_rng(num_experts)
+    rows, found = gathered(rng, num_experts)
+    assert found == words
+    counts_NE, wrong = native.agreed_counts(rows, words, 2)
+    assert counts_NE is not None and counts_NE.tolist() == rows[:, :num_experts].tolist()
+    assert wrong is None
+    for place in (-2, -1):
         other = rows.copy()
         other[1, place] += 1
-        assert native.agreed_counts(other, 2) is None
-    for wrong, tags in ((rows[0], 2), (rows[:0], 2), (rows[:, :2], 2), (rows, 0)):
-        with pytest.raises(ValueError, match=r"rows must be \[N, E \+ tags\]"):
-            native.agreed_counts(wrong, tags)
+        assert native.agreed_counts(other, words, 2) == (None, None)
+    for rank in range(3):
+        for _ in range(50):  # tokens move from one expert to another: the sum stays
+            source, target = rng.choice(num_experts, 2, replace=False)
+            moved = rows.copy()
+            moved[rank, [source, target]] += np.array([-1, 1]) * rng.integers(1, 300)
+            first = min(source, target) * words // num_experts
+            assert native.agreed_counts(moved, words, 2)[1] == (rank, first)
+    for wrong_rows, parts, tags in (
+        *((rows[0], words, 2), (rows[:0], words, 2), (rows, 0, 2), (rows, words, 0)),
+        *((rows[:, : words + 2], words, 2), (rows, words + num_experts, 2)),
+    ):
+        with pytest.raises(ValueError, match=r"rows must be \[N, E \+ words \+ tags\]"):
+            native.agreed_counts(wrong_rows, parts, tags)
 
 
 @pytest.mark.parametrize(("widths", "links"), [((4,), ()), ((4, 1), ()), ((4, 3), (0,))])

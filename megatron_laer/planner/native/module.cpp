@@ -124,19 +124,30 @@ void on_layout(const laer::Shape& shape, const Counts& counts_NE, const Slots& s
   compute(laer::Counts(shape, counts, sums), laer::Replicas(shape, slots));
 }
 
-// Counts of gathered rows, [N, E + X], which end in X tags; none where a rank has other tags.
-py::object agreed_counts(const Counts& rows, int tags) {
-  if (rows.ndim() != 2 || rows.shape(0) == 0 || tags < 1 || rows.shape(1) <= tags) {
-    throw py::value_error("rows must be [N, E + tags]");
+// Counts of gathered rows, [N, E + W + X], of which each ends in X tags; none where a rank has other
+// tags. The second value is the first rank and word of its map, of W, that contradict the counts.
+py::tuple agreed_counts(const Counts& rows, int words, int tags) {
+  const auto experts = rows.ndim() == 2 ? rows.shape(1) - words - tags : 0;
+  if (experts < 1 || rows.shape(0) == 0 || words < 1 || tags < 1 || experts % words) {
+    throw py::value_error("rows must be [N, E + words + tags], of equal words");
   }
-  const auto experts = rows.shape(1) - tags;
   py::array_t<int64_t> counts_NE({rows.shape(0), experts});
-  for (py::ssize_t rank = 0; rank < rows.shape(0); ++rank) {
-    const int64_t *row = rows.data(rank, 0), *end = row + experts;
-    if (!std::equal(end, end + tags, rows.data(0, experts))) return py::none();
-    std::copy(row, end, counts_NE.mutable_data(rank, 0));
+  py::object wrong = py::none();
+  for (py::ssize_t rank = rows.shape(0) - 1; rank >= 0; --rank) {
+    const int64_t *row = rows.data(rank, 0), *sums = row + experts, *end = sums + words;
+    if (!std::equal(end, end + tags, rows.data(0, experts + words))) {
+      return py::make_tuple(py::none(), py::none());
+    }
+    std::copy(row, sums, counts_NE.mutable_data(rank, 0));
+    for (int word = words - 1; word >= 0; --word) {
+      uint64_t sum = 0;
+      for (auto expert = experts / words - 1; expert >= 0; --expert) {
+        sum = (sum << 8) + static_cast<uint64_t>(row[word * (experts / words) + expert]);
+      }
+      if (sum != static_cast<uint64_t>(sums[word])) wrong = py::make_tuple(rank, word);
+    }
   }
-  return counts_NE;
+  return py::make_tuple(counts_NE, wrong);
 }
 
 py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, int node_size) {

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.arrays import Int64
+from megatron_laer.planner.geometry import experts_of_a_word
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.status import PlannerStatus
@@ -27,10 +28,16 @@ from megatron_laer.support import RefusedError
 
 # Numbers behind a rank's counts: a layout's version and digest, and the last decision's digest.
 _TAGS = 3
+# Tokens' choices of so many experts, a byte each, are read and added up as one integer.
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class LayoutMismatchError(RuntimeError):
     """Different layouts for the same layer on ranks of an FSEP group."""
+
+
+class CountsMismatchError(RuntimeError):
+    """Tokens per expert of a rank that are not its router's."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ def decision_digest(layout: ExpertLayout, *, solved: bool) -> int:
 class CountsExchange:
     """Exchange of every rank's tokens per expert, while the host may enqueue other work.
 
-    The layout's tag and the digest of the last decision reveal ranks that decided differently.
+    The layout's tag and the digest of the last decision reveal ranks that decided differently, and
+    words of the router's map a rank whose counts are wrong: `routing_words`.
     """
 
     def __init__(self, groups: FSEPGroups, device: torch.device) -> None:
@@ -65,11 +73,18 @@ class CountsExchange:
         self._download = Download(device)
 
     def start(
-        self, counts_E: torch.Tensor, tag_2: torch.Tensor, last_decision: int, layer: str
+        self,
+        counts_E: torch.Tensor,
+        routing_map_TE: torch.Tensor,
+        tag_2: torch.Tensor,
+        last_decision: int,
+        layer: str,
     ) -> Callable[[], Int64]:
-        """Start the exchange: one All-gather of N·(E + 3) integers and one copy to the host.
+        """Start the exchange: one All-gather of N·(E + W + 3) integers, one copy to the host.
 
         Args:
+            counts_E: int64, the map's sums over tokens.
+            routing_map_TE: bool, by which tokens will be sent; its W words are counted anew.
             tag_2: `LayoutTag.tensor` of the layout that is planned for this layer.
             last_decision: `decision_digest` of this rank's last decision, in any layer; 0 before
                 the first.
@@ -77,22 +92,49 @@ class CountsExchange:
         Returns:
             A function that waits for the copy, the layer's only synchronisation, and returns
             counts_NE. It raises LayoutMismatchError on every rank of the group if tags or decisions
-            differ.
+            differ, and CountsMismatchError if a rank's counts are not its map's.
         """
         # A kernel's argument needs no copy from the host.
         decision_1 = torch.full((1,), last_decision, dtype=torch.int64, device=counts_E.device)
-        payload = torch.cat([counts_E.to(torch.int64), tag_2, decision_1])
+        words_W = routing_words(routing_map_TE)
+        payload = torch.cat([counts_E.to(torch.int64), words_W, tag_2, decision_1])
         gathered = poison(payload.new_empty(self._groups.size * payload.numel()))
         dist.all_gather_into_tensor(gathered, payload, group=self._groups.tokens)
         rows = gathered.view(self._groups.size, -1)
-        return partial(self._finish, self._download.start(rows), layer)
+        return partial(self._finish, self._download.start(rows), len(words_W), layer)
 
-    def _finish(self, read: Callable[[], torch.Tensor], layer: str) -> Int64:
+    def _finish(self, read: Callable[[], torch.Tensor], words: int, layer: str) -> Int64:
         rows = read().numpy()
-        counts_NE = native.agreed_counts(rows, _TAGS)
+        counts_NE, wrong = native.agreed_counts(rows, words, _TAGS)
         if counts_NE is None:
             raise LayoutMismatchError(_describe_mismatch(rows[:, -_TAGS:], self._groups, layer))
+        if wrong is not None:
+            raise CountsMismatchError(_describe_counts(counts_NE, *wrong, self._groups, layer))
         return counts_NE
+
+
+def routing_words(routing_map_TE: torch.Tensor) -> torch.Tensor:
+    """Add up a router's map over tokens by another way than its counts: int64 [W], one launch.
+
+    A word's sum is that of 256**e · count over its experts e, modulo 2**64, so that no token can
+    move between experts unseen.
+    """
+    dtype = _WORDS[experts_of_a_word(routing_map_TE.shape[1])]
+    return routing_map_TE.view(dtype).sum(dim=0, dtype=torch.int64)
+
+
+def _describe_counts(
+    counts_NE: Int64, place: int, word: int, groups: FSEPGroups, layer: str
+) -> str:
+    size = experts_of_a_word(counts_NE.shape[1])
+    first = word * size
+    counts = counts_NE[place, first : first + size].tolist()
+    return (
+        f"FSEP {layer}: rank {groups.ranks[place]} (place {place} in the group) counted {counts} "
+        f"tokens for experts {first} to {first + size - 1}, but its router's map has others. "
+        "Tokens would be computed by the wrong experts, so every rank stops: look for code that "
+        "changes the map or the counts behind the router, or for faulty memory on this rank."
+    )
 
 
 def _describe_mismatch(tags_N3: Int64, groups: FSEPGroups, layer: str) -> str:

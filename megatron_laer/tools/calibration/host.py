@@ -19,7 +19,7 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
-from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.geometry import Geometry, counts_bytes
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import collectives
@@ -38,8 +38,6 @@ from megatron_laer.tools.calibration.sampling import Job, Sample, timed
 from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 _LAUNCHES = 100
-# Numbers that `CountsExchange` gathers with the counts, and the bytes of each.
-_BESIDE_COUNTS, _COUNT_BYTES = 3, 8
 _NODE_SIZE = 8
 _TOKENS = 8192
 # Number of counts that are used in turn, so that consecutive calls differ.
@@ -49,7 +47,7 @@ _CASES = 5
 def host_jobs(
     everybody: dist.ProcessGroup, settings: CalibrationSettings, device: torch.device
 ) -> Iterator[Job]:
-    numbers = settings.counts_experts + _BESIDE_COUNTS
+    num_bytes = counts_bytes(settings.counts_experts)
 
     def launches() -> Sample:
         one = torch.zeros(1, device=device)
@@ -66,20 +64,21 @@ def host_jobs(
         return timed(lambda: target.copy_(source), device)
 
     def gather() -> Sample:
-        mine = torch.zeros(numbers, dtype=torch.int64, device=device)
-        gathered = mine.new_empty(numbers * dist.get_world_size())
+        mine = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        gathered = mine.new_empty(num_bytes * dist.get_world_size())
         return timed(lambda: dist.all_gather_into_tensor(gathered, mine, group=everybody), device)
 
     def counts() -> Sample:
         groups = create_groups(everybody, settings.node_size, lambda *_, **__: everybody)
         exchange = collectives.CountsExchange(groups, device)
         counts_E = torch.zeros(settings.counts_experts, dtype=torch.int64, device=device)
+        map_TE = torch.zeros(_TOKENS, settings.counts_experts, dtype=torch.bool, device=device)
         tag_2 = collectives.LayoutTag(0, 0).tensor(device)
-        return timed(lambda: exchange.start(counts_E, tag_2, 0, "calibrate")(), device)
+        return timed(lambda: exchange.start(counts_E, map_TE, tag_2, 0, "calibrate")(), device)
 
     yield Job(Single(LAUNCH), launches, units=_LAUNCHES)
     yield Job(Single(COPY, settings.copy_bytes), copies)
-    yield Job(Single(ALL_GATHER, numbers * _COUNT_BYTES), gather, is_shared=True)
+    yield Job(Single(ALL_GATHER, num_bytes), gather, is_shared=True)
     yield Job(Single(COUNTS, settings.counts_experts), counts, is_shared=True)
     for shape in settings.shapes:
         for name in (GATE, SOLVE):
