@@ -64,8 +64,8 @@ def decision_digest(layout: ExpertLayout, *, solved: bool) -> int:
 class CountsExchange:
     """Exchange of every rank's tokens per expert, while the host may enqueue other work.
 
-    The layout's tag and the digest of the last decision reveal ranks that decided differently, and
-    words of the router's map a rank whose counts are wrong: `routing_words`.
+    The layout's tag and the digest of the last decision reveal ranks that decided differently.
+    Words of the router's map reveal a rank whose counts are wrong.
     """
 
     def __init__(self, groups: FSEPGroups, device: torch.device) -> None:
