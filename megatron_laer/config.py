@@ -70,7 +70,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 # `restore_algorithm` stays `auto` where each layout has its own.
 _LEFT_OPEN = ("sharding", "capacity", "restore_algorithm", "token_exchange", "gemm", "node_size")
 
-_NUMBERS: dict[type, Any] = {int: (Integral, "an integer"), float: (Real, "a number")}
+_NUMBERS: dict[type, Any] = {int: (Integral, "an integer"), float: (Real, "a finite number")}
 
 
 # Fields with flags of their own; others are given by `--fsep-record DIR` or `--fsep-set`.
@@ -110,6 +110,7 @@ class FSEPConfig:
         None,
         "expert slots C per rank and layer; default auto: the fastest predicted number",
         minimum=Bound(1, "1 slot per rank"),
+        maximum=Bound(2**15 - 1, "32767; no layer has more experts"),
     )
     planner: str = _option("greedy", "strategy for layouts: {strategies}; random for tests")
     plan_mode: PlanMode | None = _option(
@@ -131,9 +132,11 @@ class FSEPConfig:
         None,
         "ranks of the FSEP group per node G; default: the launcher's number",
         minimum=Bound(1, "1 rank"),
+        maximum=Bound(2**20, "1048576; no node has more ranks"),
     )
     token_exchange: TokenExchange | Auto = _option(
-        TokenExchange.RANK, "tokens travel once per expert (rank), once per node (node), or auto"
+        TokenExchange.RANK,
+        "tokens travel once per expert (rank), once per node and in it per rank (node), or auto",
     )
     homes: str | None = _option(
         None, "file of each rank's home experts by layer, for sharding experts; default: stock's"
@@ -156,6 +159,7 @@ class FSEPConfig:
         None,
         "excess over mean load above which adaptive takes a fresh layout; default: by cost",
         minimum=Bound(0, "0; 0.05 allows a rank 5 % above the mean"),
+        maximum=Bound(2**16, "65536; no rank of N has more than N times the mean load"),
     )
     plan_lag: int = _option(
         1,
@@ -188,6 +192,7 @@ class FSEPConfig:
         None,
         "steps between counts of expert pairs in the recorded trace; default: none",
         minimum=Bound(1, "1; 100 counts every hundredth step"),
+        maximum=Bound(2**24, "16777216; no run has more steps"),
     )
     sampled_sets: int | None = _option(
         None,
@@ -338,13 +343,13 @@ def _checked_one(name: str, value: Any) -> Any:
     if not words and not numbers:
         return value
     minimum, maximum = (FIELDS[name].metadata[bound] for bound in ("minimum", "maximum"))
-    if not any(isinstance(value, number) for number, _ in numbers):
+    is_number = any(isinstance(value, number) for number, _ in numbers)
+    if not is_number or (isinstance(value, float) and not math.isfinite(value)):
         needed = ("one of " if words else "") + ", ".join([*words, *(noun for _, noun in numbers)])
-    # Written so that it also refuses NaN.
-    elif minimum is not None and not minimum.value <= value < math.inf:
+    elif minimum is not None and value < minimum.value:
         needed = f"at least {minimum.text}"
     elif maximum is not None and value > maximum.value:
         needed = f"at most {maximum.text}"
     else:
-        return value
+        return float(value) if float in types_of(name) else value  # 1 and 1.0 are one setting
     raise ValueError(f"{setting(name, value)}: must be {needed}")

@@ -11,6 +11,8 @@ import argparse
 import contextlib
 import difflib
 import functools
+import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,7 +26,7 @@ from megatron_laer.config import (
     types_of,
     words_of,
 )
-from megatron_laer.files.checks import numbered, quoted
+from megatron_laer.files.checks import numbered, one_line, quoted
 from megatron_laer.planner.strategies import described_strategies, uses_costs
 from megatron_laer.rules import IDLE, problems_by, settings_with
 
@@ -33,6 +35,17 @@ MODE = "--expert-parallel-mode"
 SET = tuple(name for name in FIELDS if flag_name(name) == f"--fsep-set {name}")
 RECORDED = {name.removeprefix("record_"): name for name in FIELDS if name.startswith("record_")}
 _BY_DEFAULT = ("trace", "metrics")
+# Names that no field resembles, of earlier versions or by their sense, with the way out.
+_FORMER = {
+    "domain_nodes": "layouts are planned for single nodes, whose ranks --fsep-node-size gives",
+    "overlap": f"give {setting('scheduler', 'VALUE')}",
+    "restore_memory_gib": f"give {setting('restore', 'GIB')}",
+}
+# Forms of numbers. Python's own readers take blanks, underscores and digits of other scripts too.
+_FORMS = {
+    int: re.compile("-?[0-9]+"),
+    float: re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -87,7 +100,7 @@ def check_known(words: Iterable[str]) -> None:
     flags = {flag_name(name).split()[0]: None for name in FIELDS}
     given = dict.fromkeys(word.split("=")[0] for word in words)
     problems = [
-        f"{word}: no such flag; {_meant(word.removeprefix('--fsep-'), flags)}"
+        f"{one_line(word, 200)}: no such flag; {_meant(word.removeprefix('--fsep-'), flags)}"
         for word in given
         if word.startswith("--fsep-") and word not in flags
     ]
@@ -97,11 +110,15 @@ def check_known(words: Iterable[str]) -> None:
 
 def _meant(given: str, known: Iterable[str]) -> str:
     """Return the way to give a setting of this name or a similar one, else the known names."""
-    asked = given.replace("-", "_")
-    for name in [asked] if asked in FIELDS else difflib.get_close_matches(asked, FIELDS, 1):
-        form = setting(name, "DIR" if name in RECORDED.values() else "VALUE")
-        return f"give {form}" if name == asked else f"did you mean {form}?"
-    return f"there are {', '.join(known)}"
+    asked = given.replace("-", "_").lower()[:100]
+    if asked in _FORMER:
+        return _FORMER[asked]
+    found = [asked] if asked in FIELDS else difflib.get_close_matches(asked, FIELDS, 1)
+    found = found or [name for name in FIELDS if asked in name.split("_")]
+    if len(found) != 1:
+        return f"there are {', '.join(known)}"
+    form = setting(found[0], "DIR" if found[0] in RECORDED.values() else "VALUE")
+    return f"give {form}" if found[0] == asked else f"did you mean {form}?"
 
 
 def _metavar(name: str) -> str:
@@ -120,13 +137,15 @@ def help_of(name: str) -> str:
 
 
 def _parsed(name: str, text: str) -> Any:
-    """Return a field's number; another text as it is, which `FSEPConfig` judges."""
+    """Return a field's number; another text as it is, which `FSEPConfig` judges and quotes."""
     if (name, text) == ("capacity", Auto.AUTO):
         return None  # the default
-    for number in (int, float):
-        if number in types_of(name):
-            with contextlib.suppress(ValueError):
-                return number(text)
+    kinds = types_of(name)
+    for number, form in _FORMS.items():  # whole numbers first, which are quoted without a point
+        if (float in kinds or number in kinds) and form.fullmatch(text):
+            with contextlib.suppress(ValueError):  # more digits than Python converts
+                value = number(text)
+                return text if value in (math.inf, -math.inf) else value
     return text
 
 
@@ -137,9 +156,9 @@ class _Record(argparse.Action):
         folder, *words = given
         problem = None
         if folder in RECORDED and not words:
-            problem = f"{folder!r} is no folder's name; give DIR first, or ./{folder}"
+            problem = f"{quoted(folder)} is no folder's name; give DIR first, or ./{folder}"
         elif unknown := [word for word in words if word not in RECORDED]:
-            problem = f"invalid choice: {unknown[0]!r} (choose from {', '.join(RECORDED)})"
+            problem = f"invalid choice: {quoted(unknown[0])} (choose from {', '.join(RECORDED)})"
         if problem is not None:
             raise argparse.ArgumentError(self, problem)
         for word in words or _BY_DEFAULT:
@@ -150,16 +169,17 @@ class _Set(argparse.Action):
     """`--fsep-set NAME=VALUE ...`: settings without flags of their own."""
 
     def __call__(self, _: Any, into: Any, given: Any, flag: str | None = None) -> None:
-        for place, text in enumerate(given):
+        for text in given:
             name, mark, value = text.partition("=")
-            if any(before.startswith(f"{name}=") for before in given[:place]):
-                twice = f"{quoted(text)}: {name} is given before; leave one out"
-                raise argparse.ArgumentError(self, twice)
-            if name not in SET or not mark:
-                needed = (
-                    f"no setting of this list; {_meant(name, SET)}" if mark else "write name=value"
-                )
-                raise argparse.ArgumentError(self, f"{quoted(text)}: {needed}")
+            problem = None
+            if not mark:
+                problem = "write name=value" + ("" if name in SET else f", of {', '.join(SET)}")
+            elif name not in SET:
+                problem = f"no setting of this list; {_meant(name, SET)}"
+            elif getattr(into, f"fsep_{name}") is not None:
+                problem = f"{name} is given before; leave one out"
+            if problem is not None:
+                raise argparse.ArgumentError(self, f"{quoted(text)}: {problem}")
             setattr(into, f"fsep_{name}", _parsed(name, value))
 
 

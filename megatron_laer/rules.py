@@ -9,6 +9,9 @@ Over 400 lines: the type of a rule, with the predicates of all.
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import hashlib
 import re
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -18,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 
-from megatron_laer.choices import Auto, Sharding, Unproven
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Sharding, Unproven
 from megatron_laer.files.checks import quoted
 
 # The paper's planner; names of its variants begin with it. It leaves no expert at home.
@@ -46,6 +49,7 @@ _OFF: tuple[object, ...] = (False, None)
 _SHARDING = "--fsep-sharding"
 _NOT_RUN = "nobody has run it with FSEP, and no test on a GPU has shown it"
 _PLAIN = re.compile(r"[\w.+,/:-]+")
+_LONGEST = 200
 
 
 class LeftOut(StrEnum):
@@ -265,12 +269,21 @@ def _exceeds_any_load(settings: Any) -> bool:
     return tolerance is not None and ranks > 1 and tolerance >= ranks - 1
 
 
+def _is_on_one_node(settings: Any) -> bool:
+    """Return True if rows of experts take one hop: FSEP's group is known to be one node."""
+    size = settings.fsep_node_size
+    is_one = size is not None and size == getattr(settings, "expert_model_parallel_size", None)
+    return is_one and getattr(settings, "fsep_sharding", None) == Sharding.ROWS
+
+
 # Predicates by their names in the table.
 _WHEN: Mapping[str, Callable[[Any], bool]] = {
     "captures_plan": _captures_plan,
     "drops_tokens": _drops_tokens,
     "fuses_accumulation": _fuses_accumulation,
     "exceeds_any_load": _exceeds_any_load,
+    "has_one_hop": lambda settings: settings.fsep_grad_wire_dtype and _is_on_one_node(settings),
+    "is_no_cluster": lambda settings: settings.fsep_cluster == "",
     "is_no_file": lambda settings: settings.fsep_homes == "",
     "lays_out_freely": lambda settings: lays_out_freely(settings.fsep_planner or ""),
     "no_experts": lambda settings: settings.num_experts is None or settings.num_experts < 1,
@@ -279,6 +292,9 @@ _WHEN: Mapping[str, Callable[[Any], bool]] = {
     "overlaps_graphs_of_attention": _overlaps_graphs_of_attention,
     "pads_for_fp8": _pads_for_fp8,
     "reduces_before_wgrad": _reduces_before_wgrad,
+    "relays_on_one_node": lambda settings: (
+        settings.fsep_restore_algorithm == ExchangeAlgorithm.NODE and _is_on_one_node(settings)
+    ),
 }
 
 
@@ -355,11 +371,11 @@ def argument_of(flag: str) -> str:
 def said(flag: str, value: object) -> str:
     """Return a setting in a command line's form: `--fsep-set plan_lag=2`, `--fsep-record d trace`.
 
-    A text that is no plain word is quoted, and an empty list is "none".
+    A text that is long or no plain word is quoted, and an empty list is "none".
     """
     text = value_text(value)
-    if isinstance(value, str) and not _PLAIN.fullmatch(text):
-        text = quoted(text)
+    if len(text) > _LONGEST or (isinstance(value, str) and not _PLAIN.fullmatch(text)):
+        text = quoted(text, _LONGEST)
     name, *of_value = flag.split()
     if name == "--fsep-set" or not flag.startswith("--"):
         return f"{flag}={text}"
@@ -397,14 +413,15 @@ def _values(words: Iterable[str]) -> tuple[object, ...]:
 
 def _rules(row: dict[str, Any]) -> Iterator[Rule]:
     """Yield the rules of one row of the table, which may have several flags with an example."""
+    _check_row(row)
     flags = row.pop("flags", None) or [row.pop("flag")]
     for key in ("accepted", "refused", "unproven_values"):
         if key in row:
             row[key] = _values(row[key].split())
     next_to = row.pop("next_to", [])
     row["next_to"] = tuple(map(NextTo.parse, [next_to] if isinstance(next_to, str) else next_to))
-    row["when"] = _WHEN[row["when"]] if "when" in row else None
-    row["left_out"] = LeftOut(row["left_out"]) if "left_out" in row else None
+    for key, read in (("when", _WHEN.__getitem__), ("left_out", LeftOut), ("fits", Unproven)):
+        row[key] = read(row[key]) if key in row else None
     for text in flags:
         flag, _, example = text.partition(": ")
         own: dict[str, Any] = {"title": _title(flag, row), "example": example or True}
@@ -412,6 +429,21 @@ def _rules(row: dict[str, Any]) -> Iterator[Rule]:
             own["field"] = argument_of(flag)
         way_out = row.get("way_out", Rule.way_out).replace("{flag}", flag)
         yield Rule(**own | row | {"flag": flag, "way_out": way_out})
+
+
+# Types of a row's values that are no text.
+_TYPES = {"flags": list, "next_to": str | list, "is_filled_in": bool, "is_idle": bool}
+
+
+def _check_row(row: Mapping[str, Any]) -> None:
+    known = {"flags", *(spec.name for spec in dataclasses.fields(Rule))}
+    for key, value in row.items():
+        if key not in known:
+            raise ValueError(f"{key!r} must be a key of a rule")
+        if key != "example" and not isinstance(value, _TYPES.get(key, str)):
+            raise ValueError(f"{key} = {value!r} must be of another type")
+    if row.get("when", "captures_plan") not in _WHEN:
+        raise ValueError(f"when = {row['when']!r} must be a predicate")
 
 
 def _title(flag: str, row: Mapping[str, Any]) -> str:
@@ -424,34 +456,70 @@ def _title(flag: str, row: Mapping[str, Any]) -> str:
     return flag if flag.startswith("--") or "." not in flag else f"{flag}=True"
 
 
-def _read(table: dict[str, Any]) -> dict[str, tuple[Rule, ...]]:
-    defaults = table.pop("default")
-    return {
-        kind: tuple(rule for row in rows for rule in _rules(defaults.get(kind, {}) | row))
-        for kind, rows in table.items()
-    }
+def read_table(path: Path) -> dict[str, Any]:
+    """Return a file's lists of rules, and its fields without rules.
+
+    Raises:
+        ImportError: pip's record of the installed package has another digest, or the file is no
+            table of rules; it names the first damaged rule.
+    """
+    place = ""
+    try:
+        content = path.read_bytes()
+        if not _is_as_installed(path, content):
+            raise ValueError("it must be the file that was installed")
+        table = tomllib.loads(content.decode())
+        fields, defaults = table.pop("fields"), table.pop("default")
+        found: dict[str, Any] = {name: frozenset(fields[name].split()) for name in _FIELDS}
+        reasons = table.pop("without_effect").items()
+        found["without_effect"] = {name: why for why, names in reasons for name in names.split()}
+        for kind in _TABLES:
+            found[kind] = []
+            for number, row in enumerate(table.pop(kind), start=1):
+                place = f"[[{kind}]] {number}, {row.get('flag') or row.get('flags')}: "
+                found[kind] += _rules(defaults.get(kind, {}) | row)
+        place = ""
+        if table:
+            raise ValueError(f"{', '.join(table)} must be a known table")
+        used = [rule.when for kind in _TABLES for rule in found[kind]]
+        if lost := [name for name, when in _WHEN.items() if when not in used]:
+            raise ValueError(f"a rule must have when = {lost[0]!r}")
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        reason = f"{error} is absent" if isinstance(error, KeyError) else error
+        raise ImportError(f"{path}: {place}{reason}; install megatron_laer again") from error
+    return found
 
 
-_FILE = tomllib.loads(Path(__file__).with_name("rules.toml").read_text(encoding="utf-8"))
+def _is_as_installed(path: Path, content: bytes) -> bool:
+    """Return False if a package of pip's has another digest of this file; a checkout has none."""
+    package, site = path.parent.name, path.parents[1]
+    records = site.glob(f"{package}-*.dist-info/RECORD")
+    lines = [line for record in records for line in record.read_text("utf-8").splitlines()]
+    known = [line for line in lines if line.startswith(f"{package}/{path.name},sha256=")]
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+    return not known or any(f",sha256={digest}," in line for line in known)
+
+
+_FIELDS = ("proved", "untried")
+_TABLES = (
+    *("refused", "own", "idle", "with_fsdp", "with_fp8_experts", "with_megatrons"),
+    *("with_adapters", "in_bridge"),
+)
+_TABLE = read_table(Path(__file__).with_name("rules.toml"))
 # Fields of TransformerConfig about MoE that are not refused.
-_FIELDS = _FILE.pop("fields")
-PROVED, UNTRIED = (frozenset(_FIELDS[name].split()) for name in ("proved", "untried"))
+PROVED: frozenset[str] = _TABLE["proved"]
+UNTRIED: frozenset[str] = _TABLE["untried"]
 # Fields without effect on FSEP, with the reason.
-WITHOUT_EFFECT: Mapping[str, str] = {
-    field: reason
-    for reason, fields in _FILE.pop("without_effect").items()
-    for field in fields.split()
-}
+WITHOUT_EFFECT: Mapping[str, str] = _TABLE["without_effect"]
 
-_TABLE = _read(_FILE)
 # Settings of Megatron by themselves.
-REFUSALS = _TABLE["refused"]
+REFUSALS: tuple[Rule, ...] = (*_TABLE["refused"],)
 # Given flags that others leave without effect.
-IDLE = _TABLE["idle"]
-WITH_FSDP = _TABLE["with_fsdp"]
-WITH_FP8_EXPERTS = _TABLE["with_fp8_experts"]
-WITH_ADAPTERS = _TABLE["with_adapters"]
-IN_BRIDGE = _TABLE["in_bridge"]
-RULES = tuple(rule for rules in _TABLE.values() for rule in rules)
+IDLE: tuple[Rule, ...] = (*_TABLE["idle"],)
+WITH_FSDP: tuple[Rule, ...] = (*_TABLE["with_fsdp"],)
+WITH_FP8_EXPERTS: tuple[Rule, ...] = (*_TABLE["with_fp8_experts"],)
+WITH_ADAPTERS: tuple[Rule, ...] = (*_TABLE["with_adapters"],)
+IN_BRIDGE: tuple[Rule, ...] = (*_TABLE["in_bridge"],)
+RULES: tuple[Rule, ...] = tuple(rule for kind in _TABLES for rule in _TABLE[kind])
 # By two configurations in a loop of one's own; DDP's wrapper is the first to have both.
 REDUCES_BEFORE_WGRAD = next(rule for rule in REFUSALS if rule.when is _reduces_before_wgrad)

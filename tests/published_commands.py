@@ -66,6 +66,10 @@ def proof_of(found: Judgement) -> str:
     return "one row" if found.proof.row else "each feature"
 
 
+# Sizes of some model, without which nothing can be judged; the table's flags have none.
+_SIZES = "--num-layers 48 --hidden-size 4096 --num-attention-heads 32".split()
+
+
 def judged(*words: str) -> Any:
     """Return `check-recipe`'s judgement, in place of printing it; None for a refused input."""
     say, printed = mock.Mock(return_value=0), io.StringIO()
@@ -74,7 +78,7 @@ def judged(*words: str) -> Any:
         contextlib.redirect_stderr(printed),
         mock.patch.object(check_recipe, "say", say),
     ):
-        cli.main(["check-recipe", "--", *words])
+        cli.main(["check-recipe", "--", *_SIZES, *words])
     return say.call_args.args[0] if say.called else None
 
 

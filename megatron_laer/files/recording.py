@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _QUOTED_BYTES = 300
 _COPIED_AT_ONCE_BYTES = 2**20
 _RUN_IN_HEADER = re.compile(rb'"run": ?"([0-9a-f]{16})"')
+_TORN_IN_RUN = re.compile(rb'"run":"[0-9a-f]{0,15}\Z')
 
 
 class RecordingFile:
@@ -106,6 +107,11 @@ class RecordingFile:
     def _check_header(self) -> None:
         header = self._records.line
         begin = self._file.read(len(header))
+        torn = _TORN_IN_RUN.search(begin)
+        if torn and header.startswith(begin[: torn.start()]):
+            # It has no records, and its number cannot be known.
+            self._file.truncate(0)
+            begin = b""
         if not header.startswith(begin):
             raise ValueError(
                 f"{self.path} begins with {_first_line(begin)}, this run would write "

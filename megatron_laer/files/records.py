@@ -48,8 +48,7 @@ logger = logging.getLogger(__name__)
 VERSION = 3
 
 MAX_RANKS = 2**20
-# More steps than any run has.
-MAX_STEP = 2**53
+MAX_STEP = 2**53  # more steps than any run has
 _MAX_LAYERS = 2**16
 
 # Dimension whose length each record gives, and the type of counts.
@@ -218,11 +217,12 @@ class Records:
         kinds: Collection[str] | None = None,
         *,
         must_be_whole: bool = False,
+        must_have_one: bool = False,
     ) -> Iterator[tuple[Frame, dict[str, Any]]]:
         """Yield all records, or those of some kinds, with their values by name.
 
         A last one that is not whole is left out with a warning, or is an error if the file
-        `must_be_whole`. A file without any is its reader's to refuse.
+        `must_be_whole`. A file that `must_have_one`, and has none, is its reader's to refuse.
         """
         end, size = len(self.line), file.seek(0, os.SEEK_END)
         for frame in self.places(file, path):
@@ -232,7 +232,7 @@ class Records:
                 if content is None:
                     raise frame.problem(path, "its checksum does not fit")
                 yield frame, self._values(content, frame, path)
-        if end < size and (end > len(self.line) or must_be_whole):
+        if end < size and not (must_have_one and end == len(self.line)):
             left = f"its last {size - end} bytes are no whole record"
             if must_be_whole:
                 raise ValueError(f"{path} is damaged or cut off; {left}")
@@ -241,8 +241,8 @@ class Records:
     def _frames(self, file: BinaryIO, path: Path) -> Iterator[Frame]:
         """Yield the frames of all records that end within the file."""
         offset, size = len(self.line), file.seek(0, os.SEEK_END)
-        # The first ones of a file set aside are in another.
-        number = None if is_cut_off(path) else 0
+        # The first ones of a file set aside from a later step on are in another.
+        number = None if is_cut_off(path) and ".cut-from-0." not in path.name else 0
         step = 0
         while offset + _FRAME.size <= size:
             file.seek(offset)

@@ -39,13 +39,27 @@ _ON = ("true", "yes", "on")
 _OFF = ("false", "no", "off")
 _NOTHING = ("", "~", "null")
 _YAML_POINT = re.compile(r"\.(?=(inf|nan)$)", re.IGNORECASE)
-# Model sizes that Megatron reads as one number each.
-_SIZES = frozenset(
-    "num-layers mtp-num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups "
-    "kv-channels seq-length max-position-embeddings vocab-size num-experts moe-ffn-hidden-size "
-    "moe-router-topk moe-shared-expert-intermediate-size moe-layer-freq q-lora-rank kv-lora-rank "
-    "qk-head-dim qk-pos-emb-head-dim v-head-dim".split()
-)
+# Maximum width, far above any model's; products of two, in bytes, stay far below 2**63.
+MAX_WIDTH = 2**20
+_MAX_LAYERS = 4096
+# Maxima of a model's sizes, by Megatron's flags, each of which reads one number.
+MOST_OF_MODEL: Mapping[str, int] = {
+    "--num-layers": _MAX_LAYERS,
+    "--mtp-num-layers": _MAX_LAYERS,
+    "--num-experts": MAX_EXPERTS,
+    "--moe-router-topk": MAX_EXPERTS,
+    "--vocab-size": 2**24,
+    "--max-position-embeddings": 2**24,
+    **dict.fromkeys(
+        (
+            *("--hidden-size", "--ffn-hidden-size", "--moe-ffn-hidden-size", "--kv-channels"),
+            *("--num-attention-heads", "--num-query-groups", "--seq-length"),
+            *("--moe-shared-expert-intermediate-size", "--q-lora-rank", "--kv-lora-rank"),
+            *("--qk-head-dim", "--qk-pos-emb-head-dim", "--v-head-dim"),
+        ),
+        MAX_WIDTH,
+    ),
+}
 # A path may be long; a number may not.
 _LONGEST_VALUE = 4096
 
@@ -78,14 +92,13 @@ def _flags(path_or_name: str | Path) -> dict[str, list[str]]:
 def whole_number(
     values: Mapping[str, str],
     flag: str,
-    most: int,
     *,
     least: int = 0,
     default: int | None = None,
     way_out: str = "mend it",
 ) -> int:
     """Return the value of a model's flag; raise ValueError with its range and a remedy."""
-    text = values.get(flag, "" if default is None else str(default))
+    text, most = values.get(flag, "" if default is None else str(default)), MOST_OF_MODEL[flag]
     if not (text.isascii() and text.isdigit() and len(text) < 19 and least <= int(text) <= most):
         name, found = flag.removeprefix("--"), f", but {quoted(text)}" if text else ""
         raise ValueError(f"has no {name} in {least}..{most}{found}; {way_out}")
@@ -122,7 +135,7 @@ def flag_words(key: str, value: object) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if not values:
         raise ValueError(f"{key} is an empty list; give it values or leave it out")
-    if len(values) > 1 and flag.removeprefix("--") in _SIZES:
+    if len(values) > 1 and flag in (*MOST_OF_MODEL, "--moe-layer-freq"):
         raise ValueError(f"{key} is {reprlib.repr(value)}; give one value")
     for item in values:
         if not isinstance(item, str) or item.lower() in (*_ON, *_OFF, *_NOTHING):
@@ -145,10 +158,6 @@ def _is_finite(text: str) -> bool:
         return math.isfinite(float(_YAML_POINT.sub("", text)))
     except ValueError:
         return True
-
-
-# Maximum width, far above any model's; products of two, in bytes, stay far below 2**63.
-MAX_WIDTH = 2**20
 
 
 @dataclass(frozen=True)
@@ -193,16 +202,16 @@ def model_sizes(config: str, way_out: str = "mend it") -> ExpertSizes:
     if "--num-experts" not in values:
         raise ValueError(f"has no num-experts, so all its layers are dense; {way_out}")
 
-    def size(flag: str, most: int) -> int:
-        return whole_number(values, flag, most, least=1, way_out=way_out)
+    def size(flag: str) -> int:
+        return whole_number(values, flag, least=1, way_out=way_out)
 
     own_ffn, top_k = "--moe-ffn-hidden-size", "--moe-router-topk"
     return ExpertSizes(
-        size("--hidden-size", MAX_WIDTH),
-        size(own_ffn if own_ffn in values else "--ffn-hidden-size", MAX_WIDTH),
+        size("--hidden-size"),
+        size(own_ffn if own_ffn in values else "--ffn-hidden-size"),
         any(flag in values for flag in _GATED),
-        size("--num-experts", MAX_EXPERTS),
-        size(top_k, MAX_EXPERTS) if top_k in values else ExpertSizes.top_k,
+        size("--num-experts"),
+        size(top_k) if top_k in values else ExpertSizes.top_k,
         precision_of(values.get("--fp8-format"), values.get("--fp8-recipe")),
     )
 

@@ -32,7 +32,20 @@ INTEGERS = (
     *(" ", " 7 ", "7\n", "+7", "-", "1_0", "1e1", "7.0", "\u0667", "\uff17", "\u00b2"),
     *(str(10**18), str(2**63), "0" * 400 + "x"),
 )
-FRACTIONS = (*_NUMBERS, "-nan", "-inf", "1e999", "1e308", "0x1p3", "1.5.2", "50%", "1h")
+FRACTIONS = (
+    *_NUMBERS,
+    " 7 ",
+    "1_0",
+    "\uff17",
+    "-nan",
+    "-inf",
+    "1e999",
+    "1e308",
+    "0x1p3",
+    "1.5.2",
+    "50%",
+    "1h",
+)
 RANGES = ("0:3", "3-1", f"0-{'9' * 20}", "0-2000000", "a-b", "5")
 OF_TYPES = {
     "between": INTEGERS,
@@ -119,7 +132,6 @@ READ_NAMES = (
 # These accept any content: a text, a command line, a script, which fails as Python does.
 _TAKEN = {
     "prepare-data --input {} --output out/read": {*CONTENTS} - {"empty.txt", "sparse.bin"},
-    "check-recipe {}": {"zeros.bin", "empty.txt", "returns.txt", "page.html"},
     "train {}": {"/proc/self/mem", "/proc/self/pagemap"},
 }
 NO_FOLDERS = tuple(f"{name}/x" for name in _FORGED)

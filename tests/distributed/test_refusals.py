@@ -27,6 +27,7 @@ CASES = {
         "use 4 to 8 (default 5)",
         "--fsep-node-size 3 does not divide the 2 ranks; use one of [1, 2]",
     ),
+    "sizes of homes": (f"{FSEP} --fsep-sharding experts --fsep-capacity 9", "use 5 to 8"),
     "deprecated flag": (f"{FSEP} --enable-cuda-graph", "--enable-cuda-graph", "none"),
     "two settings": (
         f"{FSEP} --fsep-token-exchange node --moe-token-dispatcher-type flex",

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_laer.tools.cli import progress
 from tests.recorded_runs import record_run
+
+
+@pytest.fixture(autouse=True)
+def no_plain_progress(monkeypatch):
+    """Keep a slow machine from adding lines to stderr."""
+    monkeypatch.setattr(progress, "EVERY_S", 1e6)
 
 
 @pytest.fixture

@@ -7,7 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from megatron_laer.choices import Sharding
 from megatron_laer.tools import cli
+from megatron_laer.tools.report.metrics_recording import read_metrics
+from megatron_laer.tools.report.recorded import RunData, recorded_run
+from megatron_laer.tools.report.run_files import find_run
+from megatron_laer.tools.traces import read_trace
 
 
 def report(*words: object) -> int:
@@ -23,6 +28,12 @@ def data_of(page: str) -> dict[str, Any]:
 def written(tmp_path: Path, *words: object) -> str:
     assert report(*words, "--out", tmp_path / "page.html") == 0
     return (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def run_of(folder: Path) -> RunData:
+    files = find_run(folder, None)
+    assert files.trace is not None
+    return recorded_run(files, read_metrics(files.metrics), read_trace(files.trace), Sharding.ROWS)
 
 
 def figure_of(data: dict[str, Any], title: str) -> dict[str, Any]:

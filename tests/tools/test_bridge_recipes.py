@@ -55,7 +55,8 @@ RECIPES = {
     ".relative:fine": (None, 2, "'.relative:fine': .relative cannot be imported"),
     "raising:fine": (None, 2, "raising cannot be imported (no such file); install"),
     "finer": (None, 2, "has none of this name, did you mean fine?"),
-    "os:": (None, 2, "recipe 'os:': os has none of this name"),
+    "os:system": (None, 2, "recipe 'os:system': os is Python's own, and the function would be"),
+    "pytest:": (None, 2, "recipe 'pytest:': pytest has none of this name"),
 }
 
 

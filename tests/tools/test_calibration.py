@@ -23,7 +23,12 @@ from megatron_laer.planner.cluster_files import cluster_text, load_cluster, pars
 from megatron_laer.planner.clusters import Figure, Link, SolveTime
 from megatron_laer.runtime.build import in_model, layer_costs
 from megatron_laer.tools.calibration import quantities
-from megatron_laer.tools.calibration.constants import implausible, measured_cluster, with_card
+from megatron_laer.tools.calibration.constants import (
+    implausible,
+    measured_cluster,
+    off_curve,
+    with_card,
+)
 from megatron_laer.tools.calibration.fitting import (
     figure_of,
     fit_curve,
@@ -159,10 +164,31 @@ def test_implausible_constants_are_named(cluster):
     disturbed = cluster.with_constants({"backward_gemm_factor": 0.2963, "contention.exchange": 6.4})
     assert implausible(disturbed) == [
         "backward_gemm_factor 0.296 (usual are 0.6 to 2.5)",
-        "contention.exchange 6.4 (usual are 0.8 to 4)",
+        "contention.exchange 6.4 (usual are 1 to 4)",
     ]
+    faster = cluster.with_constants({"contention.exchange": 0.8762})
+    assert implausible(faster) == ["contention.exchange 0.876 (usual are 1 to 4)"]
     for file in yaml_file("cluster", "h100-8").parent.glob("*.yaml"):
         assert implausible(load_cluster(file)) == [], file
+
+
+def test_points_off_their_curve_are_named(cluster):
+    assert off_curve(cluster) == []
+    figures = all_figures(CHOSEN)
+    keys = (
+        AllToAll("inter", 3, 2**20),
+        PlannerCall(quantities.SOLVE, 64, 2, 64),
+        Product("loop", "input_grad", 4096),
+    )
+    for tokens in CHOSEN.tokens:
+        even_s = tokens * EXPERT.flops_per_token / 1e12
+        figures[Product("loop", "input_grad", tokens)] = figure(even_s)
+    for key, times in zip(keys, (5, 5, 1 / 3), strict=True):
+        figures[key] = figure(figures[key].median * times)
+    found = off_curve(measured_cluster(figures, CHOSEN, 4, "found", MEASURED))
+    assert len(found) == len(keys)
+    for text, key in zip(found, keys, strict=True):
+        assert text.startswith(str(key).removesuffix(", s"))
 
 
 def test_the_file_holds_all_of_it(cluster):

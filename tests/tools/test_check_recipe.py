@@ -11,6 +11,8 @@ from tests.processes import python
 PROGRAM = """
 import contextlib, io, json, sys
 from megatron_laer.tools import cli
+from megatron_laer.tools.cli import progress
+progress.EVERY_S = 1e6
 def end(words):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -27,9 +29,11 @@ for name, words in advised.items():
             ended[f"{name}, line {place}"] = end(["check-recipe", "--", *flags])
 print(json.dumps(ended))
 """
-BASE = (
+MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4"
+OF_EXPERTS = (
     "--num-experts 8 --expert-model-parallel-size 4 --bf16 --lr 1e-4 --swiglu --disable-bias-linear"
 )
+BASE = f"{MODEL} {OF_EXPERTS}"
 SLOW = (
     "--moe-paged-stash --moe-mlp-glu-interleave-size=32 --use-transformer-engine-op-fuser"
     " --moe-expert-rank-capacity-factor 1.5"
@@ -105,6 +109,20 @@ LINES = {
         f"{BASE} --use-megatron-fsdp --fsep-sharding rows --fsep-node-size 3",
         *REFUSED,
     ),
+    "a file for a folder": (f"{BASE} --fsep-record /etc/passwd trace", *REFUSED),
+    "a cluster that is none": (f"{BASE} --fsep-set cluster=moon", *REFUSED),
+    "ranks of whole groups": (
+        f"--ranks 8 -- {BASE} --tensor-model-parallel-size 2",
+        0,
+        "runs",
+        None,
+    ),
+    "ranks of half a group": (f"--ranks 6 -- {BASE}", *REFUSED),
+    "ranks of half a pipeline": (
+        f"--ranks 12 -- {BASE} --pipeline-model-parallel-size 8",
+        *REFUSED,
+    ),
+    "weights of a checkpoint": (f"{OF_EXPERTS} --use-checkpoint-args", 0, "runs", None),
     "too many slots": (
         "--num-experts 4096 --expert-model-parallel-size 8 --moe-token-dispatcher-type flex",
         *REFUSED,
@@ -114,6 +132,27 @@ ERRORS = {
     "unknown": (f"{BASE} --warp-speed 9", "'--warp-speed 9': neither Megatron nor FSEP"),
     "value": ("--num-experts many", "invalid int value: 'many'"),
     "abbreviated": ("--num-expert 8", "'--num-expert 8'"),
+    "no model": (
+        OF_EXPERTS,
+        "without --num-layers, --hidden-size, --num-attention-heads the flags",
+    ),
+    "a vast batch": (
+        f"{BASE} --global-batch-size 1{'0' * 20}",
+        f"--global-batch-size '1{'0' * 20}' is no integer in 1..16777216",
+    ),
+    "no batch": (
+        f"{BASE} --micro-batch-size 0",
+        "--micro-batch-size '0' is no integer in 1..65536",
+    ),
+    "a vast model": (f"{BASE} --num-layers 4097", "--num-layers '4097' is no integer in 0..4096"),
+    "a vast seed": (f"{BASE} --seed 1{'0' * 20}", f"--seed '1{'0' * 20}' is no integer in -9"),
+    "a list of flags": (f"{BASE} ${{ARGS[@]}}", "'${ARGS[@]}': shell variables are not expanded"),
+    "flags after a value": (f"{BASE} --data-path $A $B", "'$B': shell variables are not expanded"),
+    "flags after a switch": (f"{BASE} --bf16 $B", "'$B': shell variables are not expanded"),
+    "a variable number": (
+        f"{BASE} --num-experts $E",
+        "--num-experts: invalid int value: '$E'; shell variables are not expanded",
+    ),
     "no line": ("--help", "'--help': neither Megatron nor FSEP"),
     "a file instead": (f"{BASE} --yaml-cfg x.yaml", "--yaml-cfg 'x.yaml': Megatron's settings"),
     "a power": (f"{BASE} --moe-layer-freq 9**9**9", "'9**9**9': no pattern of layers"),
@@ -136,6 +175,14 @@ ADVISED = {
     "another model": (f"{TINY} -- --num-experts 16", "--num-experts '16': --model has 8; "),
     "fewer layers": (f"{TINY} -- --num-layers 2", "--num-layers '2': --model has 4; "),
     "a hybrid": (f"{TINY} -- --hybrid-layer-pattern ME*E", "-pattern 'ME*E': --model has None"),
+    "too vast a batch": (
+        f"{TINY} -- --global-batch-size 99999999",
+        "'99999999' is no integer in 1..1677",
+    ),
+    "a group of three": (
+        f"{TINY} -- --expert-model-parallel-size 3",
+        "--expert-model-parallel-size 3: 8 ranks are no multiple of 3",
+    ),
     "more experts of a token": (f"{TINY} -- --moe-router-topk 4", "--moe-router-topk '4': --model"),
     "dropped tokens": (
         f"{TINY} -- --moe-expert-capacity-factor 1.0",
@@ -156,7 +203,10 @@ ADVISED = {
 
 @pytest.fixture(scope="module")
 def ended():
-    words = {name: ["--", *case[0].split()] for name, case in (LINES | ERRORS).items()}
+    words = {
+        name: case[0].split() if " -- " in case[0] else ["--", *case[0].split()]
+        for name, case in (LINES | ERRORS).items()
+    }
     advised = {name: case[0].split() for name, case in ADVISED.items()}
     printed = python("-c", PROGRAM, stdin=json.dumps([words, advised]))
     found: dict[str, tuple[int, str, str]] = json.loads(printed.splitlines()[-1])
@@ -181,6 +231,12 @@ def test_reasons_are_those_of_training(ended):
         "too many slots": ["DeepEP takes at most 128"],
         "kept mxfp8": ["give --reuse-grad-buf-for-mxfp8-param-ag"],
         "custom fp8": ["fp8-experts with --fp8-recipe tensorwise, blockwise or mxfp8, or leave"],
+        "a file for a folder": ["--fsep-record '/etc/passwd': '/etc/passwd' is no folder"],
+        "a cluster that is none": ["cluster='moon': unknown cluster 'moon'"],
+        "ranks of half a group": [
+            "--expert-model-parallel-size 4: 6 ranks are no multiple of 4; give other sizes"
+        ],
+        "ranks of half a pipeline": ["--pipeline-model-parallel-size 8: 12 ranks are no multiple"],
         "our flags": ["--fsep-capacity 0: must be at least 1"],
         "Megatron-FSDP": [
             "--use-megatron-fsdp with --fsep-sharding rows",
@@ -206,7 +262,7 @@ def test_advice_reads_flags_and_gives_flags_that_run(name, ended):
     if status == 2:
         assert says in err and err.count("\n") == 1
         return
-    assert says in out and (status, err) == (0, "")
+    assert says in " ".join(out.split()) and (status, err) == (0, "")
     lines = [found for key, found in ended.items() if key.startswith(f"{name}, line ")]
     assert len(lines) >= 3 and {status for status, _, _ in lines} == {0}
     assert (ALLOWED in out) == (name == "graphs")

@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -15,7 +17,7 @@ from megatron_laer import __version__, environment
 from megatron_laer.device import CPU_FLAGS
 from megatron_laer.releases import TESTED_RANGE
 from megatron_laer.tools import cli
-from megatron_laer.tools.cli import calibrate, main
+from megatron_laer.tools.cli import calibrate, main, progress
 from megatron_laer.tools.cli.program import ended, escape_warnings
 from megatron_laer.tools.model_flags import model_flags
 from scripts.paper import runner
@@ -205,15 +207,43 @@ def test_a_reader_that_goes_away_is_no_error_and_a_full_disk_is_one_line(unbuffe
     assert "No space left on device" in result.stderr and result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"]], ids=["all", "plan"])
-def test_help_has_examples_that_parse(words, capsys):
+@pytest.mark.parametrize("command", [None, *cli._COMMANDS])
+def test_help_has_examples_that_parse(command, capsys):
     with pytest.raises(SystemExit):
-        cli.main(words)
-    lines = capsys.readouterr().out.split("examples:\n")[1].splitlines()
-    commands = [line.split() for line in lines if line.split()[0] == "megatron-laer"]
-    assert len(commands) >= 4
-    for command in commands:
-        assert cli._parse(command[1:])[0].command == command[1]
+        cli.main([*filter(None, [command]), "--help"])
+    examples = capsys.readouterr().out.split("examples:\n")[1].partition("\n\n")[0]
+    found = []
+    for line in examples.replace("\\\n", " ").splitlines():
+        words = re.sub(r"\$\(.*\)", "x", line).split()
+        programs = "megatron-laer", "megatron_laer"
+        start = next(place for place, word in enumerate(words, 1) if word in programs)
+        found.append(cli._parse(words[start:])[0].command)
+    assert found and (command is None or {*found} == {command})
+
+
+def test_a_pipe_gets_a_line_of_progress_now_and_then(monkeypatch, capsys):
+    assert [*progress.bar("planning")(range(4))] == [*range(4)]
+    assert capsys.readouterr().err == ""  # all was done within the time
+    monkeypatch.setattr(progress, "EVERY_S", 0.0)
+    assert [*progress.bar("planning")(range(4))] == [*range(4)]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("planning: 4 of 4, ") and "\r" not in "".join(lines)
+    with progress.working("importing"):
+        while not (said := capsys.readouterr().err):
+            time.sleep(0.01)
+    assert said == "importing, which takes some seconds\n"
+
+
+def test_a_file_is_replaced_if_a_command_wrote_it_or_by_force(tmp_path, capsys):
+    out = tmp_path / "x.json"
+    words = "plan --workload W0 --ranks 2 --config tiny-moe --strategy greedy --every 9 --json"
+    out.write_text("precious")
+    assert main([*words.split(), str(out)]) == 2
+    assert out.read_text() == "precious"
+    assert "x.json' is there already; give another file, or --force" in capsys.readouterr().err
+    for more in (["--force"], []):
+        assert main([*words.split(), str(out), *more]) == 0
+        assert json.loads(out.read_text())["written_by"] == "megatron_laer"
 
 
 def test_a_variable_that_a_library_cannot_use_is_named(monkeypatch, capsys):

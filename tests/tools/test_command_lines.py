@@ -6,6 +6,7 @@ import pytest
 
 from megatron_laer.tools.recipes.command_lines import (
     check_patterns,
+    check_variables,
     flags_in_file,
     script_flags,
     without,
@@ -34,6 +35,28 @@ def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path):
     path.write_text("x" * 2**20)
     with pytest.raises(ValueError, match="has 1,048,576 bytes; at most 262,144"):
         flags_in_file(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "has no flags and cannot be judged; give a command line"),
+        ('{"num-experts": 8}\n', "it looks like JSON; give a command line"),
+        ("num_experts,8\nhidden,64\n", "it looks like CSV; give a command line"),
+        ("{it's\n", "no command line: No closing quotation; it looks like JSON"),
+    ],
+)
+def test_a_file_without_flags_is_named_for_its_kind(text, says, tmp_path):
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        flags_in_file(tmp_path / "x")
+
+
+def test_variables_of_a_shell_may_be_values_alone():
+    check_variables(["--data-path", "$DATA", "--split", "99,1,0", "--price", "5$"])
+    for words in (["$A"], ["--x", "${A[@]}"], ["--x", "1", "`pwd`"], ["--x", "1", "$(pwd)"]):
+        with pytest.raises(ValueError, match="shell variables are not expanded; put `echo` before"):
+            check_variables(words)
 
 
 @pytest.mark.parametrize(

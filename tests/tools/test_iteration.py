@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from types import SimpleNamespace
 from unittest import mock
 
@@ -313,11 +313,9 @@ def pipeline(stages, chunks, microbatches, forward_s=1.0, backward_s=2.0, send_s
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(1, 3), (2, 4), (4, 8), (4, 2), (8, 32)])
 def test_1f1b_has_the_bubble_of_the_formula(stages, microbatches):
-    seconds, orders = pipeline(stages, 1, microbatches)
-    assert seconds == (microbatches + stages - 1) * 3
-    assert [in_flight(of) for of in orders] == [
-        min(microbatches, stages - stage) for stage in range(stages)
-    ]
+    assert pipeline(stages, 1, microbatches)[0] == (microbatches + stages - 1) * 3
+    for stage in range(stages):
+        assert in_flight(stage, stages, 1, microbatches) == min(microbatches, stages - stage)
 
 
 @pytest.mark.parametrize(("stages", "chunks", "microbatches"), [(2, 2, 4), (4, 2, 8), (4, 4, 8)])
@@ -332,14 +330,17 @@ def test_interleaved_chunks_divide_the_bubble(stages, chunks, microbatches):
 @pytest.mark.parametrize(("stages", "chunks", "microbatches"), [(1, 1, 1), (1, 1, 4), (4, 2, 8)])
 def test_passes_that_run_together_are_of_two_microbatches(stages, chunks, microbatches):
     """One forward more warms up, so that one more pass's activations are held."""
-    _, orders = pipeline(stages, chunks, microbatches, by_parts=True)
-    for of, alone in zip(orders, pipeline(stages, chunks, microbatches)[1], strict=True):
+    sizes = stages, chunks, microbatches
+    _, orders = pipeline(*sizes, by_parts=True)
+    assert in_flight(0, 8, 4, 10**18, by_parts=True) == 40  # without a list of them
+    for stage, (of, alone) in enumerate(zip(orders, pipeline(*sizes)[1], strict=True)):
         pairs = [operations for operations in of if len(operations) == 2]
         assert (len(pairs) > 0) == (microbatches > 1)
         assert all(one.microbatch != other.microbatch for one, other in pairs)
         assert sorted(map(str, chain(*of))) == sorted(map(str, chain(*alone)))
-        total = chunks * microbatches
-        assert in_flight(of) == min(in_flight(alone) + 1, total)
+        for each, by_parts in ((alone, False), (of, True)):
+            held = accumulate(1 if one.is_forward else -1 for one in chain(*each))
+            assert in_flight(stage, *sizes, by_parts=by_parts) == max(held)
 
 
 def together_ran(forwards, backwards, **of_clocks):

@@ -12,27 +12,27 @@ import os
 import re
 import shlex
 import sys
+from dataclasses import replace
 
 import markupsafe
 import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from megatron_laer.choices import Sharding
 from megatron_laer.telemetry.metrics import LOGGED_NAMES, RECORDED_OF_STEPS
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.tools import cli
+from megatron_laer.tools.report import page as page_of
 from megatron_laer.tools.report.assessment import assess
 from megatron_laer.tools.report.bins import MAX_BINS, bin_edges, binned
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.plots import rounded
-from megatron_laer.tools.report.recorded import recorded_run
-from megatron_laer.tools.report.run_files import find_run
-from megatron_laer.tools.traces import read_trace
+from megatron_laer.tools.report.what_if import WhatIf
+from megatron_laer.tools.simulator.comparison import PlanRow
 from tests.recorded_runs import COSTS, OWN, RUN, STEPS, record_run
 from tests.records import put_together, rewrite, taken_apart
 from tests.tools import report_pages
-from tests.tools.report_pages import data_of, figure_of, report, values_of, written
+from tests.tools.report_pages import data_of, figure_of, report, run_of, values_of, written
 
 # Without the data, nearly all of the file is plotly.js.
 MAX_BYTES = 1_600_000
@@ -82,9 +82,7 @@ def test_a_run_with_experts_at_home_shows_its_replicas(tmp_path):
 
 
 def test_the_assessment_is_worked_out_as_it_says(folder):
-    files = find_run(folder, None)
-    assert files.trace is not None and files.metrics is not None
-    run = recorded_run(files, read_metrics(files.metrics), read_trace(files.trace), Sharding.ROWS)
+    run = run_of(folder)
     assessment = assess(run)
     lost = stock = 0.0
     for step, layer in np.ndindex(run.imbalance_TL.shape):
@@ -162,7 +160,7 @@ def test_a_run_without_a_trace_has_a_page_that_says_so(tmp_path):
     record_run(tmp_path / "run", steps=3, has_trace=False)
     page = written(tmp_path, tmp_path / "run")
     assert "Tokens of each expert" not in page and data_of(page)["what_if"] == []
-    assert "Without --fsep-record DIR trace" in page
+    assert "There is no &#39;group-0.trace&#39;, which --fsep-record DIR trace writes" in page
 
 
 @pytest.mark.filterwarnings("error")
@@ -302,6 +300,17 @@ def test_commands_of_the_what_if_print_their_rows_again(tmp_path, run, cluster):
         (found,) = [one for one in again if all(one[key] == row[key] for key in keys)]
         for name in ("cases", "mean", "p99", "off_node_share", "replan_share", "layer_ms"):
             assert found[name] == row[name], (row["command"], name)
+
+
+def test_rows_of_the_what_if_with_the_same_shown_numbers_are_one(folder):
+    row = PlanRow("greedy", "forecast", 3, 10, 1.003, 1.005, 0.0, 0.0, 0.0, 208.0671)
+    others = replace(row, capacity=4, layer_ms=208.0674), replace(row, mode="exact", layer_ms=214.7)
+    rows = [WhatIf(of, of.mode, "") for of in (row, *others)]
+    text = page_of.page(run_of(folder), rows)
+    heads = "setting", "ms per layer"
+    shown = [re.findall(f'<td data-head="{head}">(.*?)</td>', text) for head in heads]
+    assert shown == [["C = 3 and 4, forecast", "C = 3, exact"], ["208.1", "214.7"]]
+    assert "in the steps 1 to 4, for" in text
 
 
 def test_a_run_is_predicted_with_the_constants_that_it_recorded(tmp_path, capsys):

@@ -117,8 +117,8 @@ def test_tables_have_the_recorded_numbers(run, drawn):
 def test_what_is_drawn_is_named_for_those_who_do_not_see_it(drawn):
     page = drawn[0]
     for plot in re.findall(r'<div class="plot [^>]*>', page):
-        assert re.search(r'role="img" aria-label="[^"]{20,}"', plot), plot
-    assert page.count("<h1") == 1 and '<html lang="en"' in page
+        assert re.search(r'tabindex="0" role="img" aria-label="[^"]{20,}"', plot), plot
+    assert page.count("<h1>FSEP balance report: ") == 1 and '<html lang="en"' in page
 
 
 def with_script(run: Path, script: str, tmp_path: Path) -> tuple[str, list[str]]:
@@ -145,10 +145,12 @@ def test_no_layer_begins_a_row_of_the_saved_table(run, tmp_path):
 
 _CHOSEN = """
 drawn.then(() => {
-  const choice = document.querySelector("#experts select");
+  const [choice, ...others] = document.querySelectorAll("select");
   choice.value = 1;
   choice.dispatchEvent(new Event("change"));
   setTables(true);
+  const names = new Set(figures.map((figure) => fileOf(figure, ".csv")));
+  document.body.dataset.files = [others.length, ...names].join();
 });
 """
 
@@ -169,14 +171,24 @@ def test_a_zoom_of_one_figure_is_one_of_all_by_steps(run, tmp_path):
     assert re.findall(r'data-shown="([^"]*)"', dom) == ["1,3"]
 
 
-def test_a_layer_is_chosen_for_the_figure_and_its_table(run, tmp_path):
+def test_one_menu_chooses_the_layer_of_all_figures_of_one_and_of_their_tables(run, tmp_path):
     dom, console = with_script(run, _CHOSEN, tmp_path)
     assert console == []
     content = (run.parent / "page.html").read_text(encoding="utf-8")
-    trace = figure_of(data_of(content), "Tokens of each expert")["data"][1]
-    cells = table(dom, "Tokens of each expert, over an even share")
-    assert [line[0] for line in cells[1:]] == trace["y"]
-    assert [float(line[1]) for line in cells[1:]] == [row[0] for row in trace["z"]]
+    titles = (
+        "Tokens of each expert, over an even share",
+        "Slots of each expert in the planned layouts",
+    )
+    for title in titles:
+        trace = figure_of(data_of(content), title)["data"][1]
+        cells = table(dom, title)
+        assert [line[0] for line in cells[1:]] == [*map(str, trace["y"])]
+        assert [float(line[1]) for line in cells[1:]] == [row[0] for row in trace["z"]]
+    assert dom.count('<b class="layer">layer 2</b>') == 2
+    (files,) = re.findall(r'data-files="([^"]*)"', dom)
+    others, *names = files.split(",")
+    assert int(others) == 0 and len(names) == dom.count("<figure")
+    assert "tokens-of-each-expert-over-an-even-share-layer-2.csv" in names
 
 
 def test_hostile_names_stay_text(tmp_path):

@@ -43,12 +43,13 @@ ENOUGH = "--memory-gib", "10000"
 
 def test_the_command_prints_and_writes(tmp_path, path, capsys):
     written = simulated(tmp_path / "x.json", path, *TINY, *ENOUGH, capsys=capsys)
-    sizes = f"C={written['capacity']} {written['sharding']}"
-    expected = f"N=4 G=2 {sizes} adaptive T=2048: 2048 tokens per rank and microbatch, 3 microb"
-    assert any(expected in line for line in written["lines"])
-
-    assert written["advice"] == written["lines"][0]
-    assert written["advice"].startswith(("Use FSEP (", "Take stock EP in groups of "))
+    begin = written["lines"][: next(n for n, x in enumerate(written["lines"]) if "method " in x)]
+    assert max(map(len, begin)) <= 100
+    said, chosen = " ".join(begin), f"EP4 {written['sharding']} C={written['capacity']}, tokens "
+    assert said.startswith(written["advice"]) and written["advice"].count(chosen) == 1
+    assert said.count(chosen) == 2
+    assert ", adaptive; 4 ranks in nodes of 2, 2048 tokens per rank and microbatch, 3 mi" in said
+    assert written["advice"].startswith(("Use FSEP (", "Take stock EP"))
     assert list(written["methods"]) == list(METHODS)
     for method in written["methods"].values():
         seconds = method["iteration_s"]
@@ -77,19 +78,19 @@ FITS = "{path} --model mixtral-8x7b-e8k2 --node-size 2 --tokens 32768 --steps 1 
     [
         (
             f"{FITS} --cluster h100-8",
-            r"(?s)^Nothing fits 78.6 GiB of a rank: the least need is of N=4 .* \d{3} and stock EP "
-            r"in groups of \d \d{3} GiB\. Recompute more, .* with 78.6 GiB each;",
+            r"^Nothing fits 78.6 GiB of a rank: the least need is of EP4 .* \d{3} and stock "
+            r"EP\d \d{3} GiB\. Recompute more, .* with 78.6 GiB each;",
         ),
-        (f"{FITS} --memory-gib 10000", r"C=.* as stock EP in groups of 1; "),
+        (f"{FITS} --memory-gib 10000", r"C=.* as stock EP1; "),
         (
             f"{FITS} --memory-gib 480 --stock-expert-parallel 1",
-            r"^Use FSEP \(N.*\): stock does not fit 480 GiB; .* groups of 1, \d+ GiB\.\n",
+            r"^Use FSEP \(EP4 .*\): stock does not fit 480 GiB; .* of stock EP1, \d+ GiB\. ",
         ),
-        (f"{FITS} --cluster cpu-gloo", r"\ncpu-gloo has no card, so only --memory-gib limits "),
+        (f"{FITS} --cluster cpu-gloo", r" cpu-gloo has no card, so only --memory-gib limits "),
         (
             f"{W0} --restore step --memory-gib 190",
-            r"(?s)^Take stock EP in groups of 8: no setting of FSEP fits 190 GiB; the least need "
-            r"is of N=8 .*, 2\d\d GiB\..*\nN=8 G=8 C=2 experts forecast ",
+            r"^Take stock EP8: no setting of FSEP fits 190 GiB; the least need is of EP8 .*, "
+            r"2\d\d GiB\..* EP8 experts C=2, tokens rank, restore step, forecast; ",
         ),
     ],
     ids=[
@@ -102,7 +103,7 @@ FITS = "{path} --model mixtral-8x7b-e8k2 --node-size 2 --tokens 32768 --steps 1 
 )
 def test_advice_and_omissions_are_explained(tmp_path, path, capsys, words, said):
     found = simulated(tmp_path / "x", *words.format(path=path).split(), capsys=capsys)
-    assert re.search(said, "\n".join(found["lines"]))
+    assert re.search(said, " ".join(found["lines"]))
 
 
 def test_stock_has_the_fastest_group_that_fits_and_all_outputs_name_it(tmp_path, path, capsys):
@@ -125,7 +126,7 @@ def test_stock_has_the_fastest_group_that_fits_and_all_outputs_name_it(tmp_path,
     in_a_node = min((2, 4, 8), key=lambda group: fixed[group]["iteration_s"]["value"])
     chosen, advice = stock()
     assert chosen == fixed[in_a_node]
-    assert f"as fast as stock EP in groups of {in_a_node}" in advice
+    assert f"as fast as stock EP{in_a_node}; " in advice
     for group in fixed:
         limit = fixed[group]["peak_bytes"] / 2**30 + 1e-3
         fits = [of for of in fixed.values() if of["peak_bytes"] <= limit * 2**30]
@@ -190,7 +191,7 @@ def test_a_recorded_run_has_its_own_cluster(tmp_path, capsys):
     words = "--model mixtral-8x7b-e8k2 --method stock --steps 1 --microbatches 1".split()
     for flags, name in (((), OWN.name), (("--cluster", "h100-8"), "h100-8")):
         found = simulated(tmp_path / "x", tmp_path / "run", *words, *flags, capsys=capsys)
-        assert found["cluster"] == name and any(f" on {name}, " in line for line in found["lines"])
+        assert found["cluster"] == name and f" on {name}, " in " ".join(found["lines"])
 
 
 def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, capsys):
@@ -199,7 +200,7 @@ def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, capsys):
     for sharding in ("rows", "experts"):
         flags = f"{words} --node-size 2 --sharding {sharding}".split()
         written = simulated(tmp_path / "x", *flags, *ENOUGH, capsys=capsys)
-        assert f"N=4 G=2 C=3 {sharding} adaptive T=" in written["advice"]
+        assert f"EP4 {sharding} C=3, tokens " in written["advice"]
         found[sharding] = written["methods"]
     rows, home = found.values()
     assert home["stock"] == rows["stock"]

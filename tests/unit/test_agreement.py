@@ -11,6 +11,7 @@ import pytest
 
 from megatron_laer.choices import Sharding
 from megatron_laer.config import FSEPConfig
+from megatron_laer.life import Kind
 from megatron_laer.planner.clusters import Figure, HostTime, Link, SolveTime
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
@@ -57,6 +58,26 @@ def test_every_digit_of_every_constant_is_compared(name: str, value: object, tol
     other = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), replace(COSTS, cluster=cluster), seed=1)
     text = describe_difference([SUMMARY, SUMMARY, other, SUMMARY], [4, 5, 6, 7])
     assert text is not None and told in text and "on ranks 4, 5, 7" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "kinds", "said"),
+    [
+        ({"restore": "step"}, {Kind.STEP}, "--fsep-restore is step on rank 5 and layer on rank 4"),
+        ({"scheduler": "off"}, {Kind.ALONE}, "--fsep-set scheduler is off on rank 5 and on on"),
+        ({"plan_mode": "exact"}, {Kind.FRESH}, "--fsep-plan-mode is exact on rank 5 and not given"),
+        ({}, {Kind.PARTS}, "--overlap-moe-expert-parallel-comm is on on rank 5 and off on rank 4"),
+        ({}, {Kind.DELAYED}, "--delay-wgrad-compute or --overlap-dispatch-backward-with-experts"),
+    ],
+)
+def test_kinds_of_a_run_are_named_by_flags(
+    config: dict[str, Any], kinds: set[Kind], said: str
+) -> None:
+    costs = replace(COSTS, kinds=frozenset(kinds))
+    other = summarise(FSEPConfig(**config), Geometry(4, 8, 3, 2), costs, seed=1)
+    text = describe_difference([SUMMARY, other], [4, 5])
+    assert text is not None and text.startswith(f"the ranks of its FSEP group differ: {said}")
+    assert "Kind" not in text and text.count(" on rank 5") == 1
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ def test_without_the_mode_there_is_no_configuration() -> None:
         ("--fsep-capacity auto", {}),
         ("--fsep-capacity 3 --fsep-set plan_lag=2", {"capacity": 3, "plan_lag": 2}),
         (
-            "--fsep-set plan_lag=2 split=even --fsep-set plan_lag=3",
-            {"split": "even", "plan_lag": 3},
+            "--fsep-set plan_lag=2 split=even --fsep-set gemm=te",
+            {"split": "even", "plan_lag": 2, "gemm": "te"},
         ),
         ("--fsep-set cluster=a=b", {"cluster": "a=b"}),
         ("--fsep-restore step --fsep-restore 1.5", {"restore": 1.5}),
@@ -52,6 +52,68 @@ def test_without_the_mode_there_is_no_configuration() -> None:
 )
 def test_values_of_flags_reach_their_fields(flags: str, wanted: dict[str, Any]) -> None:
     assert config_from_args(parse(*f"{FSEP} {flags}".split())) == FSEPConfig(**wanted)
+
+
+def refusal_of(flags: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the message with which a command line is refused."""
+    words = [*FSEP.split(), *flags.split(" ")]
+    try:
+        check_known(words)
+        config_from_args(parse(*words))
+    except ValueError as error:
+        return str(error)
+    except SystemExit:
+        return capsys.readouterr().err.rpartition("error: ")[2].strip()
+    return "taken"
+
+
+DIGITS = "9" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        # Numbers are quoted as passed, and have ASCII digits alone.
+        ("--fsep-restore -1", "--fsep-restore -1: must be at least 0"),
+        ("--fsep-restore 4097", "--fsep-restore 4097: must be at most 4096"),
+        (f"--fsep-restore {10**20}", f"--fsep-restore {10**20}: must be at most 4096"),
+        ("--fsep-restore inf", "--fsep-restore inf: must be one of layer, step, a finite number"),
+        ("--fsep-set imbalance_tolerance=1e999", "tolerance=1e999: must be a finite number"),
+        ("--fsep-set plan_lag=\uff12", "plan_lag=\uff12: must be an integer"),
+        ("--fsep-set plan_lag=1_000", "plan_lag=1_000: must be an integer"),
+        ("--fsep-set plan_lag=\t2", "plan_lag='\\t2': must be an integer"),
+        ("--fsep-set plan_lag=+2", "plan_lag=+2: must be an integer"),
+        ("--fsep-restore \uff11.5", "--fsep-restore \uff11.5: must be one of"),
+        # No message repeats a long value.
+        (f"--fsep-set plan_lag={DIGITS}", "...9999"),
+        (f"--fsep-set split={DIGITS}", "...9999"),
+        (f"--fsep-restore {DIGITS}", "...9999"),
+        (f"--fsep-capacity {DIGITS[:4000]}", "...9999"),
+        (f"--fsep-record d {DIGITS}", "...9999"),
+        (f"--fsep-{DIGITS} 1", "...9999"),
+        # A setting is given once; one without a name here leads to its name.
+        ("--fsep-set plan_lag=2 plan_lag=3", "'plan_lag=3': plan_lag is given before"),
+        ("--fsep-set plan_lag=2 --fsep-set plan_lag=2", "'plan_lag=2': plan_lag is given before"),
+        ("--fsep-set cluster=", "--fsep-set cluster='': the name is empty; give a name in"),
+        ("--fsep-set help", "'help': write name=value, of split, imbalance_tolerance, plan_lag,"),
+        ("--fsep-set PLAN_LAG=2", "no setting of this list; give --fsep-set plan_lag=VALUE"),
+        ("--fsep-set lag=2", "no setting of this list; did you mean --fsep-set plan_lag=VALUE?"),
+        ("--fsep-restore-memory-gib 1", "no such flag; give --fsep-restore GIB"),
+        ("--fsep-domain-nodes 2", "no such flag; layouts are planned for single nodes, whose"),
+        ("--fsep-overlap", "no such flag; give --fsep-set scheduler=VALUE"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_refusal_quotes_the_words_and_leads_on(
+    flags: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal_of(flags, capsys)
+    assert said in message and message.count("9" * 201) == 0 and len(message) < 600
+
+
+def test_one_number_is_one_setting() -> None:
+    one, same = (config_from_args(parse(*FSEP.split(), "--fsep-restore", n)) for n in ("1", "1.0"))
+    assert one is not None and one == same and str(one.restore) == "1.0"
 
 
 def test_a_preset_sets_what_the_paper_does_and_no_flag_may_contradict_it() -> None:

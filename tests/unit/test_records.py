@@ -266,9 +266,32 @@ def test_a_file_that_ends_anywhere_is_read_to_its_last_whole_record_and_resumed(
         whole = sum(end <= length for end in ends) - 1
         if whole >= 0:
             assert read(path) == expected[:whole]
-            assert ("are left out" in caplog.text) == (whole > 0 and length not in ends)
+            assert ("are left out" in caplog.text) == (length not in ends)
         writer(path, 3, RUN).close()
         assert path.read_bytes() == content[: ends[max(whole, 0)]]
+
+
+def test_a_header_that_ends_within_its_runs_number_is_written_anew(path: Path) -> None:
+    record(path, range(1), seed=1)
+    content = path.read_bytes()
+    number = content.index(RUN.encode())
+    for length in (number, number + 3, number + 15):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="no header"):
+            read(path)
+        record(path, range(4, 5), seed=2, run=OTHER_RUN)
+        assert steps_in(path) == {4: 2} and run_of(path) == OTHER_RUN
+
+
+def test_a_file_set_aside_from_step_0_has_all_its_records(path: Path) -> None:
+    record(path, range(3), seed=1)
+    header, first, *rest = records_of(path)
+    aside = path.with_stem("group-0.cut-from-0.2")
+    aside.write_bytes(header + first + b"".join(rest))
+    assert read(aside) == read(path)
+    aside.write_bytes(header + b"".join(rest))
+    with pytest.raises(ValueError, match=rf"record 1 at byte {len(header)}: it is record 2; oth"):
+        read(aside)
 
 
 def test_a_recording_of_another_shape_is_not_overwritten(path: Path) -> None:

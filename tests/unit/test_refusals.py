@@ -8,16 +8,21 @@ Over 400 lines: tables of flags, and the program that gives them to Megatron.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import logging
+import random
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_laer import rules
 from megatron_laer.choices import TokenExchange, Unproven
 from megatron_laer.config import FSEPConfig
 from megatron_laer.releases import NEXT, NUMBERS
@@ -94,6 +99,15 @@ OWN = {
         "--fsep-sharding rows: it needs whole matrices",
         "but --fsep-planner laer with --fsep-sharding experts: it moves every expert",
     ],
+    # The bounds are those of homes, not of rows.
+    "--fsep-sharding experts --fsep-capacity 9": [
+        "--fsep-capacity 9: each rank has 4 home",
+        "5 to 8",
+    ],
+    # Of two nodes, or with experts at home, gradients and experts take several hops.
+    "--fsep-sharding rows --fsep-node-size 1 --fsep-set grad_wire_dtype=fp32": [],
+    "--fsep-sharding experts --fsep-node-size 2 --fsep-set restore_algorithm=node": [],
+    "--fsep-node-size 2 --fsep-set grad_wire_dtype=fp32": [],
     "--optimizer muon --num-experts 7": ["7 experts cannot be at home on 2 ranks"],
     f"--fsep-token-exchange auto --moe-permute-fusion {FLEX}": [],
     f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn moe": ["--cuda-graph-modules attn moe: "],
@@ -430,6 +444,64 @@ def test_every_field_that_has_a_flag_is_linked_to_it_and_every_flag_to_its_field
             assert row.argument == row.field, f"{row.field} has a flag: name it in the row"
         if row.argument in fields and row.argument not in PROVED:
             assert row.field, f"{row.argument} is a field of TransformerConfig: name it in the row"
+
+
+TABLE = Path(rules.__file__).with_name("rules.toml")
+
+
+@pytest.mark.parametrize(
+    ("good", "damaged", "said"),
+    [
+        ("[[with_fsdp]]", "[[with_fs", "Expected ']]'"),
+        ("[[with_fsdp]]", "[[with_others]]", "with_others must be a known table"),
+        ('accepted = "bf16"', 'acepted = "bf16"', "[[refused]] 5, ['--moe-dispatch-fwd-dtype', "),
+        (
+            'way_out = "use --fsep-sharding rows"',
+            "way_out = 7",
+            "[[own]] 2, --fsep-allow-unproven: ",
+        ),
+        ('when = "one_rank"', 'when = "one_rnak"', "when = 'one_rnak' must be a predicate"),
+        ('left_out = "speed-only"', 'left_out = "spead"', "[[refused]] 11, --moe-expert-rank-"),
+        ('fits = "fp8-experts"', 'fits = "fp8"', "[[refused]] 14, --fp8-param-gather: 'fp8': "),
+        (
+            'flag = "--num-experts"',
+            'fla_ = "--num-experts"',
+            "[[refused]] 1, None: 'fla_' must be a key",
+        ),
+        ('untried = """', 'tired = """', "'untried' is absent"),
+        ('reason = "it moves every expert"', "", "[[own]] 1, --fsep-planner: "),
+    ],
+)
+def test_a_damaged_table_is_refused_with_the_name_of_the_rule(
+    tmp_path: Path, good: str, damaged: str, said: str
+) -> None:
+    path = tmp_path / TABLE.name
+    text = TABLE.read_text(encoding="utf-8")
+    assert good in text
+    path.write_text(text.replace(good, damaged, 1), encoding="utf-8")
+    with pytest.raises(ImportError) as error:
+        rules.read_table(path)
+    assert said in str(error.value) and str(error.value).endswith("install megatron_laer again")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_damage_of_an_installed_table_is_read(tmp_path: Path, seed: int) -> None:
+    """Pip's record has the digests of all files of a package."""
+    content, number = TABLE.read_bytes(), random.Random(seed)
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+    package, record = tmp_path / "package", tmp_path / "package-1.0.dist-info" / "RECORD"
+    package.mkdir()
+    record.parent.mkdir()
+    record.write_text(f"package/rules.toml,sha256={digest},{len(content)}\n")
+    path = package / TABLE.name
+    path.write_bytes(content)
+    assert rules.read_table(path).keys() >= {"refused", "idle", "proved"}
+    for _ in range(5):
+        damaged = bytearray(content)
+        damaged[number.randrange(len(content))] ^= 1 << number.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ImportError, match="it must be the file that was installed; install"):
+            rules.read_table(path)
 
 
 @dataclass

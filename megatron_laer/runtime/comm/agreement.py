@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_laer.config import FSEPConfig, flag_name
+from megatron_laer.config import FIELDS, FSEPConfig, flag_name
+from megatron_laer.life import Kind
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
@@ -29,6 +30,12 @@ from megatron_laer.version import __version__
 _PATHS = ("cluster", "homes", "record_layouts", "record_metrics", "record_trace")
 # Cluster fields that no decision reads: descriptions, spreads and provenance.
 _TEXTS = ("name", "source", "assumed", "back_ends", "spreads", "figures", "measured")
+# Kinds of a run by Megatron's settings; those by FSEP's are compared as flags.
+_KINDS = {
+    Kind.PARTS: "--overlap-moe-expert-parallel-comm",
+    Kind.DELAYED: "--delay-wgrad-compute or --overlap-dispatch-backward-with-experts-wgrad",
+    Kind.SYNCHRONISED: "batch_p2p_sync of a pipeline",
+}
 # Maximum differing values, and ranks per value, in one message.
 _SHOWN = 8
 
@@ -37,13 +44,13 @@ def summarise(
     config: FSEPConfig, geometry: Geometry, costs: CostModel, seed: int
 ) -> dict[str, str]:
     """Return the inputs to a rank's decisions, as texts by name; floats have all their digits."""
-    flags = {
-        flag_name(spec.name): value_text(getattr(config, spec.name))
-        for spec in dataclasses.fields(config)
-        if spec.name not in _PATHS
-    }
+    values = {name: getattr(config, name) for name in FIELDS if name not in _PATHS}
     return {
-        **flags,
+        **{
+            flag_name(name): "not given" if value is None else value_text(value)
+            for name, value in values.items()
+        },
+        **{text: "on" if kind in costs.kinds else "off" for kind, text in _KINDS.items()},
         **dict(_texts(geometry)),
         **dict(_texts(costs)),
         "seed": str(seed),
@@ -121,6 +128,6 @@ def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, str(value)
         return
     for spec in dataclasses.fields(value):
-        if spec.name not in _TEXTS:
+        if spec.name not in (*_TEXTS, "kinds"):
             below = f"{name}.{spec.name}" if name else spec.name
             yield from _texts(getattr(value, spec.name), below)

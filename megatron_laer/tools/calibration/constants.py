@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -58,9 +59,14 @@ _SIDES = ("median", "low", "high")
 # Two processors of one memory slow each other up to three times; a card much less.
 _USUAL = {
     "backward_gemm_factor": (0.6, 2.5),
-    "contention.gemm": (0.8, 4.0),
-    "contention.exchange": (0.8, 4.0),
+    "contention.gemm": (1.0, 4.0),
+    "contention.exchange": (1.0, 4.0),
 }
+# Factor between a point and its curve beyond which the point is named.
+_MOST_OFF = 2.0
+# Names of the figures that links and the planner's time are fitted to, as `quantities` writes them.
+_ALL_TO_ALL = re.compile(r"All-to-All (\w+), peers (\d+), (\d+) bytes, s", re.ASCII)
+_SOLVE = re.compile(rf"{SOLVE}, N (\d+), C (\d+), E (\d+), s", re.ASCII)
 
 Figures = Mapping[Quantity, Figure]
 
@@ -143,6 +149,43 @@ def implausible(cluster: Cluster) -> list[str]:
         for name, value, low, high in found
         if value is not None and not low <= value <= high
     ]
+
+
+def off_curve(cluster: Cluster) -> list[str]:
+    """Return the measured points that are off their curve by more than a factor of 2.
+
+    GEMMs have no formula: such a point is faster than both of its neighbours, or slower.
+    """
+    found = []
+    for name, figure in cluster.figures:
+        fitted_s = _fitted_s(cluster, name)
+        times = None if fitted_s is None else figure.median / fitted_s
+        if times is not None and not 1 / _MOST_OFF <= times <= _MOST_OFF:
+            found.append(f"{name} {figure.median:.3g} ({times:.2g} times the fit's)")
+    for back_end in cluster.back_ends:
+        for product in PRODUCTS:
+            points = getattr(back_end, product).points
+            for (_, before), (tokens, speed), (_, after) in zip(
+                points, points[1:], points[2:], strict=False
+            ):
+                low, high = sorted((before, after))
+                if not low / _MOST_OFF <= speed <= high * _MOST_OFF:
+                    point = str(Product(back_end.name, product, tokens)).removesuffix(", s")
+                    found.append(
+                        f"{point} {speed:.3g} FLOP/s (points next to it have {before:.3g} and "
+                        f"{after:.3g})"
+                    )
+    return found
+
+
+def _fitted_s(cluster: Cluster, name: str) -> float | None:
+    """Return the seconds of a figure by its fit; None for a figure without one."""
+    if match := _ALL_TO_ALL.fullmatch(name):
+        link: Link = getattr(cluster, match[1])
+        return link.latency_s + int(match[2]) * link.peer_s + int(match[3]) / link.bytes_per_s
+    if match := _SOLVE.fullmatch(name):
+        return cluster.solve.seconds(*map(int, match.groups()))
+    return None
 
 
 def _chosen[K: Quantity](

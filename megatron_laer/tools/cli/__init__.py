@@ -12,7 +12,8 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ _COMMANDS = {
     "check-recipe": "say whether settings run with FSEP, before a run",
     "doctor": "print what this machine has, and what is missing",
 }
+
+# Share of letters that a mistyped flag has in common with the meant one: --topk is not --tokens.
+_LEAST_ALIKE = 0.75
 
 # Commands that take flags after `--`.
 _TAKE_FLAGS = ("train", "check-recipe", "advise")
@@ -119,13 +123,18 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args, unknown = parser.parse_known_args(own)
     parser.prog = f"{parser.prog} {args.command}"
     if unknown:
-        hint = "; Megatron's follow --" if args.command in _TAKE_FLAGS else ""
-        meant = did_you_mean(unknown[0].partition("=")[0], of_command._option_string_actions)
-        parser.error(f"unrecognized arguments: {shlex.join(unknown)}{meant}{hint}")
+        hint = " (Megatron's follow --)" if args.command in _TAKE_FLAGS else ""
+        meant = _meant(unknown[0].partition("=")[0], of_command._option_string_actions)
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}{hint}{meant}")
     if script_args and args.command not in _TAKE_FLAGS:
         parser.error(f"nothing follows -- here, got {shlex.join(script_args)}")
     args.flags = script_args
     return args, script_args
+
+
+def _meant(given: str, flags: Iterable[str]) -> str:
+    """Return a question for the flag that was meant, of which most letters are the same."""
+    return did_you_mean(given, get_close_matches(given[:100], list(flags), 1, _LEAST_ALIKE))
 
 
 def _parsers(command: str) -> tuple[Parser, Parser]:

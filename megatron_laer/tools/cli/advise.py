@@ -13,9 +13,17 @@ from megatron_laer.files.checks import one_line
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.rules import sharding_for
 from megatron_laer.tools.cli import prediction_input, run_flags
-from megatron_laer.tools.cli.argument_types import MOST_RANKS, between, describe, option, shared
+from megatron_laer.tools.cli.argument_types import (
+    MOST_RANKS,
+    add_force,
+    between,
+    option,
+    shared,
+)
 from megatron_laer.tools.cli.megatron_flags import parsed
-from megatron_laer.tools.cli.outputs import bar, write_json
+from megatron_laer.tools.cli.outputs import write_json
+from megatron_laer.tools.cli.program import describe
+from megatron_laer.tools.cli.progress import bar
 from megatron_laer.tools.recipes.command_lines import script_flags
 from megatron_laer.tools.simulator.advisor import output
 from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run
@@ -49,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--gpus N", "of the whole run", between(2, MOST_RANKS), required=True)
     shared(parser, "--memory-gib X", "the card's less 1")
     shared(parser, "--json FILE")
+    add_force(parser)
     parser.set_defaults(ranks=None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import textwrap
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,9 @@ from megatron_laer.planner.layout import MAX_EXPERTS
 # More ranks than any machine has that trains one model.
 MOST_RANKS = 2**16
 MAX_TOKENS = 2**24
+
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 def between(low: int, high: int) -> Callable[[str], int]:
@@ -34,10 +37,8 @@ def between(low: int, high: int) -> Callable[[str], int]:
 def number(low: float, high: float) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+        # Not float() alone, for the same reasons.
+        value = float(text) if _NUMBER.fullmatch(text) else math.nan
         if not low <= value <= high:  # written so that NaN fails
             raise argparse.ArgumentTypeError(f"{quoted(text)} is no number in {low:g}..{high:g}")
         return value
@@ -71,9 +72,8 @@ def shared(parser: argparse._ActionsContainer, flag: str, default: str = "", **m
     option(parser, flag, f"{text}; default: {default}" if default else text, kind, **more)
 
 
-def describe(parser: argparse.ArgumentParser, text: str, examples: str) -> None:
-    parser.description, parser.epilog = textwrap.fill(text, 79), examples
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def add_force(parser: argparse.ArgumentParser, replaced: str = "a file of other origin") -> None:
+    parser.add_argument("--force", action="store_true", help=f"replace {replaced}")
 
 
 def named[T](flag: str, given: str, load: Callable[[str], T]) -> T:

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from megatron_laer.files.checks import (
     one_line,
     quoted,
@@ -25,16 +23,19 @@ from megatron_laer.files.writing import write_file
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.runtime.comm import launcher
-from megatron_laer.tools.calibration.constants import implausible
+from megatron_laer.tools.calibration.constants import implausible, off_curve
 from megatron_laer.tools.calibration.settings import START
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
+    add_force,
     between,
-    describe,
     named,
     option,
     path,
 )
+from megatron_laer.tools.cli.outputs import refuse_replacing
+from megatron_laer.tools.cli.program import describe
+from megatron_laer.tools.cli.progress import bar
 from megatron_laer.tools.model_flags import ExpertSizes, model_sizes
 from megatron_laer.tools.simulator.output import not_given
 
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _EXAMPLES,
     )
     parser.add_argument("output", metavar="FILE", type=path, help="the cluster file, a .yaml")
-    parser.add_argument("--force", action="store_true", help="replace the file if it is there")
+    add_force(parser, "the file if it is there")
     parser.add_argument("--quick", action="store_true", help="fewer points, and seconds in all")
     text = "ranks per node; default: what the launcher says"
     option(parser, "--node-size G", text, between(1, MOST_RANKS))
@@ -84,9 +85,12 @@ def run(args: argparse.Namespace) -> int:
         expert = calibration.together(control, lambda: _checked(args, writes=rank == 0))
 
         def progress(jobs: Sequence[Job]) -> Iterable[Job]:
-            with tqdm(jobs, desc="calibrate", disable=True if rank else None) as bar:
-                for job in bar:
-                    bar.set_postfix_str(str(job.quantity))
+            if rank:
+                yield from jobs
+                return
+            with bar("calibrate")(jobs) as shown:
+                for job in shown:
+                    shown.set_postfix_str(str(job.quantity))
                     yield job
 
         settings, device = calibration.agree_on_settings(
@@ -111,11 +115,8 @@ def _checked(args: argparse.Namespace, *, writes: bool) -> ExpertSizes | None:
         refuse_unwritable(args.output, "FILE")
         if args.config is not None:
             refuse_overwriting(args.output, [yaml_file("model", args.config)], "FILE")
-        if args.output.exists() and not args.force:
-            raise ValueError(
-                f"{quoted(args.output)} is there already; give another file, or --force to "
-                "replace it"
-            )
+        # Its own files too, whose figures no other run gives.
+        refuse_replacing(args.output, "FILE", force=args.force, may_replace=lambda _: False)
     return expert
 
 
@@ -133,6 +134,10 @@ def _write(cluster: Cluster | None, output: Path) -> None:
     )
     if lacking := not_given(cluster):
         print(one_line(lacking))
-    if found := implausible(cluster):
-        way_out = "measure again, without other work on the machine"
-        print(f"calibrate: implausible: {', '.join(found)}; {way_out}", file=sys.stderr)
+    way_out = "measure again, without other work on the machine"
+    for problem, found in (
+        ("implausible", implausible(cluster)),
+        ("points off their curve", off_curve(cluster)),
+    ):
+        if found:
+            print(f"calibrate: {problem}: {'; '.join(found)}: {way_out}", file=sys.stderr)

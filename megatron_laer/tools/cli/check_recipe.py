@@ -12,7 +12,13 @@ from dataclasses import replace
 
 from megatron_laer.files.checks import one_line
 from megatron_laer.tools.cli.argument_types import MOST_RANKS, between, option, path
-from megatron_laer.tools.cli.megatron_flags import parsed, replace_cuda_where_needed, say_wait
+from megatron_laer.tools.cli.megatron_flags import (
+    parsed,
+    ranks_problem,
+    replace_cuda_where_needed,
+)
+from megatron_laer.tools.cli.program import describe
+from megatron_laer.tools.cli.progress import working
 from megatron_laer.tools.recipes.command_lines import flags_in_file, script_flags, without
 from megatron_laer.tools.recipes.containers import judge_container, load_recipe
 from megatron_laer.tools.recipes.verdict import Judgement, Verdict, judge
@@ -38,6 +44,12 @@ _LOST = {
 }
 
 _EPILOG = """\
+examples:
+  %(prog)s --ranks 64 -- $(python -m megatron_laer flags qwen3-30b-a3b) \\
+      --expert-model-parallel-size 8
+  %(prog)s flags.txt
+  %(prog)s --bridge-recipe qwen3_30b_a3b_pretrain_config
+
 exit status: 0 runs, 3 runs without the speed-only flags that are named, 4 runs in bf16 and without
 the flags that are named, 5 uses no expert parallelism, 1 refused, 2 cannot be judged
 """
@@ -45,14 +57,15 @@ the flags that are named, 5 uses no expert parallelism, 1 refused, 2 cannot be j
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [FILE] [--bridge-recipe NAME] [[--ranks N] -- FLAGS]"
-    parser.description = (
+    describe(
+        parser,
         "Judges Megatron's flags, or a recipe of Megatron-Bridge, by the table that training "
-        "refuses settings by."
+        "refuses settings by.",
+        _EPILOG,
     )
-    parser.epilog = _EPILOG
     text = "YAML with flags (.yaml, .yml), else a command line"
     parser.add_argument("file", nargs="?", type=path, metavar="FILE", help=text)
-    text = "a function of megatron.bridge.recipes, or MODULE:FUNCTION, where that is installed"
+    text = "a function of megatron.bridge.recipes, or MODULE:FUNCTION of your own, which is called"
     option(parser, "--bridge-recipe NAME", text)
     text = "ranks that the flags are for; default: --expert-model-parallel-size"
     option(parser, "--ranks N", text, between(1, MOST_RANKS))
@@ -76,9 +89,12 @@ def _judge_function(name: str) -> Judgement:
 
     Output of its imports goes to stderr only on success: it would bury the one line of an error.
     """
-    say_wait("Megatron-Bridge")
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    with (
+        working("importing Megatron-Bridge"),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+    ):
         replace_cuda_where_needed()
         judgement = judge_container(*load_recipe(name))
     sys.stderr.write(said.getvalue())
@@ -91,16 +107,21 @@ def _judge_flags(words: list[str], ranks: int | None = None) -> int:
     from megatron_laer.support import arguments
 
     settings = parsed(words, ranks)
+    from megatron_laer.plugin.switch import _check_files  # imports Megatron, for which CUDA is set
+
     try:
         config = config_from_args(settings)
         assert config is not None, "the mode is set"
         check_planner(config.planner)
+        _check_files(config)
         config, _ = arguments.with_needed_sharding(settings, config)
     except ValueError as error:
         allowed = settings.fsep_allow_unproven or ()
         return say(judge(settings, allowed, also_refused=[str(error)]))
     settings.fsep_sharding = config.sharding
     own = arguments.own_problems(settings, config)
+    if ranks is not None and (problem := ranks_problem(settings, ranks)):
+        own.append(problem)
     judgement = judge(settings, config.allow_unproven, also_refused=own)
     # A recipe of fp8 has no effect without it.
     idle = ["--fp8-recipe"] if "--fp8-format" in judgement.drop else []
@@ -108,6 +129,7 @@ def _judge_flags(words: list[str], ranks: int | None = None) -> int:
     if judgement.verdict is Verdict.PRECISION and not {"--bf16", "--fp16"} & set(kept):
         kept.append("--bf16")
     if judgement.runs:
+        _check_complete(settings)
         try:  # once more, with the words of `allow`
             words_given = (*config.allow_unproven, *judgement.allow)
             config = replace(config, allow_unproven=words_given)
@@ -121,6 +143,23 @@ def _judge_flags(words: list[str], ranks: int | None = None) -> int:
         allowing = ["--fsep-allow-unproven", *config.allow_unproven] if judgement.allow else []
         _print(shlex.join([*kept, *allowing]))
     return status
+
+
+def _check_complete(settings: Namespace) -> None:
+    """Refuse flags that Megatron makes no model of, and that nothing else is wrong with."""
+    if settings.use_checkpoint_args:
+        return
+    given = {
+        "--num-layers": settings.num_layers
+        or settings.encoder_num_layers
+        or settings.hybrid_layer_pattern,
+        "--hidden-size": settings.hidden_size,
+        "--num-attention-heads": settings.num_attention_heads,
+    }
+    if lacking := [flag for flag, value in given.items() if not value]:
+        raise ValueError(
+            f"without {', '.join(lacking)} the flags have no model and cannot be judged; add them"
+        )
 
 
 def say(judgement: Judgement) -> int:

@@ -11,16 +11,26 @@ import sys
 
 from megatron_laer.environment import CONNECTIONS
 from megatron_laer.files.checks import one_line
+from megatron_laer.tools.cli.program import describe
 from megatron_laer.tools.doctor import examine
 
 # Width of the longest name. A long path or reason must not push all results out of sight.
 _NAME_WIDTH, _FOUND_WIDTH = len(CONNECTIONS), 48
 
 
+_EXAMPLES = """\
+examples:
+  %(prog)s
+  srun --ntasks-per-node 1 %(prog)s
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
+    describe(
+        parser,
         "The facts for a bug report: versions, devices, the native core and the launcher as seen "
-        "from here. Status 1 if something that training needs is missing."
+        "from here. Status 1 if something that training needs is missing.",
+        _EXAMPLES,
     )
 
 

@@ -15,8 +15,8 @@ from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.tools.cli import plan_homes, prediction_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
+    add_force,
     between,
-    describe,
     named,
     number,
     option,
@@ -24,8 +24,10 @@ from megatron_laer.tools.cli.argument_types import (
     shared,
     yaml_inputs,
 )
-from megatron_laer.tools.cli.outputs import bar, check_outputs, write_json
+from megatron_laer.tools.cli.outputs import check_outputs, write_json
 from megatron_laer.tools.cli.prediction_input import DEFAULT_CLUSTER, prediction_settings
+from megatron_laer.tools.cli.program import describe
+from megatron_laer.tools.cli.progress import bar
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.run_files import metrics_beside
 from megatron_laer.tools.simulator.comparison import (
@@ -37,7 +39,7 @@ from megatron_laer.tools.simulator.comparison import (
     simulate,
 )
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
-from megatron_laer.tools.simulator.output import table
+from megatron_laer.tools.simulator.output import filled, table
 from megatron_laer.tools.simulator.replay import check_memory
 from megatron_laer.tools.simulator.run_settings import RunSettings
 from megatron_laer.tools.traces import read_trace
@@ -106,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--every K", text, between(1, _MAX_STRIDE))
     plan_homes.add_arguments(parser)
     shared(parser, "--json FILE")
+    add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -181,9 +184,9 @@ def _text(
     recorded_in = "" if metrics is None else f"; what no flag gives is from {metrics}"
     planned_for = f"planned for {about['ranks']} ranks in nodes of {about['node_size']}"
     lines = [
-        f"{_shortest(rows)}\n",
-        one_line(f"{about['trace']}: {counts}, {about['recorded_ranks']} ranks"),
-        one_line(f"{planned_for}: {settings.words()}{recorded_in}") + "\n",
+        f"{filled(_shortest(rows))}\n",
+        filled(one_line(f"{about['trace']}: {counts}, {about['recorded_ranks']} ranks")),
+        filled(one_line(f"{planned_for}: {settings.words()}{recorded_in}")) + "\n",
         table(_COLUMNS, rows, _WORDS),
         f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts of the counts of "
         "earlier steps.",
@@ -219,7 +222,7 @@ def _check(args: argparse.Namespace, metrics: Path | None) -> None:
         raise ValueError(f"--workload {args.workload} has no experts of its own; give --config")
     inputs = yaml_inputs(cluster=("cluster", args.cluster), config=("model", args.config))
     outputs = {"--homes": args.homes, "--json": args.json}
-    check_outputs(outputs, [*inputs, metrics], args.trace)
+    check_outputs(outputs, [*inputs, metrics], args.trace, force=args.force)
 
 
 def _shortest(rows: Sequence[PlanRow]) -> str:

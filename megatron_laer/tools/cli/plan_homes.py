@@ -12,8 +12,9 @@ from megatron_laer.files.checks import one_line, quoted
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.homes_file import read_homes, write_homes
 from megatron_laer.tools.cli.argument_types import option, path
-from megatron_laer.tools.cli.outputs import bar, write_json
+from megatron_laer.tools.cli.outputs import write_json
 from megatron_laer.tools.cli.prediction_input import refuse
+from megatron_laer.tools.cli.progress import bar
 from megatron_laer.tools.simulator.homes import LayerHomes, homes_by_pairs
 from megatron_laer.tools.simulator.output import table
 from megatron_laer.tools.traces.records import Trace

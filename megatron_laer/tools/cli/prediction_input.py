@@ -30,7 +30,8 @@ from megatron_laer.tools.cli.argument_types import (
     shared,
     yaml_inputs,
 )
-from megatron_laer.tools.cli.outputs import bar, check_outputs
+from megatron_laer.tools.cli.outputs import check_outputs
+from megatron_laer.tools.cli.progress import bar
 from megatron_laer.tools.model_flags import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
 from megatron_laer.tools.report.metrics_recording import MetricsRecording, read_metrics
 from megatron_laer.tools.report.run_files import metrics_beside
@@ -110,7 +111,7 @@ def read_inputs(args: argparse.Namespace, purpose: str) -> tuple[Cluster, ModelS
     """
     check_routing(args, purpose)
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
-    check_outputs({"--json": args.json}, inputs, args.trace)
+    check_outputs({"--json": args.json}, inputs, args.trace, force=args.force)
     beside = None
     if args.cluster is None and args.trace is not None:
         beside = metrics_beside(args.trace)

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,9 @@ class Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            words = map(str, action.choices or ())
+            words = [*map(str, action.choices or ())]
+            if not action.option_strings:  # `help` for a command
+                words += self._option_string_actions
             error.message += did_you_mean(str(value), words)
             raise
 
@@ -46,6 +49,11 @@ class RaisingParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+def describe(parser: argparse.ArgumentParser, text: str, examples: str) -> None:
+    parser.description, parser.epilog = textwrap.fill(text, 79), examples
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def ended(name: str, run: Callable[[], int]) -> int:

@@ -9,15 +9,17 @@ from megatron_laer.files.checks import one_line, refuse_overwriting, refuse_unwr
 from megatron_laer.files.writing import write_output
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
+    add_force,
     between,
-    describe,
     option,
     path,
     shared,
     yaml_inputs,
 )
-from megatron_laer.tools.cli.outputs import bar
+from megatron_laer.tools.cli.outputs import MARK, refuse_replacing
 from megatron_laer.tools.cli.prediction_input import prediction_settings
+from megatron_laer.tools.cli.program import describe
+from megatron_laer.tools.cli.progress import bar
 from megatron_laer.tools.report.assessment import assess
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.recorded import recorded_run
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "microbatches that other capacities and modes are tried on, at most; default:"
     option(parser, "--cases K", f"{text} %(default)s", between(0, _MAX_CASES), default=120)
     shared(parser, "--cluster NAME|YAML", "the run's")
+    add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     files = find_run(args.run, args.group)
     refuse_overwriting(args.out, files.all_files(), "--out")
     refuse_as_source(args.out, args.run, "--out")
+    refuse_replacing(args.out, "--out", force=args.force)
 
     recording = read_metrics(files.metrics)
     settings = prediction_settings(vars(args) | {"config": None}, recording, files.metrics)
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         of_run = str(files.trace), trace, shown.geometry, settings
         rows = what_if(*of_run, args.cases, cluster, progress)
     # File names that are not UTF-8 get escapes, as on the terminal.
-    content = page(shown, rows, settings.words()).encode(errors="backslashreplace")
+    content = (page(shown, rows, settings.words()) + MARK).encode(errors="backslashreplace")
     write_output(args.out, content, "--out")
     print(one_line(f"{shown.name}: {assess(shown).sentence()}"))
     print(one_line(f"{args.out}: {len(content):,} bytes"))

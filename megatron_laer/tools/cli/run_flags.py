@@ -11,7 +11,7 @@ from megatron_laer.config import setting
 from megatron_laer.files.checks import quoted
 from megatron_laer.fsep_flags import config_from_args, given_flags
 from megatron_laer.support import arguments
-from megatron_laer.tools.cli.megatron_flags import parsed
+from megatron_laer.tools.cli.megatron_flags import parsed, ranks_problem
 from megatron_laer.tools.model_flags import model_flags, precision_of
 from megatron_laer.tools.recipes.verdict import judge
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
@@ -23,7 +23,7 @@ _OF_MODEL = (
     "num_experts moe_ffn_hidden_size moe_router_topk moe_layer_freq mtp_num_layers vocab_size "
     "moe_shared_expert_intermediate_size multi_latent_attention swiglu hybrid_layer_pattern"
 ).split()
-# Sizes of the run, which are at least 1, with Megatron's defaults.
+# Sizes of the run, with Megatron's defaults.
 _OF_RUN = {
     "pipeline_model_parallel_size": 1,
     "tensor_model_parallel_size": 1,
@@ -79,6 +79,8 @@ def run_shape(
             f"--gpus {gpus}: is no multiple of {stages} pipeline stages times {tensor} "
             "tensor-parallel ranks; give one"
         )
+    if problem := ranks_problem(settings, gpus):
+        raise ValueError(problem)
     micro = settings.micro_batch_size or 1
     if settings.micro_batch_size is not None or settings.seq_length is not None:
         sequence = settings.seq_length or model.sequence
@@ -167,9 +169,6 @@ def allowed(model: str, words: Sequence[str], ranks: int) -> tuple[Unproven, ...
 
 
 def _check(settings: Namespace) -> None:
-    for name in _OF_RUN:
-        if (value := getattr(settings, name)) is not None and value < 1:
-            raise ValueError(f"{_flag(name)} {value}: must be at least 1")
     for name, value in given_flags(settings).items():
         if name not in _NOT_CHOSEN:
             raise ValueError(

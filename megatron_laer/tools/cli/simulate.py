@@ -17,14 +17,16 @@ from megatron_laer.planner.sharding_choice import Candidate, choose_geometry
 from megatron_laer.tools.cli import prediction_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
+    add_force,
     between,
-    describe,
     option,
     refuse_repeated,
     shared,
 )
-from megatron_laer.tools.cli.outputs import bar, write_json
+from megatron_laer.tools.cli.outputs import write_json
 from megatron_laer.tools.cli.prediction_input import ROWS_IN_FP8
+from megatron_laer.tools.cli.program import describe
+from megatron_laer.tools.cli.progress import bar
 from megatron_laer.tools.simulator import output
 from megatron_laer.tools.simulator.iteration.methods import METHODS, STOCK, MethodSettings
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
@@ -97,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--steps S", text, between(1, _MAX_STEPS), default=3)
     shared(parser, "--memory-gib X", "the card's less 1")
     shared(parser, "--json FILE")
+    add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -132,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
     chosen = _chosen(args, model, rates[0], config, asked, routing)
     geometry, recorded = chosen.geometry, int(trace.microbatch_R.max()) + 1
     shape = _run_shape(args, model, geometry, routing.tokens(model.topk), recorded)
-    sizes = f"N={num_ranks} G={geometry.node_size} C={geometry.capacity}"
-    label = f"{sizes} {geometry.sharding} {config.mode} T={shape.tokens}"
+    dispatch = chosen.costs.tokens.dispatch
+    label = output.setting_label(geometry, dispatch, config.restore, combined=args.overlap)
     most_bytes = None if most_gib is None else most_gib * 2**30
 
     predict = partial(predict_iterations, routing, model, shape, steps=args.steps)
@@ -152,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
         else METHODS[name](settings, rates[0])
         for name in args.method
     ]
-    progress = bar(label, total=args.steps, unit="step", leave=False)
+    progress = bar("simulating", total=args.steps, unit="step", leave=False)
     found = predict(methods, rates, progress=progress)
     predicted = {prediction.method: prediction for prediction in found}
 
@@ -174,13 +177,16 @@ def run(args: argparse.Namespace) -> int:
     }
     write_json(args.json, about)
     limit = "" if most_gib is None else f" with {most_gib:g} GiB each"
+    title = (
+        f"{args.model} on {cluster.name}, {source}: {label}, {config.mode}; {num_ranks} ranks in "
+        f"nodes of {geometry.node_size}, {shape.tokens} tokens per rank and microbatch, "
+        f"{shape.microbatches} microbatches; pipeline {shape.stages} x {shape.chunks}, "
+        f"{shape.world} ranks in all{limit}; recompute {shape.recompute}"
+    )
     parts = [
-        sentence,
-        *filter(None, [one_line(output.not_given(cluster))]),
-        one_line(f"{args.model} on {cluster.name}, {source}")
-        + f"\n{label}: {shape.tokens} tokens per rank and microbatch, {shape.microbatches} "
-        f"microbatches; pipeline {shape.stages} x {shape.chunks}, {shape.world} ranks in all"
-        f"{limit}; recompute {shape.recompute}",
+        output.filled(sentence),
+        *filter(None, [output.filled(one_line(output.not_given(cluster)))]),
+        output.filled(one_line(title)),
         output.methods_text(predicted),
         output.parts_text(predicted),
         output.LEGEND,

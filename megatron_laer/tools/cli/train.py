@@ -8,13 +8,22 @@ import sys
 from pathlib import Path
 
 from megatron_laer import launch
+from megatron_laer.tools.cli.program import describe
+
+_EXAMPLES = """\
+examples:
+  torchrun --nproc-per-node 8 -m megatron_laer train Megatron-LM/pretrain_gpt.py -- FLAGS \\
+      --expert-parallel-mode fsep --expert-model-parallel-size 8
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s SCRIPT -- ARGS"
-    parser.description = (
+    describe(
+        parser,
         "Runs a script such as Megatron-LM's pretrain_gpt.py, under torchrun, with "
-        "--expert-parallel-mode and the --fsep flags added to Megatron's own."
+        "--expert-parallel-mode and the --fsep flags added to Megatron's own.",
+        _EXAMPLES,
     )
     parser.add_argument("script", metavar="SCRIPT", help="the script; its arguments follow --")
 

@@ -37,6 +37,10 @@ from megatron_laer.tools.data.tokenizers import (
 _CACHE = "cache"
 
 
+# First bytes of Megatron's index of a dataset.
+_HEADER = b"MMIDIDX\x00\x00"
+
+
 @dataclass(frozen=True)
 class PreparedData:
     """Result of `prepare_data`.
@@ -105,7 +109,7 @@ def _checked_prefix(output_prefix: str | os.PathLike[str], files: Sequence[Path]
             "directory, such as 'data/train'; both endings are added"
         )
     refuse_unusable_folder(prefix.parent, "--output")
-    for target in _targets(prefix):
+    for target in targets_of(prefix):
         if prefix.parent.is_dir():
             refuse_unwritable(target, "--output")
         refuse_overwriting(target, files, "--output")
@@ -163,7 +167,7 @@ def _new_dataset(prefix: Path, vocab_size: int) -> Iterator[_Dataset]:
     replacements: list[Replacement] = []
     with ExitStack() as stack:
         try:
-            for target in _targets(prefix):
+            for target in targets_of(prefix):
                 replacements.append(Replacement(target))
                 stack.callback(replacements[-1].discard)
         except InUseError as error:
@@ -184,8 +188,14 @@ def _new_dataset(prefix: Path, vocab_size: int) -> Iterator[_Dataset]:
             raise OSError(error.errno, error.strerror, str(prefix)) from error
 
 
-def _targets(prefix: Path) -> tuple[Path, Path]:
-    return prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx")
+def targets_of(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
+    return Path(f"{Path(prefix)}.bin"), Path(f"{Path(prefix)}.idx")
+
+
+def is_dataset(prefix: str | os.PathLike[str]) -> bool:
+    """Return True if a dataset of Megatron is at a prefix, by the header of its index."""
+    with open_input(targets_of(prefix)[1]) as file:
+        return file.read(len(_HEADER)) == _HEADER
 
 
 def _put_in_place(new_bin: Replacement, new_idx: Replacement, prefix: Path) -> None:
@@ -194,7 +204,7 @@ def _put_in_place(new_bin: Replacement, new_idx: Replacement, prefix: Path) -> N
         os.fsync(new.file.fileno())
     # Megatron opens a dataset by its index. A missing index is reported, whereas an index of other
     # data is read without an error. So the old index is removed first and the new one comes last.
-    _, idx_path = _targets(prefix)
+    _, idx_path = targets_of(prefix)
     idx_path.unlink(missing_ok=True)
     # Megatron finds its own indices by the prefix, and they do not fit the new data.
     shutil.rmtree(prefix / _CACHE, ignore_errors=True)

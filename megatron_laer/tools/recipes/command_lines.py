@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_laer.files.checks import quoted, read_text
@@ -16,6 +17,13 @@ from megatron_laer.tools.model_flags import flag_words
 _PATTERN = re.compile(r"[,\d\[\]()+*]*\*[,\d\[\]()+*]*", re.ASCII)
 _DIGITS = re.compile(r"[0-9]+")
 _MOST_LAYERS = 10**7
+NOT_EXPANDED = (
+    "shell variables are not expanded; put `echo` before the command, and give the line that it "
+    "prints"
+)
+# A variable of a shell, or the output of a command; all words of a list.
+_VARIABLE = re.compile(r"\$[A-Za-z_{(@*0-9]|`")
+_LIST = re.compile(r"\$\{\w+\[[@*]\]|\$[@*]")
 # The time of shlex grows with the square of a word.
 _MAX_BYTES = 2**18
 
@@ -25,9 +33,12 @@ def flags_in_file(path: Path) -> list[str]:
     if path.suffix not in (".yaml", ".yml"):
         text = read_text(path, _MAX_BYTES).replace("\\\n", " ")  # a backslash continues a line
         try:
-            return script_flags(shlex.split(text, comments=True))
+            flags = script_flags(shlex.split(text, comments=True))
         except ValueError as error:
-            raise ValueError(f"{path}: no command line: {error}") from error
+            raise ValueError(f"{path}: no command line: {error}{_looks_like(text)}") from error
+        if not any(word.startswith(("--", "$")) for word in flags):
+            raise ValueError(f"{path}: has no flags and cannot be judged{_looks_like(text)}")
+        return flags
     content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: give `flag: value` lines")
@@ -35,6 +46,14 @@ def flags_in_file(path: Path) -> list[str]:
         return [word for key, value in _settings(content) for word in flag_words(key, value)]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _looks_like(text: str) -> str:
+    """Name a format that is not read, with the formats that are."""
+    lines = text.strip().splitlines() or [""]
+    found = "JSON" if lines[0][:1] in ("{", "[") else "CSV" if "," in lines[0] else ""
+    kind = f"it looks like {found}; " if found else ""
+    return f"; {kind}give a command line, or `flag: value` lines in a file that ends in .yaml"
 
 
 def script_flags(words: list[str]) -> list[str]:
@@ -58,6 +77,20 @@ def check_patterns(words: list[str]) -> None:
                 f"{quoted(pattern)}: no pattern of layers, or one of too many; write it as "
                 "([0]*3+[1]*58), at most some thousand layers"
             )
+
+
+def check_variables(words: Sequence[str]) -> None:
+    """Refuse variables of a shell that may stand for flags.
+
+    One that is the value of a flag alone, as in --data-path $DATA, is left to its flag.
+    """
+    for before, word in pairwise(["", *words]):
+        if has_variable(word) and (not before.startswith("--") or _LIST.search(word)):
+            raise ValueError(f"{quoted(word)}: {NOT_EXPANDED}")
+
+
+def has_variable(text: str) -> bool:
+    return _VARIABLE.search(text) is not None
 
 
 def without(words: Sequence[str], flags: Collection[str]) -> list[str]:

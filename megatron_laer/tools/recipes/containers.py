@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from typing import Any
 
 from megatron_laer.config import FSEPConfig
@@ -52,11 +53,17 @@ def no_megatron_builds(name: str) -> list[str]:
 def load_recipe(name: str) -> tuple[str, Any]:
     """Call a recipe's function; return `module:function` and its container.
 
-    `name` is a function of `megatron.bridge.recipes`, or `module:function`.
+    `name` is a function of `megatron.bridge.recipes`, or `module:function`, which may be any code
+    but Python's own.
     """
     module, _, function = name.rpartition(":")
     module = module or _RECIPES
     full_name = f"{module}:{function}"
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(
+            f"recipe {quoted(full_name)}: {module} is Python's own, and the function would be "
+            "called; name a function that returns Megatron-Bridge's ConfigContainer"
+        )
     try:
         found = importlib.import_module(module)
     except Exception as error:  # also errors of an imported file, or a name with a dot in front

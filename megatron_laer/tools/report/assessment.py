@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_laer.tools.report.logs import Measured
 from megatron_laer.tools.report.metrics_recording import Float64
 from megatron_laer.tools.report.recorded import RunData
 
@@ -27,7 +28,7 @@ class Assessment:
     """Assessment of a run, over all steps.
 
     `balanced_s` is the time with perfect balance, and `stock_s` the time that stock's placement
-    would have lost to imbalance.
+    would have lost to imbalance. `measured` are times of the run and of stock, if both have logs.
     """
 
     total_s: float
@@ -36,6 +37,7 @@ class Assessment:
     exchanges_s: float
     stock_s: float
     lost_ms_L: Float64
+    measured: Measured | None = None
 
     @property
     def kept(self) -> float:
@@ -46,11 +48,22 @@ class Assessment:
         total_s = self.total_s - self.imbalance_s - self.exchanges_s + self.stock_s
         return self.balanced_s / total_s if total_s > 0 else 1.0
 
+    @property
+    def gain(self) -> float:
+        """Return the run's speed over that of stock's placement."""
+        return self.kept / self.kept_by_stock if self.kept_by_stock > 0 else 1.0
+
     def sentence(self) -> str:
         kept, by_stock = percent(self.kept), percent(self.kept_by_stock)
-        return (
+        found = (
             f"FSEP kept {kept} of perfectly balanced speed; stock's placement of the same tokens "
             f"would have kept about {by_stock}"
+        )
+        if self.measured is None:
+            return found
+        return (
+            f"{found}. So it is {self.gain:.2f} times as fast as stock by this estimate, and "
+            f"{self.measured.gain:.2f} times as measured"
         )
 
     def causes(self, layers: tuple[str, ...]) -> str:
@@ -80,6 +93,7 @@ def assess(run: RunData) -> Assessment:
         exchanges_s,
         float(np.nansum(stock_lost_ms_TL)) * 1e-3,
         lost_ms_L,
+        run.measured,
     )
 
 

@@ -38,6 +38,7 @@ from megatron_laer.tools.report.plots import (
     Section,
 )
 from megatron_laer.tools.report.recorded import RunData
+from megatron_laer.tools.report.run_files import ranges
 
 # A step's time by kind, from the measured parts; the rest is dense layers and optimizer.
 KINDS = ("dense layers", "dispatch", "experts", "combine", "restore waits", "gradient waits")
@@ -105,7 +106,8 @@ def _loss(run: RunData) -> Chart:
     ends = int(run.steps_T[0]), int(run.steps_T[-1])
     return plots.lines(
         "Loss",
-        "From Megatron's log, the mean of a line's steps; NaN and infinite ones are missing.",
+        f"From {', '.join(run.loss_from)}: the mean of a line's steps; NaN and infinite ones are "
+        "missing.",
         {"lm loss": losses},
         x=plots.steps_axis(steps, ends, run.resumed),
         y="lm loss",
@@ -171,7 +173,10 @@ def _experts(run: RunData) -> Section:
         bounds=(0.0, max(1.01, largest(share_BLE))),
         choices=layers,
     )
-    text = f"{int((total_LE == 0).sum())} of {total_LE.size} experts had no token in the whole run."
+    text = (
+        f"{int((total_LE == 0).sum())} of {total_LE.size} experts had no token in the trace's "
+        f"{ranges(run.traced)}."
+    )
     return Section("experts", "Experts", [figure], text)
 
 
@@ -223,10 +228,8 @@ def _slots_by_bin(run: RunData, bins: Bins) -> Float64:
 
 
 def _guard(run: RunData) -> Section:
-    of = run.of_layers
     text = f"{_percent_of_passes(run, 'fresh')} % of microbatches got a layout of their own."
-    text += _measured_over_predicted(of["layer_ms"], of["predicted_ms"])
-    return Section("guard", "The guard, and the cost model", [], text)
+    return Section("guard", "The guard", [], text)
 
 
 def _percent_of_passes(run: RunData, name: str) -> str:
@@ -234,13 +237,15 @@ def _percent_of_passes(run: RunData, name: str) -> str:
     return text_of(100 * np.nansum(run.of_layers[name]) / passes if passes else math.nan)
 
 
-def _measured_over_predicted(measured: Float64, predicted: Float64) -> str:
+def measured_over_predicted(run: RunData) -> str:
+    """Compare the layers' measured times with those predicted; "" without any."""
+    measured, predicted = run.of_layers["layer_ms"], run.of_layers["predicted_ms"]
     there = np.isfinite(measured) & (predicted > 0)
     if not there.any():
         return ""
     low, median, high = np.quantile(measured[there] / predicted[there], (0.1, 0.5, 0.9))
     return (
-        f" A layer's measured time is {text_of(median)} times the predicted one (median; "
+        f"A layer's measured time is {text_of(median)} times the predicted one (median; "
         f"{text_of(low)} to {text_of(high)} in four of five). Far from 1, the cluster's constants "
         "do not fit this machine."
     )

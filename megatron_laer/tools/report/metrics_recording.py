@@ -51,7 +51,12 @@ class MetricsRecording:
 
 
 def read_metrics(path: Path) -> MetricsRecording:
-    """Read a recording of `MetricsWriter`, without an incomplete last record."""
+    """Read a group's recording of `--fsep-record DIR metrics`, without an incomplete last record.
+
+    Returns its values by name, of the steps T and layers L: `steps_T`, `of_steps` and `metrics`
+    float [T], `of_layers` float [T, L]. Missing ones are NaN. Raises ValueError for damaged content
+    and OSError for an unreadable file.
+    """
     runs: list[tuple[int, Mapping[str, str]]] = []
     clusters: list[Cluster] = []
     steps: list[dict[str, Any]] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
@@ -19,11 +20,12 @@ import numpy as np
 
 from megatron_laer.telemetry.metrics import LOGGED
 from megatron_laer.tools.report.assessment import assess, percent, seconds
-from megatron_laer.tools.report.figures import sections
+from megatron_laer.tools.report.figures import measured_over_predicted, sections
 from megatron_laer.tools.report.metrics_recording import Float64
 from megatron_laer.tools.report.recorded import RunData
+from megatron_laer.tools.report.run_files import ranges
 from megatron_laer.tools.report.what_if import WhatIf
-from megatron_laer.tools.simulator.comparison import STOCK, TOLERANCE
+from megatron_laer.tools.simulator.comparison import STOCK, TOLERANCE, PlanRow
 from megatron_laer.version import __version__
 
 _FOLDER = resources.files("megatron_laer.tools.report") / "page"
@@ -50,6 +52,7 @@ def page(run: RunData, rows: Sequence[WhatIf], predicted_for: str = "") -> str:
         "name": run.name,
         "verdict": {name: getattr(assessment, name) for name in _OF_VERDICT},
         "figures": [vars(figure) for section in shown for figure in section.figures],
+        "layers": next((f.choices for of in shown for f in of.figures if f.choices), ()),
         "what_if": [
             {name: getattr(row.row, name) for name in _OF_ROW} | {"command": row.command}
             for row in rows
@@ -67,20 +70,31 @@ def page(run: RunData, rows: Sequence[WhatIf], predicted_for: str = "") -> str:
         name=run.name,
         about=_about(run),
         version=__version__,
-        assessment=f"{assessment.sentence()}.",
+        verdict=f"{assessment.sentence()}.",
         causes=assessment.causes(run.shape.layers),
         notes=run.notes,
         six=list(_six_numbers(run)),
         all_numbers=list(_all_numbers(run)),
         sections=shown,
+        menu=next((of.id for of in shown if any(f.choices for f in of.figures)), ""),
         what_if=[_line(equal, own, run) for equal in _equal_rows(rows)],
         advice=_advice(rows, own),
-        predicted_for=f"Of {rows[0].row.cases} microbatches of one layer each, for {predicted_for}."
-        if rows
-        else "",
+        fit=measured_over_predicted(run),
+        predicted_for=_predicted_for(run, rows[0].row.cases, predicted_for) if rows else "",
         settings=run.settings,
         data=_embedded(data),
         plotly=base64.b64encode((_FOLDER / "plotly-cartesian.min.js.gz").read_bytes()).decode(),
+    )
+
+
+def _predicted_for(run: RunData, cases: int, settings: str) -> str:
+    """Describe the cases, which have an earlier step, and the step's share that they are of."""
+    step_ms = float(np.nansum(run.of_steps["step_ms"]))
+    share = float(np.nansum(run.layer_ms_TL)) / step_ms if step_ms > 0 else math.nan
+    took = f", which took {100 * share:.0f} % of this run's steps" if 0 < share < 1 else ""
+    return (
+        f"Times are of MoE layers alone{took}; a whole step gains less. Of {cases} microbatches of "
+        f"one layer each, in the {ranges(run.traced[1:])}, for {settings}."
     )
 
 
@@ -105,11 +119,20 @@ def _about(run: RunData) -> str:
 def _six_numbers(run: RunData) -> Iterator[tuple[str, str, str]]:
     """Yield the numbers next to the maps of balance: with stock's placement, FSEP's, meaning."""
     assessment = assess(run)
-    yield _mean(run.stock_TL), _mean(run.imbalance_TL), "max/mean tokens per rank, mean"
+    steps = f"of the {ranges(run.steps_T.tolist())}"
+    means = _mean(run.stock_TL), _mean(run.imbalance_TL)
+    yield *means, f"max/mean tokens per rank, mean {steps}"
     shares = percent(assessment.kept_by_stock), percent(assessment.kept)
     yield *shares, "of perfectly balanced speed; stock's is an estimate"
     lost = seconds(assessment.stock_s), seconds(assessment.imbalance_s)
     yield *lost, f"lost to imbalance; {seconds(assessment.total_s)} were measured in all"
+    if (found := run.measured) is not None:
+        times = seconds(found.stock_ms * 1e-3), seconds(found.own_ms * 1e-3)
+        yield (
+            *times,
+            f"a step, median of the iterations {found.first} to {found.last} in "
+            f"{', '.join(run.loss_from)} and in {found.stock_log}",
+        )
 
 
 def _mean(values: Float64) -> str:
@@ -125,7 +148,7 @@ def _all_numbers(run: RunData) -> Iterator[tuple[str, str]]:
         yield "step time, median", seconds(median_ms * 1e-3)
     yield "waits for exchanges and decisions", seconds(assessment.exchanges_s)
     for name, values in (
-        ("max/mean tokens per rank", run.imbalance_TL),
+        (f"max/mean tokens per rank, {ranges(run.steps_T.tolist())}", run.imbalance_TL),
         ("the same under stock's placement", run.stock_TL),
     ):
         there = values[np.isfinite(values)]
@@ -152,13 +175,28 @@ def _is_own(found: WhatIf, run: RunData) -> bool:
 
 
 def _equal_rows(rows: Sequence[WhatIf]) -> list[list[WhatIf]]:
-    """Group rows of one capacity whose modes decided alike."""
+    """Group rows that show the same numbers."""
     groups: dict[tuple[object, ...], list[WhatIf]] = {}
     for found in rows:
-        row = found.row
-        key = row.strategy, row.capacity, row.mean, row.p99, row.replan_share, row.layer_ms
+        key = found.row.strategy, *_numbers(found.row)
         groups.setdefault(key, []).append(found)
     return list(groups.values())
+
+
+def _numbers(row: PlanRow) -> list[tuple[str, str]]:
+    """Return the cells of a row's own numbers, with their heads."""
+    return [
+        ("max/mean", f"{row.mean:.3f}"),
+        ("p99", f"{row.p99:.3f}"),
+        ("fresh layouts", percent(row.replan_share)),
+        ("ms per layer", digits(row.layer_ms)),
+        ("off their node", percent(row.off_node_share)),
+    ]
+
+
+def digits(value: float) -> str:
+    """Return a number of up to four digits, whole from 1,000 on."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}".rstrip(".")
 
 
 def _line(
@@ -167,20 +205,27 @@ def _line(
     """Return cells with their heads, the command, and whether this is the run's own setting."""
     row = equal[0].row
     is_own = any(found is own for found in equal)
-    modes = ", ".join(found.mode for found in equal)
-    cells = [
-        ("setting", row.strategy if row.strategy == STOCK else f"C = {row.capacity}, {modes}"),
-        ("max/mean", f"{row.mean:.3f}"),
-        ("p99", f"{row.p99:.3f}"),
-        ("fresh layouts", percent(row.replan_share)),
-        ("ms per layer", f"{row.layer_ms:.3f}"),
-    ]
+    *numbers, off_node = _numbers(row)
+    cells = [("setting", row.strategy if row.strategy == STOCK else _settings(equal)), *numbers]
     if own is not None:
         gain = row.layer_ms / own.row.layer_ms - 1
-        cells.append(("against this run", "this run's" if is_own else f"{100 * gain:+.1f} %"))
+        cells.append(
+            ("MoE time against this run", "this run's" if is_own else f"{100 * gain:+.1f} %")
+        )
     if run.shape.node_size < run.shape.num_ranks:
-        cells.append(("off their node", percent(row.off_node_share)))
+        cells.append(off_node)
     return cells, (own if own is not None and is_own else equal[0]).command, is_own
+
+
+def _settings(equal: Sequence[WhatIf]) -> str:
+    """Name the capacities and modes of some rows; capacities with the same modes as one."""
+    modes_of: dict[int, list[str]] = {}
+    for found in equal:
+        modes_of.setdefault(found.row.capacity, []).append(found.mode)
+    of_modes: dict[str, list[str]] = {}
+    for capacity, modes in modes_of.items():
+        of_modes.setdefault(", ".join(modes), []).append(str(capacity))
+    return "; ".join(f"C = {' and '.join(of)}, {modes}" for modes, of in of_modes.items())
 
 
 def _advice(rows: Sequence[WhatIf], own: WhatIf | None) -> str:

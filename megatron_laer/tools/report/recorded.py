@@ -5,38 +5,46 @@ Legend: T steps, L MoE layers, N ranks, E experts.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding
-from megatron_laer.files.checks import naming
+from megatron_laer.files.checks import quoted
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.planning.layout_recording import read_layouts
-from megatron_laer.telemetry.log import LOSS, read_log
+from megatron_laer.runtime.planning.layout_recording import LAYOUTS, read_layouts
+from megatron_laer.telemetry.metrics_file import METRICS
+from megatron_laer.telemetry.trace_file import TRACE
+from megatron_laer.tools.report.logs import Logs, Measured, read_logs
 from megatron_laer.tools.report.metrics_recording import Float64, MetricsRecording
-from megatron_laer.tools.report.run_files import RunFiles
+from megatron_laer.tools.report.run_files import RunFiles, lacks, ranges
 from megatron_laer.tools.traces.records import Trace
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RunData(MetricsRecording):
     """Metrics of a run, with its other recordings.
 
-    `experts_TLE` is None without a trace. `layouts` are planned ones by their first step, `loss` by
-    iteration from 1. `recorded` is the time of the last step, as text.
+    `experts_TLE` is None without a trace, and `traced` are the trace's steps. `layouts` are planned
+    ones by their first step, or None where they are lost. `loss` is by iteration from 1, from the
+    logs `loss_from`. `recorded` is the time of the last step, as text.
     """
 
     name: str
     experts_TLE: Int64 | None
-    layouts: Sequence[tuple[int, Sequence[ExpertLayout]]]
+    traced: Sequence[int]
+    layouts: Sequence[tuple[int, Sequence[ExpertLayout] | None]]
     loss: Sequence[tuple[int, float]]
+    loss_from: Sequence[str]
+    measured: Measured | None
     recorded: str
     notes: Sequence[str]
     sharding: Sharding
@@ -89,21 +97,35 @@ def recorded_run(
     """
     if len(recording.steps_T) == 0:
         raise ValueError(f"{files.metrics} holds no step yet; wait for the first one")
-    loss, experts_TLE = _loss(files.logs), None
-    notes = [*_notes(files, recording, loss)]
+    others = [path for path in files.of_other_groups if path.suffix == f".{METRICS.suffix}"]
+    logs = read_logs(files.logs, recording, others)
+    experts_TLE, traced = None, list[int]()
+    steps_in = [(files.metrics, set(recording.steps_T.tolist()))]
     if trace is not None:
+        assert files.trace is not None
         experts_TLE = _expert_tokens_TLE(trace, recording.steps_T)
-    else:
-        notes.append("Without --fsep-record DIR trace there are no experts, and no what-if.")
+        traced = np.unique(trace.step_R).tolist()
+        steps_in.append((files.trace, set(traced)))
+    layouts = [] if files.layouts is None else list(read_layouts(files.layouts))
+    lost = _changes(recording) - {step for step, _ in layouts} if files.layouts else set[int]()
+    lacking = list(lacks(steps_in))
+    if lost:
+        text = f"{quoted(str(files.layouts))} lacks the layouts of the {ranges(lost)}, where "
+        lacking.append(f"{text}{quoted(files.metrics.name)} has a change of layouts")
+    for lack in lacking:
+        logger.warning("%s", lack)
     written = datetime.fromtimestamp(files.metrics.stat().st_mtime, UTC)
     return RunData(
         **vars(recording),
         name=files.name,
         experts_TLE=experts_TLE,
-        layouts=[] if files.layouts is None else list(read_layouts(files.layouts)),
-        loss=loss,
+        traced=traced,
+        layouts=sorted([*layouts, *((step, None) for step in lost)], key=lambda of: of[0]),
+        loss=logs.loss,
+        loss_from=logs.names,
+        measured=logs.measured,
         recorded=f"recorded until {written:%Y-%m-%d %H:%M} UTC",
-        notes=notes,
+        notes=[*_notes(files, recording, logs), *(f"{lack}." for lack in lacking)],
         sharding=sharding,
     )
 
@@ -118,28 +140,36 @@ def _expert_tokens_TLE(trace: Trace, steps_T: Int64) -> Int64:
     return experts_TLE
 
 
-def _loss(logs: tuple[Path, ...]) -> list[tuple[int, float]]:
-    """Return the losses of the first log that has any."""
-    for path in logs:
-        with naming(path):
-            steps = read_log(path.name, path).steps
-        values = [(number, steps[number].values) for number in sorted(steps)]
-        if found := [(number, of[LOSS]) for number, of in values if LOSS in of]:
-            return found
-    return []
+def _changes(recording: MetricsRecording) -> set[int]:
+    """Return the steps with other layouts than the step before, if that was recorded too."""
+    is_next_T = np.diff(recording.steps_T) == 1
+    is_changed_T = is_next_T & (np.diff(recording.of_steps["version"]) > 0)
+    return set(recording.steps_T[1:][is_changed_T].tolist())
 
 
-def _notes(
-    files: RunFiles, recording: MetricsRecording, loss: Sequence[tuple[int, float]]
-) -> Iterator[str]:
+def _notes(files: RunFiles, recording: MetricsRecording, logs: Logs) -> Iterator[str]:
     yield "Times are those of the group's planner rank; it waits for the busiest rank."
     if len(files.groups) > 1:
         yield f"Group {files.group} of the groups {list(files.groups)}."
     if len(recording.runs) > 1:
         begun = ", ".join(str(step) for step, _ in recording.runs)
         yield f"Written by {len(recording.runs)} runs, which began with the steps {begun}."
-    if lost := [iteration for iteration, value in loss if not math.isfinite(value)]:
+    if lost := [iteration for iteration, value in logs.loss if not math.isfinite(value)]:
+        number = f"{len(lost)} of {len(logs.loss)}"
         yield (
-            f"The run diverged: its loss is NaN or infinite in {len(lost)} of {len(loss)} logged "
-            f"iterations, first in iteration {lost[0]}, which is step {lost[0] - 1} here."
+            f"The run diverged: its loss is NaN or infinite in {number} logged iterations, first "
+            f"in iteration {lost[0]}, which is step {lost[0] - 1} here."
         )
+    yield from logs.notes
+    for format, file, without in (
+        (TRACE, files.trace, "no experts, and no what-if"),
+        (LAYOUTS, files.layouts, "no slots of experts"),
+    ):
+        suffix, others = f".{format.suffix}", files.of_other_groups
+        there = ", ".join(quoted(path.name) for path in others if path.suffix == suffix)
+        if file is None:
+            yield (
+                f"There is no {quoted(format.path('', files.group).name)}, which --fsep-record DIR "
+                f"{format.suffix} writes: {without}"
+                f"{f'; {there} is of another group' if there else ''}."
+            )

@@ -1,28 +1,36 @@
 """Files of a run, found by their names in one folder; only their runs' numbers are read.
 
-Names alone identify the files, so no output in a run's folder may have such a name.
+Names alone identify the files, so no output in a run's folder may have such a name. Of recordings
+side by side only the places of their records are read, for the steps that one of them lacks.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_laer.files.checks import quoted
+from megatron_laer.files.checks import check_regular, naming, open_input, quoted
 from megatron_laer.files.recording import run_of
+from megatron_laer.files.records import Format, Records
 from megatron_laer.runtime.planning.layout_recording import LAYOUTS
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.telemetry.trace_file import TRACE
+
+logger = logging.getLogger(__name__)
 
 _WAYS = "give one that --fsep-record DIR metrics trace layouts wrote"
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Files of one FSEP group; `groups` are all groups with metrics."""
+    """Files of one FSEP group; `groups` are all groups with metrics.
+
+    `of_other_groups` are the other groups' recordings.
+    """
 
     name: str
     group: int
@@ -31,6 +39,7 @@ class RunFiles:
     trace: Path | None = None
     layouts: Path | None = None
     logs: tuple[Path, ...] = ()
+    of_other_groups: tuple[Path, ...] = ()
 
     def all_files(self) -> list[Path]:
         recordings = (self.metrics, self.trace, self.layouts)
@@ -40,7 +49,8 @@ class RunFiles:
 def find_run(given: Path, group: int | None) -> RunFiles:
     """Find the files of a run; without `group`, those of the first group.
 
-    Raises ValueError if no metrics are there (of this group), or its recordings are of two runs.
+    Raises ValueError if no metrics are there (of this group), or if its recordings are of two runs
+    or no regular files.
     """
     if not given.exists():
         raise ValueError(f"run {quoted(given)} does not exist; give a folder")
@@ -49,21 +59,33 @@ def find_run(given: Path, group: int | None) -> RunFiles:
     found = _recordings(given)
     groups = [of for of, files in sorted(found.items()) if METRICS.suffix in files]
     if not groups:
-        raise ValueError(f"folder {quoted(given)} holds no metrics of a run; {_WAYS}")
+        there = ", ".join(quoted(path.name) for files in found.values() for path in files.values())
+        only = f" (only {there})" if there else ""
+        raise ValueError(f"folder {quoted(given)} holds no metrics of a run{only}; {_WAYS}")
     chosen = groups[0] if group is None else group
     if chosen not in groups:
         raise ValueError(
             f"--group {chosen}: {quoted(given)} has metrics of the groups {groups}; give one"
         )
-    _check_one_run(found[chosen].values())
-    logs = tuple(
-        path for path in sorted(given.iterdir()) if _LOG.fullmatch(path.name) and path.is_file()
+    _check_files(found[chosen].values())
+    logs = tuple(path for path in sorted(given.iterdir()) if _LOG.fullmatch(path.name))
+    others = (files.values() for group, files in sorted(found.items()) if group != chosen)
+    of_other_groups = tuple(path for paths in others for path in paths)
+    return RunFiles(
+        str(given),
+        chosen,
+        tuple(groups),
+        **found[chosen],
+        logs=logs,
+        of_other_groups=of_other_groups,
     )
-    return RunFiles(str(given), chosen, tuple(groups), logs=logs, **found[chosen])
 
 
 def metrics_beside(trace: Path) -> Path | None:
-    """Return the metrics of the run that recorded a trace (a file or its folder), or None."""
+    """Return the metrics of the run that recorded a trace (a file or its folder), or None.
+
+    Warn of steps that only one of the two has.
+    """
     is_folder = trace.is_dir()
     if not is_folder and not (trace.is_file() and _NAME.fullmatch(trace.name)):
         return None
@@ -74,8 +96,13 @@ def metrics_beside(trace: Path) -> Path | None:
     ]
     if len(found) != 1:
         return None
-    _check_one_run(path for kind, path in found[0].items() if kind != LAYOUTS.suffix)
-    return found[0].get(METRICS.suffix)
+    both = {kind: path for kind, path in found[0].items() if kind != LAYOUTS.suffix}
+    _check_files(both.values())
+    if METRICS.suffix not in both:
+        return None
+    for lack in lacks(steps_of(path) for path in both.values()):
+        logger.warning("%s", lack)
+    return both[METRICS.suffix]
 
 
 def refuse_as_source(output: Path, run: Path, flag: str) -> None:
@@ -89,8 +116,48 @@ def refuse_as_source(output: Path, run: Path, flag: str) -> None:
         )
 
 
-def _check_one_run(paths: Iterable[Path]) -> None:
-    """Refuse recordings of different runs; a header without a run is for its reader to refuse."""
+def steps_of(path: Path) -> tuple[Path, set[int]]:
+    """Return a recording with the steps of its whole records."""
+    with open_input(path) as file, naming(path):
+        records = Records.of(file, path, _FORMATS[path.suffix[1:]])
+        return path, {frame.step for frame in records.places(file, path)}
+
+
+def lacks(recordings: Iterable[tuple[Path, set[int]]]) -> Iterator[str]:
+    """Describe the steps that each of some recordings lacks, and that another has."""
+    given = list(recordings)
+    for path, steps in given:
+        for other, others in given:
+            if lacking := others - steps:
+                yield (
+                    f"{quoted(path)} lacks the {ranges(lacking)}, which {quoted(other.name)} has"
+                )
+
+
+def ranges(steps: Iterable[int]) -> str:
+    """Return steps in words: "step 3", or "steps 3, 5 to 9"."""
+    ends: list[list[int]] = []
+    for step in sorted(steps):
+        if ends and step == ends[-1][1] + 1:
+            ends[-1][1] = step
+        else:
+            ends.append([step, step])
+    shown = [str(a) if a == b else f"{a} to {b}" for a, b in ends[:_MOST_RANGES]]
+    more = f" and {len(ends) - _MOST_RANGES} further ranges" if len(ends) > _MOST_RANGES else ""
+    one = len(ends) == 1 and ends[0][0] == ends[0][1]
+    return f"step{'' if one else 's'} {', '.join(shown)}{more}"
+
+
+def _check_files(paths: Iterable[Path]) -> None:
+    """Refuse files that are not regular, and recordings of different runs.
+
+    A header without a run is for its reader to refuse.
+    """
+    paths = list(paths)
+    for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{quoted(path)} is a link to nothing; remove it, or mend its target")
+        check_regular(path)
     of = {path: run for path in paths if (run := run_of(path))}
     if len({*of.values()}) > 1:
         said = ", ".join(f"{quoted(path)} is of run {run}" for path, run in of.items())
@@ -98,14 +165,20 @@ def _check_one_run(paths: Iterable[Path]) -> None:
 
 
 def _recordings(folder: Path) -> dict[int, dict[str, Path]]:
-    """Return the recordings of each group in a folder, by kind as `RunFiles` names it."""
+    """Return the recordings of each group in a folder, by kind as `RunFiles` names it.
+
+    They are there by their names, even if they are no files.
+    """
     found: dict[int, dict[str, Path]] = {}
     for path in folder.iterdir():
-        if (match := _NAME.fullmatch(path.name)) and path.is_file():
+        if match := _NAME.fullmatch(path.name):
             found.setdefault(int(match[1]), {})[match[2]] = path
     return found
 
 
-_SUFFIXES = "|".join(format.suffix for format in (METRICS, TRACE, LAYOUTS))
+# More are not listed.
+_MOST_RANGES = 4
+_FORMATS: Mapping[str, Format] = {format.suffix: format for format in (METRICS, TRACE, LAYOUTS)}
+_SUFFIXES = "|".join(_FORMATS)
 _NAME = re.compile(rf"group-(0|[1-9][0-9]{{0,8}})\.({_SUFFIXES})")
 _LOG = re.compile(r"[^.].*\.log", re.DOTALL)

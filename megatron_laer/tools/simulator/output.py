@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_laer.choices import Dispatch, Restore
 from megatron_laer.planner.clusters import Cluster
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
 
@@ -16,7 +19,7 @@ WORTH = 1.02
 # Said where the range of constants has the other answer too.
 _MEASURE = " At the {} constants it is {}worth it, so measure them."
 
-_GIB = 2**30
+_GIB, _WIDTH = 2**30, 100
 
 LEGEND = """\
 s/iteration at the cluster's constants, and from their fastest to their slowest. x stock: how many
@@ -24,6 +27,20 @@ times as fast as stock, with the same range; EP8: its fastest groups, of 8 ranks
 model over the peak's. waiting: for ranks that compute longer; exposed: exchanges, counts and
 bubbles that compute waits for; both are means over ranks. memory: with estimates for CUDA and NCCL,
 without the allocator's loss."""
+
+
+def filled(words: str) -> str:
+    """Wrap a paragraph; a word that is longer than a line, such as a path, stays whole."""
+    return textwrap.fill(words, _WIDTH, break_on_hyphens=False, break_long_words=False)
+
+
+def setting_label(
+    geometry: Geometry, tokens: Dispatch, restore: Restore | float, *, combined: bool
+) -> str:
+    """Name a setting of FSEP, as `simulate` and `advise` do."""
+    sizes = f"EP{geometry.num_ranks} {geometry.sharding} C={geometry.capacity}"
+    words = [sizes, f"tokens {tokens}", f"restore {restore}"]
+    return ", ".join([*words, *["overlap"] * combined])
 
 
 def table[T](
@@ -113,7 +130,7 @@ def advice(label: str, methods: Mapping[str, IterationPrediction], most_gib: flo
     ours, stock = methods.get(FSEP), methods.get(STOCK)
     if ours is None or stock is None:
         return "No advice: FSEP and stock EP were not both simulated."
-    both = Option(label, ours), Option(f"stock EP in groups of {stock.group}", stock)
+    both = Option(label, ours), Option(f"stock EP{stock.group}", stock)
     least_bytes = [(of.label, of.prediction.peak_bytes) for of in both]
     most_bytes = math.inf if most_gib is None else most_gib * _GIB
     mine, theirs = (of if of.prediction.peak_bytes <= most_bytes else None for of in both)

@@ -54,7 +54,7 @@ def read_recording(path: Path, *, pairs: bool = False) -> Trace:
         records = Records.of(file, path, TRACE)
         num_ranks, num_experts = (records.fields[name] for name in ("num_ranks", "num_experts"))
         kinds = None if pairs else ["counts"]
-        for frame, values in records.read(file, path, kinds):
+        for frame, values in records.read(file, path, kinds, must_have_one=True):
             key = frame.step, values["layer"]
             if frame.kind == "counts":
                 counts[*key, values["microbatch"]] = values["counts_NE"]
@@ -88,7 +88,7 @@ def read_recording(path: Path, *, pairs: bool = False) -> Trace:
 def _recording_in(folder: Path) -> Path:
     # Without the steps that a later run repeated.
     files = sorted(folder.glob(f"*.{TRACE.suffix}"))
-    recordings = [file for file in files if file.is_file() and not is_cut_off(file)]
+    recordings = [file for file in files if not is_cut_off(file)]
     if len(recordings) == 1:
         return recordings[0]
     if recordings:

@@ -3,7 +3,7 @@
 // from the data only ever becomes text nodes.
 
 const text = document.getElementById("data").textContent;
-const all = JSON.parse(text).figures;
+const { figures: all, layers } = JSON.parse(text);
 const figures = [...document.querySelectorAll("figure")].map((node, at) =>
   ({ ...all[at], node, plot: node.querySelector(".plot") }));
 
@@ -52,11 +52,15 @@ function zoomAll(change) {
   }
 }
 
+/** Returns a label of plotly's as text. */
+function plain(value) {
+  return String(value ?? "").replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+}
+
 /** Returns a figure's shown numbers as lines of cells; the first line has the heads. */
 function linesOf({ data, layout }) {
   const [first] = data;
   const title = (axis) => layout[axis].title.text;
-  const plain = (value) => String(value ?? "").replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
   let lines;
   if (first.type === "heatmap") {
     const { x, y, z } = data.find((trace) => trace.visible);
@@ -107,17 +111,26 @@ function setTables(areOpen) {
   document.getElementById("tables").setAttribute("aria-pressed", String(areOpen));
 }
 
-function listen(figure) {
-  figure.node.querySelector("details").addEventListener("toggle", () => fill(figure));
-  figure.node.querySelector(".csv").addEventListener("click", () => save("figure.csv", "text/csv", csvOf(linesOf(figure))));
-  figure.node.querySelector(".png").addEventListener("click", () => Plotly.downloadImage(figure.plot, { format: "png", filename: "figure" }));
-  const choice = figure.node.querySelector("select");
-  figure.choices.forEach((_, at) => choice.append(element("option", { value: at }, figure.choices[at])));
-  choice?.addEventListener("change", () => {
-    figure.data.forEach((trace, at) => { trace.visible = at === Number(choice.value); });
+/** Returns the name of a figure's file, with the chosen layer. */
+function fileOf({ title, choices }, ending) {
+  const layer = choices.length ? ` ${plain(layers[Number(menu.value)])}` : "";
+  return `${(title + layer).toLowerCase().replaceAll(/[^a-z0-9]+/g, "-").replaceAll(/^-|-$/g, "")}${ending}`;
+}
+
+/** Shows one layer in all figures of one. */
+function chooseLayer(chosen) {
+  for (const figure of figures.filter(({ choices }) => choices.length)) {
+    figure.data.forEach((trace, at) => { trace.visible = at === chosen; });
+    figure.node.querySelector(".layer").textContent = plain(layers[chosen]);
     draw(figure);
     fill(figure);
-  });
+  }
+}
+
+function listen(figure) {
+  figure.node.querySelector("details").addEventListener("toggle", () => fill(figure));
+  figure.node.querySelector(".csv").addEventListener("click", () => save(fileOf(figure, ".csv"), "text/csv", csvOf(linesOf(figure))));
+  figure.node.querySelector(".png").addEventListener("click", () => Plotly.downloadImage(figure.plot, { format: "png", filename: fileOf(figure, "") }));
   if (figure.by_steps) figure.plot.on("plotly_relayout", zoomAll);
 }
 
@@ -127,6 +140,9 @@ for (const button of document.querySelectorAll(".copy")) {
     button.textContent = document.execCommand("copy") ? "Copied" : "Press Ctrl+C";
   });
 }
+const menu = document.getElementById("layer");
+layers.forEach((name, at) => menu.append(element("option", { value: at }, plain(name))));
+menu?.addEventListener("change", () => chooseLayer(Number(menu.value)));
 const tables = document.getElementById("tables");
 tables.addEventListener("click", () => setTables(tables.getAttribute("aria-pressed") !== "true"));
 const theme = document.getElementById("theme");
@@ -136,6 +152,7 @@ setTheme(location.hash === "#dark" || window.matchMedia("(prefers-color-scheme: 
 const drawn = unpack().then(() => {
   figures.forEach(draw);
   figures.forEach(listen);
+  if (menu) chooseLayer(0);
   if (location.hash === "#tables") setTables(true);
   document.body.dataset.drawn = String(document.querySelectorAll(".plot .main-svg:first-child").length);
 });

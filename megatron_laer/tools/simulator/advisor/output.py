@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,7 @@ from megatron_laer.tools.simulator.advisor.predictor import Candidate, Run
 from megatron_laer.tools.simulator.advisor.search import Found, Results
 from megatron_laer.tools.simulator.advisor.settings import group_flags
 
-_GIB, _WIDTH = 2**30, 100
+_GIB = 2**30
 
 LEGEND = """\
 Each row has the fastest slots, exchange of tokens and restore of its group size and sharding. Of
@@ -30,20 +29,20 @@ def text(title: str, run: Run, results: Results, common: Sequence[str]) -> str:
     most_gib = run.most_bytes / _GIB
     ours, stocks = results.best.found, results.stocks.found
     found = [*ours, *stocks[:1]]
-    parts = [_filled(results.verdict(most_gib))]
+    parts = [output.filled(results.verdict(most_gib))]
     if found:
         chosen = ours[0] if results.takes_fsep else stocks[0]
-        parts.append(_filled(_numbers(chosen, results, most_gib)))
+        parts.append(output.filled(_numbers(chosen, results, most_gib)))
         parts.append(f"flags: {flags(run, chosen.candidate, common)}")
-    parts.append(
-        f"{title}. {results.best.tried} settings of FSEP compared; {results.best.too_large} of "
-        f"them need more than {most_gib:.3g} GiB"
-    )
+    tried = f"{results.best.tried} settings of FSEP compared; {results.best.too_large} of"
+    parts.append(output.filled(f"{title}. {tried} them need more than {most_gib:.3g} GiB"))
     if found:
         parts += [_table(results), LEGEND]
         lines = [f"  {of.label}:\n    {flags(run, of.candidate, common)}" for of in found]
         parts.append("\n".join(["flags of each row:", *lines]))
-    return "\n\n".join([*parts, *filter(None, [_filled(output.not_given(run.rates[0].cluster))])])
+    return "\n\n".join(
+        [*parts, *filter(None, [output.filled(output.not_given(run.rates[0].cluster))])]
+    )
 
 
 def _numbers(chosen: Found, results: Results, most_gib: float) -> str:
@@ -96,7 +95,3 @@ def _table(results: Results) -> str:
         "share": lambda of: f"{results.share(of):.3f}",
     }
     return output.table(shown, rows)
-
-
-def _filled(words: str) -> str:
-    return textwrap.fill(words, _WIDTH, break_on_hyphens=False, break_long_words=False)

@@ -15,6 +15,7 @@ from megatron_laer.config import FSEPConfig, setting
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.layout import default_capacity
 from megatron_laer.support.arguments import buffer_problems
+from megatron_laer.tools.simulator.output import setting_label
 
 # Slots beyond the least that always allow balance.
 _MORE_SLOTS = 2
@@ -42,10 +43,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        geometry = self.geometry
-        sizes = f"EP{geometry.num_ranks} {geometry.sharding} C={geometry.capacity}"
-        words = [sizes, f"tokens {self.tokens}", f"restore {self.restore}"]
-        return ", ".join([*words, *["overlap"] * self.combined])
+        return setting_label(self.geometry, self.tokens, self.restore, combined=self.combined)
 
     @property
     def flags(self) -> list[str]:

@@ -11,7 +11,7 @@ from megatron_laer.choices import Recompute
 from megatron_laer.planner.state_bytes import GRADIENT_BYTES, RankWeights, StateBytes, state_bytes
 from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
-from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order
+from megatron_laer.tools.simulator.iteration.pipeline import in_flight
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 
 _LOGIT_BYTES = 4
@@ -85,7 +85,7 @@ def _stage_bytes(
     if schedule.holds_step:  # sums over all microbatches, for every layer
         gradients += with_experts * method.restored * model.expert_weights * GRADIENT_BYTES
     sizes = stage, run.stages, run.chunks, run.microbatches
-    held = in_flight(order(*sizes, by_parts=schedule.by_parts)) / run.chunks
+    held = in_flight(*sizes, by_parts=schedule.by_parts) / run.chunks
     if run.recompute == Recompute.NONE:
         kept = sum(_layer_activations(model, run, each, kept_pairs) for each in layers)
         working = 0.0

@@ -11,11 +11,10 @@ from megatron_laer.choices import Recompute
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.precision import Precision
-from megatron_laer.tools.model_flags import MAX_WIDTH, model_sizes, model_values, whole_number
+from megatron_laer.tools.model_flags import MOST_OF_MODEL, model_sizes, model_values, whole_number
 
-_MAX_LAYERS = 4096
+_MAX_LAYERS = MOST_OF_MODEL["--num-layers"]
 _FREQUENCY_PART = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d{1,4}))?")
 
 
@@ -139,31 +138,29 @@ def read_model(config: str) -> ModelShape:
     experts = sizes.num_experts
     assert experts is not None
     values = model_values(config)
-    layers = whole_number(values, "--num-layers", _MAX_LAYERS, least=1)
-    extra = whole_number(values, "--mtp-num-layers", _MAX_LAYERS, default=0)
-    heads = whole_number(values, "--num-attention-heads", MAX_WIDTH, least=1)
-    head = whole_number(values, "--kv-channels", MAX_WIDTH, default=max(sizes.hidden // heads, 1))
-    groups = whole_number(values, "--num-query-groups", MAX_WIDTH, default=heads)
-    topk = whole_number(values, "--moe-router-topk", MAX_EXPERTS, least=1, default=2)
+    layers = whole_number(values, "--num-layers", least=1)
+    extra = whole_number(values, "--mtp-num-layers", default=0)
+    heads = whole_number(values, "--num-attention-heads", least=1)
+    head = whole_number(values, "--kv-channels", default=max(sizes.hidden // heads, 1))
+    groups = whole_number(values, "--num-query-groups", default=heads)
+    topk = whole_number(values, "--moe-router-topk", least=1, default=2)
     if topk > experts:
         raise ValueError(f"--moe-router-topk {topk}: there are {experts} experts")
-    sequence = whole_number(values, "--seq-length", MAX_WIDTH, least=1, default=4096)
+    sequence = whole_number(values, "--seq-length", least=1, default=4096)
     return ModelShape(
         hidden=sizes.hidden,
         layer_has_experts=(*_experts_by_layer(values, layers), *[True] * extra),
         heads=heads,
         query_width=heads * head,
         key_value_width=groups * head,
-        dense_ffn=whole_number(values, "--ffn-hidden-size", MAX_WIDTH, default=4 * sizes.hidden),
+        dense_ffn=whole_number(values, "--ffn-hidden-size", default=4 * sizes.hidden),
         expert_ffn=sizes.ffn,
-        shared_ffn=whole_number(
-            values, "--moe-shared-expert-intermediate-size", MAX_WIDTH, default=0
-        ),
+        shared_ffn=whole_number(values, "--moe-shared-expert-intermediate-size", default=0),
         gated=sizes.gated,
         num_experts=experts,
         topk=topk,
         sequence=sequence,
-        vocabulary=whole_number(values, "--vocab-size", 2**24, least=1, default=32000),
+        vocabulary=whole_number(values, "--vocab-size", least=1, default=32000),
         prediction_heads=1 + extra,
         bytes_per_element=2 if "--bf16" in values or "--fp16" in values else 4,
         latent=_latent(values) if "--multi-latent-attention" in values else None,
@@ -176,11 +173,11 @@ def read_model(config: str) -> ModelShape:
 def _latent(values: Mapping[str, str]) -> LatentAttention:
     # Megatron's own defaults.
     return LatentAttention(
-        query_rank=whole_number(values, "--q-lora-rank", MAX_WIDTH, default=0),
-        key_value_rank=whole_number(values, "--kv-lora-rank", MAX_WIDTH, default=32),
-        head=whole_number(values, "--qk-head-dim", MAX_WIDTH, default=128),
-        rotary=whole_number(values, "--qk-pos-emb-head-dim", MAX_WIDTH, default=64),
-        value_head=whole_number(values, "--v-head-dim", MAX_WIDTH, default=128),
+        query_rank=whole_number(values, "--q-lora-rank", default=0),
+        key_value_rank=whole_number(values, "--kv-lora-rank", default=32),
+        head=whole_number(values, "--qk-head-dim", default=128),
+        rotary=whole_number(values, "--qk-pos-emb-head-dim", default=64),
+        value_head=whole_number(values, "--v-head-dim", default=128),
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from megatron_laer.tools.simulator.iteration.clocks import Clocks, Seconds
 
@@ -36,11 +35,7 @@ def order(
     `by_parts` it is one more, so that a forward and a backward are independent and run together.
     """
     total = microbatches * chunks
-    if chunks == 1:
-        ahead = min(stages - stage - 1, total)
-    else:
-        ahead = min((stages - stage - 1) * 2 + (chunks - 1) * stages, total)
-    ahead = min(ahead + by_parts, total)
+    ahead = _ahead(stage, stages, chunks, microbatches, by_parts)
 
     def operation(number: int, is_forward: bool) -> Operation:
         if chunks == 1:
@@ -57,13 +52,23 @@ def order(
     return found + [(operation(number, False),) for number in range(total - ahead, total)]
 
 
-def in_flight(of_stage: Sequence[Operations]) -> int:
-    """Return the maximum number of passes whose activations a stage holds at once."""
-    held = most = 0
-    for operation in chain.from_iterable(of_stage):
-        held += 1 if operation.is_forward else -1
-        most = max(most, held)
-    return most
+def in_flight(
+    stage: int, stages: int, chunks: int, microbatches: int, *, by_parts: bool = False
+) -> int:
+    """Return the maximum number of passes whose activations a stage holds at once.
+
+    It is reached by the first forward after warm-up. No order is made for it, which has an
+    operation for each of any number of microbatches.
+    """
+    return min(_ahead(stage, stages, chunks, microbatches, by_parts) + 1, microbatches * chunks)
+
+
+def _ahead(stage: int, stages: int, chunks: int, microbatches: int, by_parts: bool) -> int:
+    """Return the number of forwards in warm-up."""
+    ahead = stages - stage - 1
+    if chunks > 1:
+        ahead = ahead * 2 + (chunks - 1) * stages
+    return min(ahead + by_parts, microbatches * chunks)
 
 
 def sweep(

@@ -1,0 +1,155 @@
+"""The files of a run are told from others: what is no recording, and logs of other runs."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+
+import numpy as np
+import pytest
+
+from megatron_laer.runtime.planning.layout_recording import LAYOUTS
+from megatron_laer.telemetry.metrics import RECORDED_OF_STEPS
+from megatron_laer.telemetry.metrics_file import METRICS
+from megatron_laer.telemetry.trace_file import TRACE
+from megatron_laer.tools import cli
+from megatron_laer.tools.report.assessment import assess
+from megatron_laer.tools.report.metrics_recording import read_metrics
+from tests.recorded_runs import STEPS
+from tests.records import records_of, rewrite
+from tests.tools.report_pages import data_of, figure_of, report, run_of, values_of, written
+
+NO_FILES = {
+    "is a link to nothing": lambda path: path.symlink_to("gone"),
+    "is a pipe; give a regular file": os.mkfifo,
+    "is a device; give a regular file": lambda path: path.symlink_to("/dev/null"),
+    "is a folder; give a regular file": os.mkdir,
+}
+
+
+@pytest.mark.parametrize("says", NO_FILES)
+@pytest.mark.parametrize("format", [TRACE, METRICS, LAYOUTS], ids=lambda of: of.suffix)
+def test_what_is_no_file_under_a_recordings_name_is_refused(folder, tmp_path, capsys, format, says):
+    path = format.path(folder, 0)
+    path.unlink()
+    NO_FILES[says](path)
+    assert report(folder, "--out", tmp_path / "page.html") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}' {says}" in line
+    if format != LAYOUTS:
+        assert cli.main(["plan", str(folder)]) == 2
+        assert f"{path}' {says}" in capsys.readouterr().err
+
+
+def test_a_trace_of_another_group_is_named(folder, tmp_path, capsys):
+    TRACE.path(folder, 0).rename(TRACE.path(folder, 1))
+    page = html.unescape(written(tmp_path, folder))
+    assert "no experts, and no what-if; 'group-1.trace' is of another group." in page
+    METRICS.path(folder, 0).unlink()
+    LAYOUTS.path(folder, 0).unlink()
+    assert report(folder) == 2
+    assert "holds no metrics of a run (only 'group-1.trace')" in capsys.readouterr().err
+
+
+def cut_to(path, records):
+    """Keep the header and the first records of a recording."""
+    path.write_bytes(b"".join(records_of(path)[: 1 + records]))
+
+
+def test_steps_that_one_recording_lacks_are_said_and_not_drawn(folder, tmp_path, caplog):
+    cut_to(TRACE.path(folder, 0), 3 * 4)  # of 3 steps
+    cut_to(LAYOUTS.path(folder, 0), 2)  # those of the steps 1 and 2
+    page = written(tmp_path, folder)
+    trace, layouts = caplog.messages
+    assert f"'{folder}/group-0.trace' lacks the steps 3 to 4, which 'group-0.metrics' has" in trace
+    assert f"'{folder}/group-0.layouts' lacks the layouts of the steps 3 to 4" in layouts
+    assert {trace, layouts} <= {*re.findall("<li>(.*).</li>", html.unescape(page))}
+    assert "experts had no token in the trace&#39;s steps 0 to 2." in page
+    titles = ("Tokens of each expert", "Slots of each expert", "Stock's placement: tokens of each")
+    for title in titles:
+        rows = values_of(data_of(page), title)
+        assert all(row[3:] == [None, None] and None not in row[:3] for row in rows), title
+    assert cli.main(["plan", str(TRACE.path(folder, 0))]) == 0
+    assert caplog.messages[2:] == [trace]
+
+
+def test_steps_that_the_metrics_lack_are_said(folder, tmp_path, caplog):
+    cut_to(METRICS.path(folder, 0), 1 + 3)
+    written(tmp_path, folder)
+    assert cli.main(["plan", str(TRACE.path(folder, 0))]) == 0
+    text = f"'{folder}/group-0.metrics' lacks the steps 3 to 4, which 'group-0.trace' has"
+    assert caplog.messages == [text, text]
+
+
+@pytest.mark.parametrize("damage", [len, lambda first: first[:40]], ids=["zeros", "cut"])
+def test_layouts_without_a_whole_record_are_said_to_be_lost(folder, tmp_path, caplog, damage):
+    path = LAYOUTS.path(folder, 0)
+    header, first, *_ = records_of(path)
+    path.write_bytes(header + bytes(damage(first)))
+    written(tmp_path, folder)
+    left_out, lacks = caplog.messages
+    assert re.search(r"layouts: its last \d+ bytes are no whole record and are left out", left_out)
+    assert "lacks the layouts of the steps 1 to 4" in lacks
+
+
+def logged(folder, steps=range(STEPS), *, ratio=1.0, loss=8.0, stock=False):
+    """Return the run's log; with another `ratio` of its times, another run's or stock's."""
+    of = read_metrics(METRICS.path(folder, 0))
+    layer_ms = of.metrics["fsep_layer_ms"]
+    return "".join(
+        f" [time] iteration {at + 1:8d}/ 9 | consumed samples: {32 * at} | elapsed time per "
+        f"iteration (ms): {100 * ratio:.1f} | lm loss: {loss - at} |"
+        + (f" fsep_layer_ms: {layer_ms[at] * ratio:.3f} | fsep_plan_ms: 0.5 |\n", "\n")[stock]
+        for at in steps
+    )
+
+
+def with_other_plans(kind, step, values):
+    """Change the times of a recording's plans."""
+    if kind == "step":
+        values["of_step"] = np.array(values["of_step"])
+        values["of_step"][RECORDED_OF_STEPS.index("plan_ms")] = 0.7
+
+
+def test_a_log_of_another_run_is_not_drawn(folder, tmp_path):
+    rewrite(METRICS.path(folder, 0), with_other_plans)
+    (folder / "a.log").write_text(logged(folder, ratio=1.5, loss=7.0))
+    page = html.unescape(written(tmp_path, folder))
+    assert "'a.log' is the log of another run, and is not used" in page and "Loss" not in page
+    # Of a run that was killed and resumed.
+    repeated = logged(folder, range(2, 5), ratio=1.5, loss=9.0)
+    (folder / "b.log").write_text(logged(folder, range(2)) + repeated)
+    (folder / "c.log").write_text(logged(folder, range(2, 5)))
+    page = written(tmp_path, folder)
+    chart = figure_of(data_of(page), "Loss")
+    assert chart["data"][0]["y"] == [8.0, 7.0, 6.0, 5.0, 4.0]
+    assert chart["text"].startswith("From b.log, c.log: ")
+
+
+def test_a_log_with_another_groups_plans_is_the_runs(folder, tmp_path):
+    text = re.sub("fsep_layer_ms: [^|]*", "fsep_layer_ms: 7.777 ", logged(folder))
+    (folder / "train.log").write_text(text)
+    content = METRICS.path(folder, 0).read_bytes()
+    rewrite(METRICS.path(folder, 0), with_other_plans)
+    assert "Loss" not in written(tmp_path, folder)
+    METRICS.path(folder, 1).write_bytes(content)
+    assert figure_of(data_of(written(tmp_path, folder)), "Loss")
+
+
+def test_stocks_log_is_measured_against_and_not_drawn(folder, tmp_path, capsys):
+    (folder / "stock.log").write_text(logged(folder, ratio=1.25, stock=True))
+    page = html.unescape(written(tmp_path, folder))
+    assert "'stock.log' has none of FSEP's metrics" in page and "Loss" not in page
+    (folder / "train.log").write_text(logged(folder))
+    page = written(tmp_path, folder)
+    assert figure_of(data_of(page), "Loss")["text"].startswith("From train.log: ")
+    said = re.search(r"it is ([0-9.]+) times .* and 1.25 times as measured", page)
+    run = assess(run_of(folder))
+    assert said is not None and said[1] == f"{run.kept / run.kept_by_stock:.2f}"
+    assert said[0] in capsys.readouterr().out
+    assert "iterations 3 to 5 in train.log and in stock.log" in page
+    other_batches = logged(folder, stock=True).replace("samples: 32", "samples: 64")
+    for other in (logged(folder, loss=8.1, stock=True), other_batches):
+        (folder / "stock.log").write_text(other)
+        assert "as measured" not in written(tmp_path, folder)
