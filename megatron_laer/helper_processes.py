@@ -11,9 +11,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
-from collections.abc import Iterator
-from multiprocessing import resource_tracker
+from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker, util
+from unittest import mock
 
 
 @contextlib.contextmanager
@@ -28,11 +30,33 @@ def signals_blocked() -> Iterator[None]:
     try:
         # The first spawned process starts multiprocessing's tracker, after which some releases of
         # Python unblock two of the signals.
-        resource_tracker.ensure_running()
+        _start_tracker()
         signal.pthread_sigmask(signal.SIG_BLOCK, every)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_tracker() -> None:
+    """Start multiprocessing's tracker, if it does not run, in a session of its own.
+
+    It removes the names of semaphores in /dev/shm once all who use them have ended. A launcher
+    that kills a rank's session would otherwise kill it first.
+    """
+    with mock.patch.object(util, "spawnv_passfds", _start_apart):
+        resource_tracker.ensure_running()
+
+
+def _start_apart(program: bytes | str, words: Sequence[bytes | str], fds: Sequence[int]) -> int:
+    started = subprocess.Popen(
+        words, executable=program, pass_fds=fds, close_fds=True, start_new_session=True
+    )
+    _trackers.append(started)
+    return started.pid
+
+
+# Kept, since a deleted one warns that its process runs.
+_trackers: list[subprocess.Popen[bytes]] = []
 
 
 def end_with_parent() -> None:

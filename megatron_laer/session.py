@@ -107,10 +107,12 @@ class Session:
             held = None
             if coordinator is not None:
                 homes = coordinator.layouts.given_homes
-                held = settings_in_force(coordinator.config), homes.digest if homes else "stock's"
+                in_force = settings_in_force(coordinator.config) | {"run": coordinator.layouts.run}
+                held = in_force, homes.digest if homes else "stock's"
             self.in_force, problem = agreement.settings_of_all(held)
             raise_everywhere(problem)
             if coordinator is not None:
+                coordinator.layouts.run = self.in_force["run"]
                 coordinator.connect()
             if self.config.makes_plans:
                 resumption = None

@@ -134,6 +134,25 @@ class Job:
     def wait_for_text(self, text: str, count: int = 1) -> None:
         self.wait_until(lambda: self.log.count(text) >= count, f"{count} × {text!r} in its log")
 
+    def processes(self) -> list[psutil.Process]:
+        """Return all processes that have this job's number, its own shell and ranks among them."""
+        found = []
+        for process in _processes(self.cluster):
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURM_JOB_ID") == self.name:
+                    found.append(process)
+        return found
+
+    def launchers(self, node: str) -> list[psutil.Process]:
+        """Return the processes of torchrun on a node, one or none."""
+        words, found = ["-P", "-m", "torch.distributed.run"], []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                of_node = process.environ().get("SLURMD_NODENAME") == node
+                if of_node and process.cmdline()[1:4] == words:
+                    found.append(process)
+        return found
+
     def end(self) -> str:
         self.wait_until(lambda: self.field("JobState") in _FINAL, "ended")
         return self.field("JobState")

@@ -106,6 +106,7 @@ class FSEPMoELayer(MoELayer):
         self._state: LayerState | None = None
         self._plan: MicrobatchPlan | None = None
         self._home_E: torch.Tensor | None = None
+        self._input_is_freed = False
         self._shared_input: torch.Tensor | None = None
         self._shared_output: torch.Tensor | None = None
         if layer_number is not None:
@@ -211,6 +212,8 @@ class FSEPMoELayer(MoELayer):
                 self._delayed_wgrad_event, hidden_states
             )
         input_TH, _, probs_T = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
+        if self._input_is_freed and input_TH.data_ptr() == hidden_states.data_ptr():
+            input_TH = input_TH.clone()
         plan, self._plan = self._plan, None
         assert plan is not None, "routed_experts_compute before preprocess"
         # A call, not a method: Megatron waits for updated parameters in a module's pre-hook.
@@ -278,6 +281,9 @@ class FSEPMoELayer(MoELayer):
         quantised = slot_configs.is_quantised(
             self.config, coordinator.config, layer_number, is_mtp=self._is_mtp
         )
+        # Megatron's combined schedule frees the arrived tokens of every layer of an fp8 model.
+        frees = self.config.overlap_moe_expert_parallel_comm and self.config.fp8 is not None
+        self._input_is_freed = frees and not quantised
         if home_slots := coordinator.geometry.home_slots:
             compute = RestoredCompute(
                 self.config,

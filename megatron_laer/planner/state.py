@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_laer.arrays import Int64
+from megatron_laer.files.checks import quoted
 from megatron_laer.files.records import (
     MAX_RANKS,
     MAX_STEP,
@@ -35,6 +37,8 @@ from megatron_laer.planner.service import Plan
 
 # Sums of expected tokens stay exact in doubles, and far from overflow in int64.
 _MAX_LEVEL_SUM = 2**52
+
+_RUN = re.compile("[0-9a-f]{16}")
 
 _SLOTS = Field("slots_NC", "<i2", ("num_ranks", "capacity"))
 _KEPT = Field("kept_KNE", "<i8", (OPEN, "num_ranks", "num_experts"), _MAX_LEVEL_SUM)
@@ -62,6 +66,7 @@ class PlannerState:
         version: number of layout changes so far.
         layouts, forecasts: in force, one per layer.
         plans: complete, but not in force yet, oldest first.
+        run: number of the run, as in its recordings; None if it was saved by an older release.
     """
 
     next_step: int
@@ -70,12 +75,15 @@ class PlannerState:
     layouts: tuple[ExpertLayout, ...]
     forecasts: tuple[Forecast, ...]
     plans: tuple[Plan, ...]
+    run: str | None = None
 
     def __post_init__(self) -> None:
         check_shape({}, [*self.layers])
         for what, number in (("next_step", self.next_step), ("version", self.version)):
             if type(number) is not int or not 0 <= number <= MAX_STEP:
                 raise ValueError(f"{what} must be in 0..{MAX_STEP}, got {number}")
+        if self.run is not None and not (type(self.run) is str and _RUN.fullmatch(self.run)):
+            raise ValueError(f"run must be 16 hexadecimal digits, got {quoted(self.run)}")
         if not len(self.layers) == len(self.layouts) == len(self.forecasts):
             raise ValueError(
                 f"{len(self.layers)} layers with {len(self.layouts)} layouts and "
@@ -98,8 +106,12 @@ class PlannerState:
         """Return (N, C, E)."""
         return self.layouts[0].shape
 
-    def check_fits(self, geometry: Geometry, layers: Sequence[str]) -> None:
-        """Refuse a state of another run."""
+    def check_fits(self, geometry: Geometry, layers: Sequence[str], run: str | None = None) -> None:
+        """Refuse a state of another model, or of another run than the checkpoint's, if known."""
+        if self.run is not None and run is not None and self.run != run:
+            raise ValueError(
+                f"the state is of run {self.run}, the checkpoint's weights of run {run}"
+            )
         if self.shape != geometry.shape:
             found, here = _shape_text(self.shape), _shape_text(geometry.shape)
             raise ValueError(f"the state is of a group with {found}, this one has {here}")
@@ -121,6 +133,8 @@ class PlannerState:
             "plans": len(self.plans),
             "layers": [*self.layers],
         }
+        if self.run is not None:
+            fields["run"] = self.run
         records = Records(STATE, fields)
         made = enumerate(self._records(), start=1)
         return records.line + b"".join(
@@ -151,7 +165,8 @@ class PlannerState:
         """Read and check a whole file; any but that of `to_bytes` raises a ValueError."""
         path = Path("the state")
         records = Records.of(file, path, STATE)
-        fields: dict[str, Any] = dict.fromkeys(("next_step", "layout_version", "plans"))
+        names = "next_step", "layout_version", "plans", "run"
+        fields: dict[str, Any] = dict.fromkeys(names)
         fields |= records.fields
         plans = list[Plan]()
         layouts, forecasts = list[ExpertLayout](), list[Forecast]()
@@ -176,6 +191,7 @@ class PlannerState:
             layouts=tuple(layouts),
             forecasts=tuple(forecasts),
             plans=tuple(plans),
+            run=fields["run"],
         )
 
     def _all_layouts(self) -> list[ExpertLayout]:

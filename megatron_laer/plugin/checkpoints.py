@@ -21,6 +21,7 @@ from megatron_laer.files.checks import quoted
 from megatron_laer.planner.home_order import home_digest
 from megatron_laer.plugin.patching import around
 from megatron_laer.releases import CHECKPOINT_STORAGE
+from megatron_laer.support import RefusedError
 
 
 def _storage() -> Any:
@@ -115,16 +116,17 @@ def _load(
         loaded = original(sharded_state_dict, checkpoint_dir, *args, **kw)
     except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
         current = session.current()
-        if _MARK in str(error) and current is not None:
-            raise ValueError(
-                f"{checkpoint_dir}: its optimizer state, in Megatron's form dp_reshardable, is "
-                f"of a run with another --fsep-sharding than {current.sharding}, another "
-                f"--expert-model-parallel-size than {current.groups.size} or other "
-                "--fsep-homes; give that run's, save with --dist-ckpt-optim-fully-reshardable, "
-                "or load with --no-load-optim"
-            ) from error
-        raise
-    _resume_planner(checkpoint_dir)
+        if _MARK not in str(error) or current is None:
+            raise
+        # Its own text is of the buffers' keys, thousands of characters from each rank.
+        raise RefusedError(
+            f"{checkpoint_dir}: its optimizer state, in Megatron's form dp_reshardable, is "
+            f"of a run with another --fsep-sharding than {current.sharding}, another "
+            f"--expert-model-parallel-size than {current.groups.size} or other "
+            "--fsep-homes; give that run's, save with --dist-ckpt-optim-fully-reshardable, "
+            "or load with --no-load-optim"
+        ) from None
+    _resume_planner(checkpoint_dir, loaded)
     return loaded
 
 
@@ -154,7 +156,7 @@ def _load_with_shards(original: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
     finally:
         _loads_shards.reset(token)
-    _, directory, _, kind = result
+    loaded, directory, _, kind = result
     current = session.current()
     homes = None if current is None else current.config.homes
     if homes is not None and getattr(kind, "name", "") in ("LEGACY", "LOCAL"):
@@ -165,7 +167,7 @@ def _load_with_shards(original: Any, *args: Any, **kwargs: Any) -> Any:
         )
     # At first rank 0 alone reads the run's arguments.
     if not kwargs.get("rank0") and getattr(kind, "name", "") == "FSDP_DTENSOR":
-        _resume_planner(directory)
+        _resume_planner(directory, loaded)
     return result
 
 
@@ -174,10 +176,11 @@ def _save_planner(directory: Any) -> None:
         coordinator.layouts.save(str(directory), _storage())
 
 
-def _resume_planner(directory: Any) -> None:
+def _resume_planner(directory: Any, loaded: Any) -> None:
     found = session.current_coordinator()
     if found is not None and found.config.makes_plans and found.layers and not found.in_steps:
-        found.layouts.resume(str(directory), _storage())
+        saved = loaded.get("args") if isinstance(loaded, dict) else None
+        found.layouts.resume(str(directory), _storage(), getattr(saved, "fsep_run", None))
 
 
 CHECKPOINT_PATCHES = (_save, _load, _save_before_shards, _load_with_shards)

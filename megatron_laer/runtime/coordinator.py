@@ -102,7 +102,10 @@ class Coordinator(MicrobatchPlanner):
             names = [layer.name for layer in self.layers]
             unquantised = self.layouts.unquantised
             group = self.groups.index
-            run = run_of_group(self.config, group, first_step) if self.groups.rank == 0 else None
+            run = None
+            if self.groups.rank == 0:
+                state = self.layouts.resumption.state
+                run = run_of_group(self.config, group, first_step, state.run if state else None)
             if run is not None and names and self.config.record_metrics is not None:
                 of_run = self.config, self.guard, self.priced, self.device, group
                 writer = metrics_writer(*of_run, names, first_step, run)

@@ -254,6 +254,44 @@ def test_a_checkpoint_in_use_is_refused_and_another_jobs_is_named(
     assert "nothing is left to do" in third.log and "started:" not in third.log
 
 
+@pytest.mark.nightly
+def test_of_two_jobs_that_start_together_one_takes_a_new_folder(
+    slurm_cluster: Cluster, submit: Submit, tmp_path: Path
+) -> None:
+    body = f"""
+        until [[ -e "$CHECKPOINT/../refused" ]]; do sleep 0.1; done
+        {SAVE_ALL}"""
+    jobs = [submit((*ONE_NODE, "--hold"), body) for _ in range(2)]
+    slurm_cluster.run("scontrol", "release", ",".join(job.name for job in jobs))
+    jobs[0].wait_until(lambda: "FAILED" in [job.field("JobState") for job in jobs], "refused")
+    (tmp_path / "refused").touch()
+    assert sorted(job.end() for job in jobs) == ["COMPLETED", "FAILED"]
+    refused, winner = sorted(jobs, key=lambda job: job.field("JobState") == "COMPLETED")
+    assert f"{tmp_path}/run is in use by job {winner.name} (" in refused.log
+    assert "started:" not in refused.log and winner.log.count("started:") == 1
+
+
+@pytest.mark.nightly
+def test_a_shells_text_in_a_variable_is_not_run(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    text = "a $(touch ran)`touch ran`; touch ran #'\""
+    more = {"CHECKPOINT": f"{tmp_path}/{text}", "LOG_DIR": f"{tmp_path}/{text} logs"}
+    variables = settings(tmp_path, SAVE_ALL, **more, MASTER_ADDR=text)
+    program = tmp_path / f"{text} python"
+    program.symlink_to(variables["PYTHON"])
+    job = slurm_cluster.submit(
+        *(*ONE_NODE, f"--job-name={text}", f"--chdir={tmp_path}", str(SBATCH), str(SCRIPT)),
+        *("--train-iters", "10", "--data-path", text),
+        environment=variables | {"PYTHON": str(program)},
+    )
+    assert job.end() == "COMPLETED", job.log
+    assert "started:" in job.log
+    called = Path(f"{program}.started").read_text()
+    for words in (f"--master-addr {text} --", f"--log-dir {more['LOG_DIR']}/", f"path {text}\n"):
+        assert words in called
+    assert f"whose=job {job.name} ({text})" in Path(more["CHECKPOINT"], "slurm-run.txt").read_text()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_task_of_an_array_requeues_itself_alone(slurm_cluster: Cluster, tmp_path: Path) -> None:
     """The last task of an array has the number of the whole array."""
     # The second task stops halfway and then waits for the first to end.

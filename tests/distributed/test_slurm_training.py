@@ -11,11 +11,15 @@ script (`test_documented_commands.py`).
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_laer.telemetry import log
@@ -217,3 +221,60 @@ def test_a_job_whose_step_alone_is_ended_is_requeued(training: Training, undistu
     assert "the run ended with status 1" in job.log  # 137 or 143
     job.restart_now()
     assert_same(job, undisturbed, SAVE_INTERVAL)
+
+
+@pytest.mark.nightly
+def test_a_cancelled_job_leaves_no_process_and_is_not_requeued(training: Training) -> None:
+    job = training.submit_held()
+    started = job.processes()
+    assert {*held_processes(job)} <= {process.pid for process in started}
+    training.cluster.run("scancel", job.name)
+    assert job.end() == "CANCELLED"
+    assert job.field("Restarts") == "0"
+    assert psutil.wait_procs(started, timeout=60.0)[1] == []
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("restarts", [1, 0])
+def test_a_killed_rank_is_started_again_in_its_job_or_not_at_all(
+    training: Training, undisturbed: Job, restarts: int
+) -> None:
+    job = training.submit_held(MAX_RESTARTS=str(restarts))
+    started = job.processes()
+    os.kill(held_processes(job)[1], signal.SIGKILL)
+    if restarts:
+        assert_same(job, undisturbed, SAVE_INTERVAL)
+        assert "it is started again (1 of 1)" in job.log
+    else:
+        assert job.end() == "FAILED"
+        assert "it is started again" not in job.log
+    assert "requeued" not in job.log and job.field("Restarts") == "0"
+    assert psutil.wait_procs(started, timeout=60.0)[1] == []
+
+
+@pytest.mark.nightly
+def test_a_job_whose_torchrun_is_killed_thrice_fails_and_the_same_command_goes_on(
+    training: Training, undisturbed: Job
+) -> None:
+    job, node = training.submit_held(), training.cluster.nodes[1]
+    for number in (1, 2, 3):
+        job.wait_until(lambda: len(job.launchers(node)) == 1, "started torchrun")
+        job.launchers(node)[0].kill()  # as the kernel does where memory runs out
+        if number < 3:
+            job.wait_for_text(f"requeued ({number} of 100)")
+            assert f"torchrun was killed, {number} of at most 2 times" in job.log
+            job.restart_now()
+    assert job.end() == "FAILED"
+    assert "torchrun was killed 3 times in a row: out of memory?" in job.log
+    assert f"goes on from step {SAVE_INTERVAL}" in job.log
+    # Without cgroups Slurm loses sight of its ranks, whose parent is gone.
+    for process in job.processes():
+        process.kill()
+    following = training.submit(*TWO_NODES, CHECKPOINT=str(training.checkpoint))
+    assert_same(following, undisturbed, SAVE_INTERVAL, first=SAVE_INTERVAL + 1)
+
+
+def held_processes(job: Job) -> list[int]:
+    """Return the held ranks' processes, rank 0 first."""
+    found = re.findall(r"rank (\d) is held, process (\d+)", job.log)
+    return [int(process) for _, process in sorted(found)]

@@ -370,7 +370,8 @@ ROWS = [
         without=UNFUSED),
     # Megatron's combined 1F1B schedule, which runs with bf16 alone.
     _combined("combined", DIST_OPT + SHARED + FP32_ROUTER),
-    _combined("combined-fp8-hybridep", BLOCKS + PADDING, IN_FP8 + HYBRIDEP),
+    # Megatron frees the tokens of all layers, also those that the layer in bf16 keeps.
+    _combined("combined-fp8-hybridep", BLOCKS + PADDING + FIRST_IN_BF16, IN_FP8 + HYBRIDEP),
     _recipe(DEEPSEEK_V3, "deepseek-v3", group=2, exact=True),
     _recipe(QWEN3, "qwen3"),
     _recipe(GPT_OSS, "gpt-oss"),

@@ -5,13 +5,17 @@ Covers Megatron's own writer, and nvidia-resiliency-ext's where that is installe
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.checkpoints import NEEDS_NVRX
-from tests.processes import outlive, start
+from tests.processes import outlive, python_path, start
 
 # Megatron asks torch for the worker's GPU; new processes import this replacement.
 RANK = """
@@ -95,3 +99,36 @@ def test_an_unknown_nvidia_resiliency_ext_is_left_alone_with_a_warning(
     monkeypatch.setattr(torch, "HAVE_NVRX", True)
     assert checkpoint_writer.nvrx_patches() == ()
     assert "take mcore" in caplog.text
+
+
+SEMAPHORES = """
+import multiprocessing, sys
+from megatron_laer.helper_processes import signals_blocked
+
+with signals_blocked():
+    lock = multiprocessing.get_context("spawn").Lock()
+print(lock._semlock.name, flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_names_of_semaphores_go_when_a_ranks_session_is_killed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SEMAPHORES],
+        env=os.environ | {"PYTHONPATH": python_path()},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as rank:
+        assert rank.stdout is not None
+        name = rank.stdout.readline().strip()
+        file = Path(f"/dev/shm/sem.{name.removeprefix('/')}")
+        assert name and file.exists()
+        os.killpg(rank.pid, signal.SIGKILL)
+    give_up_s = time.monotonic() + 60.0
+    while file.exists() and time.monotonic() < give_up_s:
+        time.sleep(0.05)
+    left = file.exists()
+    file.unlink(missing_ok=True)
+    assert not left

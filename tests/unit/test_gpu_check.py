@@ -283,8 +283,8 @@ def test_a_job_runs_the_check_on_all_cards_of_its_nodes_and_several_nodes_get_a_
     ("environment", "problem"),
     [
         ({"SLURM_JOB_ID": ""}, "this is no Slurm job; submit it with sbatch"),
-        ({"SLURM_GPUS_PER_NODE": ""}, "the job has '' GPUs per node, which is no number"),
-        ({"SLURM_JOB_NUM_NODES": "many"}, "SLURM_JOB_NUM_NODES=many is no number of nodes"),
+        ({"SLURM_GPUS_PER_NODE": ""}, "SLURM_GPUS_ON_NODE= is no number of GPUs per node"),
+        ({"SLURM_JOB_NUM_NODES": "many"}, "SLURM_JOB_NUM_NODES=many is no whole number"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no whole number in 1024..65535"),
     ],
 )

@@ -35,9 +35,9 @@ from tests.records import Content, put_together, taken_apart
 
 
 def test_a_state_comes_back_as_it_was() -> None:
-    state = make_state()
+    state = make_state(run="0123456789abcdef")
     found = PlannerState.from_bytes(state.to_bytes())
-    for name in ("next_step", "version", "layers", "layouts", "plans"):
+    for name in ("next_step", "version", "layers", "layouts", "plans", "run"):
         assert getattr(found, name) == getattr(state, name), name
     for forecast, saved in zip(found.forecasts, state.forecasts, strict=True):
         assert type(forecast) is type(saved)
@@ -67,6 +67,16 @@ def test_a_state_of_another_group_is_refused_with_what_differs() -> None:
         said = f"3 layers, layer 2 to mtp 1, this group has {named}"
         with pytest.raises(ValueError, match=said):
             state.check_fits(geometry, few)
+
+
+def test_a_state_of_another_run_is_refused_where_both_are_known() -> None:
+    geometry = Geometry(num_ranks=N, num_experts=E, capacity=C, node_size=2)
+    one, other = "0" * 16, "f" * 16
+    for saved, run in ((None, None), (None, one), (one, None), (one, one)):
+        found = PlannerState.from_bytes(make_state(run=saved).to_bytes())
+        found.check_fits(geometry, LAYERS, run)
+    with pytest.raises(ValueError, match=f"of run {one}, the checkpoint's weights of run {other}"):
+        make_state(run=one).check_fits(geometry, LAYERS, other)
 
 
 def test_a_state_with_empty_slots_comes_back_and_fits_its_sharding_only() -> None:
@@ -99,6 +109,8 @@ def _set(at: int, name: str, value: Any) -> Callable[[Content], None]:
         ({"next_step": None}, "next_step must be in"),
         ({"layout_version": True}, "version must be in"),
         ({"plans": 3}, "has 2 plans of 3"),
+        ({"run": "0123"}, "run must be 16 hexadecimal digits, got '0123'"),
+        ({"run": 5}, "run must be 16 hexadecimal digits, got '5'"),
         (lambda content: content.pop(), "3 layers with 2 layouts"),
         (lambda content: content.append(content[-1]), "3 layers with 4 layouts"),
         (lambda content: content.pop(0), "has 1 plans of 2"),

@@ -18,7 +18,7 @@ _SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 # The script's functions without their call, and without its waits of ten seconds.
 _FUNCTIONS = f"""
 source <(sed '$d' {shlex.quote(str(_SBATCH))})
-stalled=false
+stalled=false kills=0
 sleep() {{ echo slept >>slept; }}
 squeue() {{
     [[ ! -e squeue ]] || eval "$(<squeue)"
@@ -148,6 +148,7 @@ def test_a_step_is_of_the_job_that_saved_it_and_not_of_one_that_began_there(tmp_
         ("Slurm", False, "SIGUSR1", True),
         ("ranks", False, "", False),
         ("", False, "", True),  # all were killed at once
+        ("killed", True, "", True),
         ("Slurm", True, "", False),
         ("Slurm", False, "SIGTERM", False),
     ],
@@ -167,3 +168,45 @@ def test_a_step_that_slurm_ended_is_made_again_once(
         slurm_ended_it && echo again || echo no""",
     )
     assert result.stdout == ("again\n" if goes_on else "no\n")
+
+
+@pytest.mark.parametrize(
+    ("ends", "requeued"),
+    [
+        (["killed", "killed", "killed"], [True, True, False]),
+        (["killed", "killed", "well", "killed"], [True, True, True, True]),
+        (["killed", "killed", "Slurm", "killed"], [True, True, True, True]),
+        # A run in the same job that ended otherwise counts too.
+        (["killed", "killed", "Slurm killed"], [True, True, True]),
+        (["killed", "killed killed", "killed"], [True, True, False]),
+    ],
+)
+def test_a_job_that_is_killed_again_and_again_is_requeued_twice(
+    tmp_path: Path, ends: list[str], requeued: list[bool]
+) -> None:
+    """Each run saves a step, so that only the kills count. A job's ends are its runs'."""
+    (tmp_path / "known.7").touch()
+    for number, runs in enumerate(ends):
+        restarts = len(runs.split()) - 1
+        result = run(
+            tmp_path,
+            f"""
+            job=7 me=7 checkpoint=run mark=run/ended-by words=(--lr 1) steps=99 run=0 on_nodes=()
+            MAX_RESTARTS={restarts} runs=({runs})
+            launch() {{
+                local end=${{runs[run]}}
+                run=$((run + 1)) ended=false
+                rm -f "$mark"
+                echo {10 * number + 10} >run/latest_checkpointed_iteration.txt
+                [[ $end == well ]] || ln -s "$end" "$mark"
+                [[ $end == well ]] || return 137
+            }}
+            requeue() {{ echo requeued; exit "$1"; }}
+            train""",
+        )
+        assert (result.stdout == "requeued\n") == requeued[number], (number, result.stderr)
+    out = "torchrun was killed 3 times in a row: out of memory?"
+    assert (out in result.stderr) == (not requeued[-1])
+    if not requeued[-1]:
+        assert result.returncode == 137
+        assert f"goes on from step {10 * len(ends)}" in result.stderr

@@ -80,6 +80,39 @@ def test_a_checkpoint_is_saved_to_and_loaded_from_and_signals_save(tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("SLURM_JOB_ID", "x", "no whole number in 1..4294967295"),
+        ("SLURM_JOB_ID", "12345678901", "no whole number in 1..4294967295"),
+        ("SLURM_JOB_NUM_NODES", "a[$(touch ran)]", "no whole number in 1..999999"),
+        ("SLURM_NODEID", "-1", "no whole number in 0..999999"),
+        ("SLURM_JOB_END_TIME", "a[$(touch ran)]", "no whole number in 0..999999999999"),
+        ("MASTER_PORT", "a[$(touch ran)]", "no whole number in 0..65535"),
+        ("SLURM_RESTART_COUNT", "010", "no whole number in 0..999999"),
+        ("SLURM_CPUS_PER_TASK", "0", "no whole number in 1..999999"),
+        ("SLURM_GPUS_PER_NODE", "h100", "no number of GPUs per node in 1..9999; set GPUS_PER_NODE"),
+        ("SLURM_JOB_NODELIST", "", "SLURM_JOB_ID=123456 is no job without SLURM_JOB_NODELIST"),
+    ],
+)
+def test_numbers_of_slurm_are_checked_before_they_are_used(fake_slurm, tmp_path, name, value, said):
+    folder = tmp_path / "run"
+    more = {name: value, "CHECKPOINT": str(folder), "DRY_RUN": "1"}
+    result = shell(_SBATCH, _SCRIPT, "--train-iters=9", cwd=tmp_path, **fake_slurm | more)
+    expected = f"{name}={value} is {said}" if value else said
+    assert (result.returncode, result.stderr) == (2, f"pretrain.sbatch: {expected}\n")
+    assert not folder.exists() and not (tmp_path / "ran").exists()
+
+
+def test_both_scripts_check_numbers_by_the_same_functions():
+    """Slurm copies the submitted script alone, so they cannot share a file."""
+    scripts = _SBATCH, _SBATCH.with_name("gpu_check.sbatch")
+    for name in ("check_numbers", "count_gpus"):
+        texts = [path.read_text().split(f"\n{name}() {{\n")[1] for path in scripts]
+        bodies = {text.split("\n}\n")[0] for text in texts}
+        assert len(bodies) == 1
+
+
 @pytest.mark.parametrize("dry", ["1", "yes"])
 def test_flags_keep_their_words(dry):
     words = (_SCRIPT, "--lr", "3e-4", "--data-cache-path", "a b")
@@ -90,7 +123,8 @@ def test_flags_keep_their_words(dry):
     assert value_of("--data-cache-path", command) == "a b"
 
 
-_FSEP = f"{_SCRIPT} --num-experts 8 --lr 1e-4 --bf16 --expert-parallel-mode fsep".split()
+_MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --num-experts 8"
+_FSEP = f"{_SCRIPT} {_MODEL} --lr 1e-4 --bf16 --expert-parallel-mode fsep".split()
 
 
 @pytest.mark.parametrize(

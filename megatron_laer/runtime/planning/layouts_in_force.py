@@ -6,6 +6,7 @@ All ranks of the group have the same ones: the planner rank broadcasts them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class LayoutsInForce:
     """Layout of each MoE layer of this rank, by the layer's index; experts are home positions.
 
     `homes` has the order of `given_homes`, or else stock's, of each layer. Of layers `unquantised`
-    prices are those in bf16. `planner_rank` is on that rank alone, once started.
+    prices are those in bf16. `planner_rank` is on that rank alone, once started. `run` is the run's
+    number, in the states that it saves.
     """
 
     config: FSEPConfig
@@ -51,6 +53,7 @@ class LayoutsInForce:
     homes_problem: str | None = None
     unquantised: set[int] = field(default_factory=set)
     planner_rank: PlannerRank | None = None
+    run: str | None = None
     _layers: list[str] = field(default_factory=list)
     _layouts: list[ExpertLayout] = field(default_factory=list)
     _step: int = 0
@@ -88,6 +91,7 @@ class LayoutsInForce:
 
     def start(self, first_step: int, run: str | None = None) -> None:
         """Open planner and recordings, which have the run's number, on the planner rank."""
+        self.run = run
         self._go_on(first_step)
         if self.groups.rank == 0 and self._layers:
             self.planner_rank = PlannerRank(
@@ -122,8 +126,8 @@ class LayoutsInForce:
     def save(self, directory: str, storage: Any) -> None:
         planner_checkpoint.save_state(directory, self.groups, self._planner_state, storage)
 
-    def resume(self, directory: str, storage: Any) -> None:
-        """Resume the planner's state in a checkpoint, if the next step follows it. Collective.
+    def resume(self, directory: str, storage: Any, run: str | None) -> None:
+        """Resume the planner's state in a run's checkpoint, if the next step follows. Collective.
 
         Otherwise planning starts from the static layout, and the session logs the reason.
         """
@@ -131,7 +135,7 @@ class LayoutsInForce:
             directory,
             self.groups,
             self.device,
-            self._by_position,
+            partial(self._by_position, run=run),
             storage,
         )
 
@@ -139,11 +143,11 @@ class LayoutsInForce:
         if self.planner_rank is not None:
             self.planner_rank.close()
 
-    def _by_position(self, state: PlannerState) -> PlannerState:
+    def _by_position(self, state: PlannerState, run: str | None) -> PlannerState:
         """Return a saved state with home positions; raise ValueError for another run's."""
         if state.shape == self.geometry.shape and len(state.layers) == len(self.homes):
             state = planner_checkpoint.by_position(state, self.homes)
-        state.check_fits(self.geometry, self._layers)
+        state.check_fits(self.geometry, self._layers, run)
         return state
 
     def _change(self, step: int) -> None:
@@ -190,5 +194,6 @@ class LayoutsInForce:
             layouts=self.layouts,
             forecasts=planned.forecasts,
             plans=planned.plans,
+            run=self.run,
         )
         return planner_checkpoint.by_expert(state, self.homes)

@@ -204,15 +204,20 @@ def _strategies(
     return [others if layer in unquantised else usual for layer in range(num_layers)]
 
 
-def run_of_group(config: FSEPConfig, group_index: int, first_step: int) -> str:
-    """Return the number in the recordings that the group's run resumes, or a new one."""
+def run_of_group(
+    config: FSEPConfig, group_index: int, first_step: int, saved: str | None = None
+) -> str:
+    """Return the number in the recordings that the run resumes, else the saved one, or a new one.
+
+    `saved` is that of the planner's state.
+    """
     kinds = (
         (LAYOUTS, config.record_layouts),
         (TRACE, config.record_trace),
         (METRICS, config.record_metrics),
     )
     paths = [format.path(folder, group_index) for format, folder in kinds if folder and first_step]
-    return next(filter(None, map(run_of, paths)), None) or new_run()
+    return next(filter(None, map(run_of, paths)), saved if first_step else None) or new_run()
 
 
 @contextmanager
