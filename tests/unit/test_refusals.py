@@ -461,7 +461,7 @@ TABLE = Path(rules.__file__).with_name("rules.toml")
             "[[own]] 2, --fsep-allow-unproven: ",
         ),
         ('when = "one_rank"', 'when = "one_rnak"', "when = 'one_rnak' must be a predicate"),
-        ('left_out = "speed-only"', 'left_out = "spead"', "[[refused]] 11, --moe-expert-rank-"),
+        ('left_out = "speed-only"', 'left_out = "spee-only"', "[[refused]] 11, --moe-expert-rank-"),
         ('fits = "fp8-experts"', 'fits = "fp8"', "[[refused]] 14, --fp8-param-gather: 'fp8': "),
         (
             'flag = "--num-experts"',
