@@ -131,10 +131,10 @@ def resolve_geometry(
     """Return the geometry of a layer, with the default number of slots if none is given."""
     if capacity is None:
         capacity = default_capacity(num_ranks, num_experts, multiple)
+    if sharding == Sharding.EXPERTS:  # before the wider bounds of rows
+        check_home(num_ranks, capacity, num_experts, flags[0])
     check_shape(num_ranks, capacity, num_experts, flags[0], multiple)
     check_node_size(num_ranks, node_size, flags[1])
-    if sharding == Sharding.EXPERTS:
-        check_home(num_ranks, capacity, num_experts, flags[0])
     return Geometry(num_ranks, num_experts, capacity, node_size, sharding)
 
 

@@ -65,7 +65,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     if not device.cpu_installed() and (problem := torch_version.problem_on_cuda(torch.__version__)):
         raise ValueError(f"FSEP cannot run with {problem}")
     check_planner(wanted.config.planner)
-    _check_files(wanted.config)
+    check_files(wanted.config)
     # Look up all attributes before replacing one, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()
@@ -92,7 +92,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
         create_groups(wanted)
 
 
-def _check_files(config: FSEPConfig) -> None:
+def check_files(config: FSEPConfig) -> None:
     """Refuse files and folders that the run could not use; create none, and open no recording."""
     if config.cluster is not None:
         try:

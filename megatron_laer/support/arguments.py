@@ -17,7 +17,7 @@ from megatron_laer.environment import CONNECTIONS, has_one_queue
 from megatron_laer.files.checks import numbered, problem_of
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.homes_file import read_homes
-from megatron_laer.planner.layout import MAX_EXPERTS, check_home
+from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.rules import (
     REFUSALS,
     RULES,
@@ -132,8 +132,6 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
     # What `auto` takes is not known yet, and any number of slots for it fits rows.
     at_home = config.sharding == Sharding.EXPERTS
     try:
-        if at_home and config.capacity is not None:  # before the wider bounds of rows
-            check_home(ranks, config.capacity, experts, "--fsep-capacity")
         geometry = resolve_geometry(
             experts,
             ranks,

@@ -117,7 +117,7 @@ def test_a_log_of_another_run_is_not_drawn(folder, tmp_path):
     (folder / "a.log").write_text(logged(folder, ratio=1.5, loss=7.0))
     page = html.unescape(written(tmp_path, folder))
     assert "'a.log' is the log of another run, and is not used" in page and "Loss" not in page
-    # Of a run that was killed and resumed.
+    # The logs of a run that was killed and resumed.
     repeated = logged(folder, range(2, 5), ratio=1.5, loss=9.0)
     (folder / "b.log").write_text(logged(folder, range(2)) + repeated)
     (folder / "c.log").write_text(logged(folder, range(2, 5)))

@@ -28,7 +28,7 @@ from megatron_laer.support import RefusedError
 
 # Numbers behind a rank's counts: a layout's version and digest, and the last decision's digest.
 _TAGS = 3
-# Tokens' choices of so many experts, a byte each, are read and added up as one integer.
+# Types by the number of experts whose choices, a byte each, are added up as one integer.
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

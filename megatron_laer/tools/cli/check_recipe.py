@@ -107,13 +107,13 @@ def _judge_flags(words: list[str], ranks: int | None = None) -> int:
     from megatron_laer.support import arguments
 
     settings = parsed(words, ranks)
-    from megatron_laer.plugin.switch import _check_files  # imports Megatron, for which CUDA is set
+    from megatron_laer.plugin.switch import check_files  # imports Megatron, for which CUDA is set
 
     try:
         config = config_from_args(settings)
         assert config is not None, "the mode is set"
         check_planner(config.planner)
-        _check_files(config)
+        check_files(config)
         config, _ = arguments.with_needed_sharding(settings, config)
     except ValueError as error:
         allowed = settings.fsep_allow_unproven or ()

@@ -101,7 +101,7 @@ def _check_bounds(settings: Namespace) -> None:
 
 
 def ranks_problem(settings: Namespace, ranks: int) -> str | None:
-    """Return why Megatron makes no process groups of so many ranks; see its parallel_state."""
+    """Return why Megatron makes no process groups of these ranks; see its parallel_state."""
     for names in (
         ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
         (
