@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group(title="fully sharded expert parallel (megatron_laer)")
     group.add_argument(
         MODE,
+        type=functools.partial(one_line, longest=200),  # argparse quotes what is no choice
         choices=[mode.value for mode in ExpertParallelMode],
         default=ExpertParallelMode.STANDARD.value,
         help="standard: Megatron's expert parallelism, untouched; fsep: experts rebalanced at "

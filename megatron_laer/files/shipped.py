@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+from megatron_laer.files.checks import quoted
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -19,8 +21,8 @@ def yaml_file(kind: str, path_or_name: str | Path) -> Path:
     known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
     if name not in known:
         raise ValueError(
-            f"unknown {kind} {name!r}{did_you_mean(name, known)}; known are {sorted(known)}, or "
-            "pass a path to a YAML file"
+            f"unknown {kind} {quoted(name)}{did_you_mean(name, known) or ';'} known are "
+            f"{sorted(known)}, or pass a path to a YAML file"
         )
     return known[name]
 

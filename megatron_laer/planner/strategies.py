@@ -9,7 +9,7 @@ from typing import Protocol
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Auto, FixedPlanner, PlanMode, Sharding
-from megatron_laer.config import FSEPConfig
+from megatron_laer.config import FSEPConfig, setting
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
@@ -51,7 +51,9 @@ def check_planner(name: str) -> None:
     """Refuse a name of neither a strategy nor a fixed planner."""
     known = sorted({*strategy_names(), *FixedPlanner})
     if name not in known:
-        raise ValueError(f"--fsep-planner {name}: unknown planner; use one of {', '.join(known)}")
+        raise ValueError(
+            f"{setting('planner', name)}: unknown planner; use one of {', '.join(known)}"
+        )
 
 
 def make_strategy(name: str, *, geometry: Geometry, costs: CostModel) -> Strategy:

@@ -158,9 +158,13 @@ def _checked(
     if config.sharding != Auto.AUTO:
         args.fsep_sharding = config.sharding.value
     left_out = arguments.leave_out(args)
-    if config.node_size is None:
-        launcher.told_ranks_per_node(os.environ, args.world_size)
     said = []
+    if config.node_size is None:
+        told = launcher.told_ranks_per_node(os.environ, args.world_size)
+        if told is not None and told[1] == args.world_size:
+            # No error, since one script may serve one node and many.
+            of_one_node = replace(config, node_size=args.expert_model_parallel_size)
+            said += [f"FSEP: {text}" for text in arguments.problems(args, of_one_node)]
     if filled:
         said.append(f"FSEP takes {' '.join(filled)}, which it needs")
     if config != given:

@@ -90,6 +90,7 @@ DIGITS = "9" * 100_000
         (f"--fsep-restore {DIGITS}", "...9999"),
         (f"--fsep-capacity {DIGITS[:4000]}", "...9999"),
         (f"--fsep-record d {DIGITS}", "...9999"),
+        (f"--expert-parallel-mode {DIGITS}", "...9999"),
         (f"--fsep-{DIGITS} 1", "...9999"),
         # A setting is given once; one without a name here leads to its name.
         ("--fsep-set plan_lag=2 plan_lag=3", "'plan_lag=3': plan_lag is given before"),

@@ -207,8 +207,8 @@ class Warned(logging.Handler):
 logging.getLogger("megatron_laer").addHandler(Warned())
 warned = []
 
-def validated(line, script=(), checkpoint=(), rank=0, has_muon=True):
-    os.environ.update(RANK=str(rank), WORLD_SIZE="4")
+def validated(line, script=(), checkpoint=(), rank=0, has_muon=True, ranks_here=2):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="4", LOCAL_WORLD_SIZE=str(ranks_here))
     warned.clear()
     sys.argv = ["script", *REST, *line.split()]
     loaded = ({"args": argparse.Namespace(**dict(checkpoint)), "iteration": 1}, "", False, None)
@@ -239,7 +239,7 @@ def validated(line, script=(), checkpoint=(), rank=0, has_muon=True):
     return {
         "dispatcher": args.moe_token_dispatcher_type,
         "etp": args.expert_tensor_parallel_size,
-        "said": [line for line in lines if line.startswith("FSEP ")],
+        "said": [line for line in lines if line.startswith(("FSEP ", "FSEP: "))],
         "padding": args.moe_router_padding_for_quantization or args.moe_router_padding_for_fp8,
         "words": words,
         "kept": args.fsep_allow_unproven,
@@ -277,6 +277,9 @@ ONLY_FP8 = f"{FSEP} --fp8-format hybrid {ALLOW_FP8}"
 ETP = "FSEP takes --expert-tensor-parallel-size 1, which it needs"
 BOTH = f"FSEP takes {DISPATCHER} alltoall --expert-tensor-parallel-size 1, which it needs"
 
+BY_NODE = f"{FSEP} --fsep-sharding rows --fsep-set restore_algorithm=node"
+ONE_HOP = "FSEP: --fsep-set restore_algorithm=node: no effect, since rows take one hop on one node "
+ONE_HOP += "(--fsep-node-size); leave it out"
 SAVED_ROWS = {"fsep_sharding": "rows"}
 GOES_ON = "FSEP takes --fsep-sharding rows: the checkpoint in --load 'there' has it"
 MUON = "FSEP takes --fsep-sharding experts: --optimizer muon with --fsep-sharding rows: it needs "
@@ -315,6 +318,8 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
         {"checkpoint": {"fsep_sharding": "experts"}},
         completed(BOTH),
     ),
+    "on one node": (BY_NODE, {"ranks_here": 4}, completed(ONE_HOP, BOTH)),
+    "on two nodes": (BY_NODE, {"ranks_here": 2}, completed(BOTH)),
     "stock": ("", {}, STOCK),
     "given otherwise": (f"{FSEP} {DISPATCHER}=allgather", {}, "allgather"),
     "script's defaults": (

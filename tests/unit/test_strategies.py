@@ -23,7 +23,7 @@ from megatron_laer.planner.laer import (
     proportional_replicas,
 )
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.strategies import make_strategy, strategy_names
+from megatron_laer.planner.strategies import check_planner, make_strategy, strategy_names
 from tests import shared_data
 from tests.costs import make_costs
 from tests.oracles import introsort
@@ -202,3 +202,8 @@ def test_an_unknown_strategy_is_quoted() -> None:
     known = re.escape(", ".join(strategy_names()))
     with pytest.raises(ValueError, match=f"unknown planner 'magic'; use one of {known}$"):
         make_strategy("magic", geometry=Geometry(4, 4, 2, 2), costs=COSTS)
+    with pytest.raises(ValueError, match=r"^--fsep-planner magic: unknown planner; use one of "):
+        check_planner("magic")
+    with pytest.raises(ValueError, match=r"--fsep-planner .*\.\.\.99+'?: unknown") as refused:
+        check_planner("9" * 100_000)
+    assert len(str(refused.value)) < 500
