@@ -24,13 +24,20 @@ def problems(plan: Plan, outcome: Outcome, undisturbed: Path) -> list[str]:
         return [outcome.problem]
     checks = (_steps, _recordings, _leftovers)
     found = [problem for check in checks for problem in check(plan, outcome.folder, undisturbed)]
+    for start, words in outcome.expected:
+        logs = [
+            outcome.folder.glob(f"start-{later}-*.log")
+            for later in range(start, len(outcome.starts))
+        ]
+        if not any(words in path.read_text() for of_start in logs for path in of_start):
+            found.append(f"no start from {start} on logged {words!r}")
     orphans = outlive(process.pid for process in outcome.started if process.is_running())
     return found + [f"process {pid} is left" for pid in orphans]
 
 
 def cut_from(folder: Path) -> list[int]:
     """Return the steps from which a group's routing was moved aside, once for each time."""
-    names = [path.name for path in folder.glob(f"recorded/group-0{_CUT}*.trace")]
+    names = [path.name for path in folder.glob(f"recorded-*/group-0{_CUT}*.trace")]
     return sorted(int(name.split(_CUT)[1].split(".")[0]) for name in names)
 
 
@@ -39,10 +46,11 @@ def _steps(plan: Plan, folder: Path, undisturbed: Path) -> Iterator[str]:
     for path in sorted(undisturbed.glob("rank-*.jsonl")):
         expected = {line["step"]: line for line in _lines(path)}
         made = _lines(folder / path.name)
-        if {line["step"] for line in made} != set(range(plan.steps)):
+        # A rank that a part of the run alone has, has not all steps.
+        if {line["step"] for line in made} != {*expected} or len({*expected}) > plan.steps:
             yield f"{path.stem} made the steps {[line['step'] for line in made]}"
         for line in made:
-            other = expected[line["step"]]
+            other = expected.get(line["step"], {})
             differ = [key for key in line if line[key] != other[key]]
             if differ:
                 yield f"{path.stem}: step {line['step'] + 1} differs in {', '.join(differ)}"
@@ -51,20 +59,25 @@ def _steps(plan: Plan, folder: Path, undisturbed: Path) -> Iterator[str]:
 
 def _recordings(plan: Plan, folder: Path, undisturbed: Path) -> Iterator[str]:
     """Compare layouts and routing byte for byte, and metrics except times."""
-    recorded, expected = folder / "recorded", undisturbed / "recorded"
-    for path in sorted([*expected.glob("group-*.trace"), *expected.glob("group-*.layouts")]):
-        if without_run(recorded / path.name) != without_run(path):
-            yield f"{path.name} differs"
-    for path in sorted(expected.glob("group-*.metrics")):
-        mine, other = read_metrics(recorded / path.name), read_metrics(path)
-        if mine.steps_T.tolist() != list(range(plan.steps)):
-            yield f"{path.name} holds the steps {mine.steps_T.tolist()}"
+    recorded = set[int]()
+    for path in sorted(undisturbed.glob("recorded-*/group-*.*")):
+        name = path.relative_to(undisturbed)
+        if path.suffix != ".metrics":
+            if without_run(folder / name) != without_run(path):
+                yield f"{name} differs"
+            continue
+        mine, other = read_metrics(folder / name), read_metrics(path)
+        recorded |= {*other.steps_T.tolist()}
+        if mine.steps_T.tolist() != other.steps_T.tolist():
+            yield f"{name} holds the steps {mine.steps_T.tolist()}"
             continue
         if (mine.rank_tokens_TLN != other.rank_tokens_TLN).any():
-            yield f"{path.name} differs in tokens"
-        for name in _DETERMINED:
-            if (mine.of_layers[name] != other.of_layers[name]).any():
-                yield f"{path.name} differs in {name}"
+            yield f"{name} differs in tokens"
+        for value in _DETERMINED:
+            if (mine.of_layers[value] != other.of_layers[value]).any():
+                yield f"{name} differs in {value}"
+    if recorded != {*range(plan.steps)}:
+        yield f"the undisturbed run recorded the steps {sorted(recorded)}"
 
 
 def _leftovers(_plan: Plan, folder: Path, _undisturbed: Path) -> Iterator[str]:

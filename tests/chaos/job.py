@@ -9,6 +9,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 from collections.abc import Sequence
@@ -20,8 +21,11 @@ import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_laer.cpu import ranks
+from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
 from tests.chaos import rank
-from tests.chaos.plans import Fault, Plan
+from tests.chaos.plans import SWITCH_EVERY, Fault, Plan
+from tests.checkpoints import iteration_folder
+from tests.records import FORMATS, taken_apart
 
 # Limit of one start, an order of magnitude above need.
 _HANG_S = 900.0
@@ -30,14 +34,20 @@ _TERM_S = 60.0
 _POLL_S = 0.02
 # Interval of looks at all processes of the machine.
 _LOOK_S = 0.5
+# A stopped rank goes on after that.
+_STOPPED_S = 2.0
 
 
 @dataclass
 class Outcome:
-    """Result of a run: its starts' ends, all processes seen, and the reason to give up, or ""."""
+    """Result of a run: its starts' ends, all processes seen, and the reason to give up, or "".
+
+    `expected` are words of which a start with this number, or a later one, has to log.
+    """
 
     folder: Path
     starts: list[str] = field(default_factory=list)
+    expected: list[tuple[int, str]] = field(default_factory=list)
     problem: str = ""
     started: set[psutil.Process] = field(default_factory=set)
 
@@ -46,15 +56,24 @@ def run_job(plan: Plan, data: str, folder: Path) -> Outcome:
     """Start a job until it ends."""
     folder.mkdir(parents=True)
     outcome, faults = Outcome(folder), list(plan.faults)
-    for start in range(len(faults) + 2):
-        fault = faults.pop(0) if faults else None
-        codes = _start(plan, data, outcome, start, fault)
+    lost = set[Path]()
+    for start in range(len(faults) + len(plan.variant.later) + 2):
+        step, waiting = saved_step(folder), [*faults]
+        if plan.variant.loses_state and step and step % SWITCH_EVERY == 0:
+            for path in {*(iteration_folder(folder / "saved", step) / FOLDER).iterdir()} - lost:
+                lost.add(path)
+                _lose(path, plan)
+                said = f"planning starts anew, from the static layout: {path}: "
+                outcome.expected += [(start, said)] if plan.faults else []
+        codes = _start(plan, data, outcome, start, faults)
         made = steps_made(folder)
         outcome.starts.append(f"{made[-1] + 1 if made else 0}:{','.join(map(str, codes))}")
         if not any(codes) and made and made[-1] == plan.steps - 1:
             return outcome
         if outcome.problem:
             return outcome
+        if len(faults) < len(waiting) and _tear(plan, folder, waiting[-len(faults) - 1].torn_bytes):
+            outcome.expected.append((start + 1, "are no whole record"))
     outcome.problem = f"not ended after {len(outcome.starts)} starts"
     return outcome
 
@@ -73,14 +92,44 @@ def saved_step(folder: Path) -> int:
     return int(tracker.read_text() or 0) if tracker.exists() else 0
 
 
-def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None) -> list[int]:
+def _lose(path: Path, plan: Plan) -> None:
+    """Flip a bit of a planner's state; in an undisturbed run it is missing, which has to equal."""
+    if not plan.faults:
+        path.unlink()
+        return
+    content = bytearray(path.read_bytes())
+    draws = random.Random(repr(plan))
+    content[draws.randrange(len(content))] ^= 1 << draws.randrange(8)
+    path.write_bytes(content)
+
+
+def _tear(plan: Plan, folder: Path, torn_bytes: int) -> bool:
+    """Damage the ends of recordings that the next start resumes, as a loss of power does."""
+    step, torn = saved_step(folder), False
+    for path in (folder / plan.recorded(step)).glob("group-0.*") if step and torn_bytes else ():
+        is_recording = path.suffix[1:] in FORMATS and ".cut-from" not in path.name
+        if not is_recording or b"\n" not in path.read_bytes():
+            continue
+        _, content = taken_apart(path)
+        with path.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            is_needed = not content or content[-1][1] < step
+            file.truncate(end + torn_bytes if is_needed else end - torn_bytes)
+        torn = True
+    return torn
+
+
+def _start(plan: Plan, data: str, outcome: Outcome, start: int, faults: list[Fault]) -> list[int]:
+    """Start the ranks once; faults that came are taken out."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([ranks.preparation])
     # Served here, as by torchrun: a port found free may be taken when the ranks start.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    step = saved_step(outcome.folder)
+    _, size = plan.variant.life(step)
     environment = {
-        "WORLD_SIZE": str(plan.variant.ranks),
-        "LOCAL_WORLD_SIZE": str(plan.variant.ranks),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -88,18 +137,18 @@ def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | N
     }
     processes = []
     folder = str(outcome.folder)
-    flags = plan.flags(data, folder)
-    for number in range(plan.variant.ranks):
+    flags = plan.flags(data, folder, step)
+    for number in range(size):
         own = environment | {"RANK": str(number), "LOCAL_RANK": str(number)}
         log = f"{folder}/start-{start}-rank-{number}.log"
-        last_step = None if fault is None else fault.awaited_by(number)
+        last_step = faults[0].awaited_by(number) if faults else None
         process = context.Process(
             target=rank.run, args=(number, flags, folder, log, own, last_step)
         )
         process.start()
         processes.append(process)
     try:
-        _supervise(processes, outcome, fault)
+        _supervise(processes, outcome, faults)
     finally:
         # Only ranks that still run: their children have to end by themselves.
         _signal(processes, signal.SIGKILL)
@@ -110,9 +159,10 @@ def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | N
 
 
 def _supervise(
-    processes: Sequence[ForkServerProcess], outcome: Outcome, fault: Fault | None
+    processes: Sequence[ForkServerProcess], outcome: Outcome, faults: list[Fault]
 ) -> None:
     began_s = time.monotonic()
+    fault = faults[0] if faults else None
     already = len(steps_made(outcome.folder))
     due_s, term_s, looked_s = None, None, 0.0
     while any(process.exitcode is None for process in processes):
@@ -132,7 +182,9 @@ def _supervise(
             if due_s is not None and now_s >= due_s:
                 outcome.started |= _descendants(processes)
                 _inject(processes, fault)
-                fault = None
+                del faults[0]
+                goes_on = fault.kind == "STOP one" and faults
+                fault, due_s = faults[0] if goes_on else None, None
         failed = any(process.exitcode for process in processes)
         if failed and term_s is None:
             term_s = now_s + _TERM_S
@@ -151,14 +203,19 @@ def _saves(folder: Path) -> bool:
 def _inject(processes: Sequence[ForkServerProcess], fault: Fault) -> None:
     name, who = fault.kind.split()
     number = signal.Signals[f"SIG{name}"]
-    chosen = [processes[fault.rank]] if who == "one" else processes
-    if fault.kind == "TERM all":
+    # A run that changes its size may have fewer ranks by now.
+    chosen = [processes[fault.rank % len(processes)]] if who == "one" else processes
+    if fault.kind in ("TERM all", "USR1 all"):
         _signal(processes, number)  # with all their processes, as Slurm and torchrun do
         return
-    for process in chosen:
-        # A rank may have ended just now.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process.pid, number)
+    numbers = [number, signal.SIGCONT] if name == "STOP" else [number]
+    for number in numbers:
+        for process in chosen:
+            # A rank may have ended just now.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+        if number == signal.SIGSTOP:
+            time.sleep(_STOPPED_S)
 
 
 def _signal(processes: Sequence[ForkServerProcess], number: int) -> None:

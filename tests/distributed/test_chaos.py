@@ -17,7 +17,7 @@ from tests.chaos.job import run_job
 from tests.chaos.plans import SAVE_EVERY, Fault, Plan, Variant, plans
 from tests.checkpoints import NEEDS_NVRX
 
-RUNS, SEED = 40, 40
+RUNS, SEED = 40, 58
 
 
 @pytest.mark.parametrize("strategy", ["mcore", pytest.param("nvrx", marks=NEEDS_NVRX)])
@@ -34,8 +34,8 @@ def test_a_job_that_is_killed_and_stopped_ends_bitwise_as_one_that_was_not(
         Fault("KILL one", 1, SAVE_EVERY + 2, 0.0, is_awaited=True),
         Fault("TERM all", 0, stopped, 0.0, is_awaited=True),
     )
-    plan = Plan(with_helpers, True, faults, stopped + 1)
-    whole = run_job(Plan(plain, False, (), plan.steps), text_data, tmp_path / "whole")
+    plan = Plan(with_helpers, "SIGTERM", faults, stopped + 1)
+    whole = run_job(Plan(plain, "", (), plan.steps), text_data, tmp_path / "whole")
     assert not whole.problem
     outcome = run_job(plan, text_data, tmp_path / "stopped")
     assert problems(plan, outcome, whole.folder) == []
@@ -53,7 +53,7 @@ def undisturbed(
 
     def run(variant: Variant) -> Path:
         folder = tmp_path_factory.mktemp("undisturbed") / "run"
-        outcome = run_job(Plan(variant, False, ()), text_data, folder)
+        outcome = run_job(Plan(variant, "", ()), text_data, folder)
         assert not outcome.problem, outcome
         return folder
 
