@@ -1,6 +1,7 @@
 """Command lines that cannot work, and the message expected for each.
 
-`values` makes those that follow from types and kinds of files. `cases.txt` lists the rest:
+`values` makes those that follow from types and kinds of files, and `drawn` those of a seed.
+`cases.txt` lists the rest:
 
     # WORDS with which the lines below begin
     NAME=VALUE WORDS => PART OF THE MESSAGE
@@ -14,11 +15,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.bad_inputs import inputs, published, recordings, values
+from tests.bad_inputs import drawn, inputs, published, recordings, values
 from tests.bad_inputs.case import Case
 from tests.parity.flags import command_line
 
@@ -48,10 +50,11 @@ def _all() -> Iterator[Case]:
     for name, (_, says) in inputs.pickles().items():
         yield Case(("inspect", f"checkpoint-{name}"), says)
     train = ("train", _SCRIPT, "--", *_FLAGS, "--expert-parallel-mode", "fsep")
-    for given, says in values.settings():
-        yield Case((*train, *given.split()), says, _RANKS)
+    for number, (given, says) in enumerate(values.settings()):
+        yield Case((*train, *shlex.split(given)), says, _RANKS, nightly=number % 4 > 0)
     yield from values.paths()
     yield from values.variables()
+    yield from (found.case for found in drawn.drawn(train, _RANKS))
 
 
 def _listed() -> Iterator[Case]:
@@ -77,7 +80,7 @@ def _listed() -> Iterator[Case]:
 
 
 def make(folder: Path) -> None:
-    for part in (inputs, recordings, published, values):
+    for part in (inputs, recordings, published, values, drawn):
         part.make(folder)
 
 

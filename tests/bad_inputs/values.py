@@ -68,6 +68,13 @@ def excluded(action: argparse.Action) -> Sequence[str]:
     return OF_TYPES.get(kind, ())
 
 
+_NO_INTEGERS = (
+    *("x", "nan", "1.5", "9" * 21, "", " 7", "1_0", "1e1", "\uff17", "7,8", "+-7", "[7]"),
+    *("0x10", "0b11"),
+)
+_NO_FRACTIONS = ("x", "nan", "inf", "", "0x1p3", "1_0", "\uff17", "1.5.2", "50%", "1h", "--1")
+
+
 def settings() -> Iterator[tuple[str, str]]:
     """Yield FSEP's settings with a value that no field takes, and a part of the message."""
     for field in dataclasses.fields(FSEPConfig):
@@ -75,7 +82,7 @@ def settings() -> Iterator[tuple[str, str]]:
         if words_of(name) or name == "planner":
             yield setting(name, "pigeon"), "pigeon"
         elif kind is not str:
-            for value in ("x", "nan", *(("1.5", "9" * 21) if kind is int else ("inf",))):
+            for value in _NO_INTEGERS if kind is int else _NO_FRACTIONS:
                 yield setting(name, value), setting(name, value)
             for bound, step in (("minimum", -1), ("maximum", 1)):
                 if (found := field.metadata[bound]) is not None:
