@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ def run(
     environment: dict[str, str],
     last_step: int | None,
 ) -> None:
-    """Train with these flags; write each step's loss, gradient norm and digest of all weights.
+    """Train with these flags; write each step's loss, gradient norm and digest.
 
     After `last_step`, counted from 1, it waits for a signal. None trains on.
     """
@@ -36,7 +37,6 @@ def run(
     from megatron.training import training
 
     from megatron_laer.cpu.training import train
-    from tests.faults.delays import digest
     from tests.faults.injected import current_step
 
     step, found = training.train_step, {}
@@ -48,7 +48,7 @@ def run(
         return result
 
     def tell(model: list[torch.nn.Module]) -> None:
-        line = json.dumps({"step": current_step(), **found, "digest": digest(model)}) + "\n"
+        line = json.dumps({"step": current_step(), **found, "digest": _digest(model)}) + "\n"
         with Path(folder, f"rank-{rank}.jsonl").open("a") as file:
             file.write(line)
         while current_step() + 1 == last_step and not _is_told_to_end():
@@ -56,6 +56,32 @@ def run(
 
     with mock.patch.object(training, "train_step", observed):
         train(flags, tell)
+
+
+def _digest(model: list[torch.nn.Module]) -> str:
+    """Return a digest of this rank's weights, and of the gradients that its optimizer reads.
+
+    Each rank of a distributed optimizer reads a part of a bucket. The rest is as the reduce left
+    it, which differs in the first step of a start.
+    """
+    from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+
+    found = hashlib.blake2b(digest_size=16)
+    for chunk in model:
+        gradients = {parameter: parameter.main_grad for parameter in chunk.parameters()}
+        tensors = [parameter.detach() for parameter in gradients]
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            if group.ddp_config.use_distributed_optimizer:
+                size = group.intra_distributed_optimizer_instance_size
+                place = group.intra_distributed_optimizer_instance_rank
+                for bucket in group.buckets:
+                    tensors.append(shard_buffer(bucket.grad_data, size)[place])
+                    gradients = {
+                        of: grad for of, grad in gradients.items() if of not in bucket.params
+                    }
+        for tensor in (*tensors, *gradients.values()):
+            found.update(tensor.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _is_told_to_end() -> bool:
