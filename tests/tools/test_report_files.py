@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from megatron_laer.telemetry.trace_file import TRACE
 from megatron_laer.tools import cli
 from megatron_laer.tools.report.assessment import assess
 from megatron_laer.tools.report.metrics_recording import read_metrics
+from megatron_laer.tools.report.run_files import lacks
 from tests.recorded_runs import STEPS
 from tests.records import records_of, rewrite
 from tests.tools.report_pages import data_of, figure_of, report, run_of, values_of, written
@@ -80,6 +82,21 @@ def test_steps_that_the_metrics_lack_are_said(folder, tmp_path, caplog):
     assert cli.main(["plan", str(TRACE.path(folder, 0))]) == 0
     text = f"'{folder}/group-0.metrics' lacks the steps 3 to 4, which 'group-0.trace' has"
     assert caplog.messages == [text, text]
+
+
+def test_a_step_that_the_trace_has_in_part_is_said(folder, tmp_path, caplog):
+    cut_to(TRACE.path(folder, 0), 4 * 4 + 3)
+    written(tmp_path, folder)
+    assert cli.main(["plan", str(TRACE.path(folder, 0))]) == 0
+    cut = f"'{folder}/group-0.trace' lacks microbatches of the step 4, which 'group-0.metrics' has"
+    assert caplog.messages == [cut, cut]
+
+
+def test_a_model_may_pass_a_layer_more_than_once_in_a_microbatch():
+    both = Path("a.metrics"), {0: 12, 1: 24}, Path("a.trace"), {0: 8, 1: 16}
+    assert list(lacks(*both)) == []
+    cut = list(lacks(*both[:3], {0: 8, 1: 15}))
+    assert cut == ["'a.trace' lacks microbatches of the step 1, which 'a.metrics' has"]
 
 
 @pytest.mark.parametrize("damage", [len, lambda first: first[:40]], ids=["zeros", "cut"])

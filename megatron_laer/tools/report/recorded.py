@@ -100,15 +100,17 @@ def recorded_run(
     others = [path for path in files.of_other_groups if path.suffix == f".{METRICS.suffix}"]
     logs = read_logs(files.logs, recording, others)
     experts_TLE, traced = None, list[int]()
-    steps_in = [(files.metrics, set(recording.steps_T.tolist()))]
+    lacking = list[str]()
     if trace is not None:
         assert files.trace is not None
         experts_TLE = _expert_tokens_TLE(trace, recording.steps_T)
-        traced = np.unique(trace.step_R).tolist()
-        steps_in.append((files.trace, set(traced)))
+        steps, numbers = (of.tolist() for of in np.unique(trace.step_R, return_counts=True))
+        traced, microbatches = steps, dict(zip(steps, numbers, strict=True))
+        passes_T = recording.of_layers["passes"].sum(axis=1)
+        passes = dict(zip(recording.steps_T.tolist(), passes_T.tolist(), strict=True))
+        lacking += lacks(files.metrics, passes, files.trace, microbatches)
     layouts = [] if files.layouts is None else list(read_layouts(files.layouts))
     lost = _changes(recording) - {step for step, _ in layouts} if files.layouts else set[int]()
-    lacking = list(lacks(steps_in))
     if lost:
         text = f"{quoted(str(files.layouts))} lacks the layouts of the {ranges(lost)}, where "
         lacking.append(f"{text}{quoted(files.metrics.name)} has a change of layouts")

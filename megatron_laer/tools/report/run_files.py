@@ -1,7 +1,7 @@
 """Files of a run, found by their names in one folder; only their runs' numbers are read.
 
-Names alone identify the files, so no output in a run's folder may have such a name. Of recordings
-side by side only the places of their records are read, for the steps that one of them lacks.
+Names alone identify the files, so no output in a run's folder may have such a name. Recordings side
+by side are compared by their steps and microbatches.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_laer.files.checks import check_regular, naming, open_input, quoted
 from megatron_laer.files.recording import run_of
 from megatron_laer.files.records import Format, Records
 from megatron_laer.runtime.planning.layout_recording import LAYOUTS
+from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.telemetry.trace_file import TRACE
 
@@ -84,7 +86,7 @@ def find_run(given: Path, group: int | None) -> RunFiles:
 def metrics_beside(trace: Path) -> Path | None:
     """Return the metrics of the run that recorded a trace (a file or its folder), or None.
 
-    Warn of steps that only one of the two has.
+    Warn of steps that only one of the two has, or that the trace has in part.
     """
     is_folder = trace.is_dir()
     if not is_folder and not (trace.is_file() and _NAME.fullmatch(trace.name)):
@@ -100,9 +102,10 @@ def metrics_beside(trace: Path) -> Path | None:
     _check_files(both.values())
     if METRICS.suffix not in both:
         return None
-    for lack in lacks(steps_of(path) for path in both.values()):
+    metrics, recorded = both[METRICS.suffix], both[TRACE.suffix]
+    for lack in lacks(metrics, _passes_of(metrics), recorded, _passes_of(recorded)):
         logger.warning("%s", lack)
-    return both[METRICS.suffix]
+    return metrics
 
 
 def refuse_as_source(output: Path, run: Path, flag: str) -> None:
@@ -116,22 +119,40 @@ def refuse_as_source(output: Path, run: Path, flag: str) -> None:
         )
 
 
-def steps_of(path: Path) -> tuple[Path, set[int]]:
-    """Return a recording with the steps of its whole records."""
+def lacks(
+    metrics: Path, passes: Mapping[int, float], trace: Path, microbatches: Mapping[int, float]
+) -> Iterator[str]:
+    """Describe the steps that metrics or a trace of one run lacks, and the other has.
+
+    `passes` and `microbatches` are the sums over all layers by step. They have one proportion in
+    all steps, since a model may pass a layer more than once in a microbatch.
+    """
+    for path, other, lacking in (
+        (metrics, trace, microbatches.keys() - passes),
+        (trace, metrics, passes.keys() - microbatches),
+    ):
+        if lacking:
+            yield f"{quoted(path)} lacks the {ranges(lacking)}, which {quoted(other.name)} has"
+    proportion = {
+        step: passes[step] / microbatches[step] for step in passes if step in microbatches
+    }
+    if cut := {step for step, of in proportion.items() if of > 1.0001 * min(proportion.values())}:
+        whole = quoted(metrics.name)
+        yield f"{quoted(trace)} lacks microbatches of the {ranges(cut)}, which {whole} has"
+
+
+def _passes_of(path: Path) -> dict[int, float]:
+    """Return the passes or microbatches of all layers in the whole records, by step."""
+    found = Counter[int]()
     with open_input(path) as file, naming(path):
         records = Records.of(file, path, _FORMATS[path.suffix[1:]])
-        return path, {frame.step for frame in records.places(file, path)}
-
-
-def lacks(recordings: Iterable[tuple[Path, set[int]]]) -> Iterator[str]:
-    """Describe the steps that each of some recordings lacks, and that another has."""
-    given = list(recordings)
-    for path, steps in given:
-        for other, others in given:
-            if lacking := others - steps:
-                yield (
-                    f"{quoted(path)} lacks the {ranges(lacking)}, which {quoted(other.name)} has"
-                )
+        if path.suffix == f".{TRACE.suffix}":
+            found.update(of.step for of in records.places(file, path) if of.kind == "counts")
+        else:
+            row = RECORDED_OF_LAYERS.index("passes")
+            for frame, values in records.read(file, path, ["step"]):
+                found[frame.step] += int(values["of_layers"][row].sum())
+    return dict(found)
 
 
 def ranges(steps: Iterable[int]) -> str:
