@@ -14,6 +14,8 @@ import pytest
 
 from megatron_laer.choices import Sharding
 from megatron_laer.files.checks import in_one_line
+from megatron_laer.planner.cluster_files import cluster_text, load_cluster
+from megatron_laer.planner.homes_file import read_homes, write_homes
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.recorded import recorded_run
@@ -136,3 +138,52 @@ def test_a_damaged_file_is_never_read_in_silence(
     print(f"\n{kind}: {dict(Counter(found.values()))}")
     assert {seed: of for seed, of in found.items() if of.startswith("silent")} == {}
     assert [*found.values()].count("refused") > CHANGES / 2
+
+
+def _homes(folder: Path) -> Path:
+    path = folder / "homes.json"
+    orders = np.random.default_rng(0).permuted(np.tile(np.arange(16), (8, 1)), axis=1)
+    write_homes(path, 4, {f"layer {number}": order_E for number, order_E in enumerate(orders)})
+    return path
+
+
+def _without_checksum(folder: Path) -> Path:
+    path = _homes(folder)
+    path.write_bytes(path.read_bytes().split(b',"crc"')[0] + b"}\n")
+    return path
+
+
+def _cluster(folder: Path) -> Path:
+    path = folder / "cluster.yaml"
+    path.write_text(cluster_text(load_cluster("h100-8")))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "read", "has_checksum"),
+    [
+        (_homes, read_homes, True),
+        (_without_checksum, read_homes, False),
+        (_cluster, load_cluster, False),
+    ],
+    ids=["homes", "homes without checksum", "cluster"],
+)
+def test_a_damaged_text_is_refused_where_it_has_a_checksum(
+    tmp_path: Path,
+    write: Callable[[Path], Path],
+    read: Callable[[Path], object],
+    has_checksum: bool,
+) -> None:
+    """Without one it is refused or read, by a user's own hand it may have been changed."""
+    path, luck, found = write(tmp_path), random.Random(SEED), Counter[str]()
+    whole, expected = path.read_bytes(), _told(read(path))
+    for _ in range(CHANGES):
+        path.write_bytes(damaged(whole, luck))
+        try:
+            found["equal" if _told(read(path)) == expected else "other"] += 1
+        except ValueError as error:
+            assert str(path) in str(error)
+            found["refused"] += 1
+    print(f"\n{path.name}: {dict(found)}")
+    assert found["refused"] > CHANGES / 3
+    assert not (has_checksum and found["other"])
