@@ -328,7 +328,7 @@ def take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
             return run(*args, **kwargs)
 
     GridExecutor.__call__ = counted
-    for module in ("layer.dispatch.row_map", "runtime.comm.segments"):
+    for module in ("layer.dispatch.row_map", "runtime.comm.segments", "verify.sums"):
         import_module(f"megatron_laer.{module}").kernels_of = lambda package, _: import_module(
             f"{package}.kernels"
         )

@@ -65,6 +65,13 @@ class Restore(Choice):
     STEP = "step"
 
 
+class Verify(Choice):
+    """Restores that are compared with their owners, besides those of every N-th step."""
+
+    OFF = "off"
+    ALL = "all"
+
+
 class OverlapScheduler(Choice):
     """Switch of the overlap of exchanges with compute."""
 

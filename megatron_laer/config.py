@@ -27,6 +27,7 @@ from megatron_laer.choices import (
     Split,
     TokenExchange,
     Unproven,
+    Verify,
     WireDtype,
 )
 from megatron_laer.files.checks import numbered
@@ -187,6 +188,13 @@ class FSEPConfig:
     )
     cluster: str | None = _option(
         None, "hardware constants: a name in configs/clusters or a path; default: by device"
+    )
+    verify: Verify | int = _option(
+        Verify.OFF,
+        "restored experts compared with their owners, bit by bit: off, all, or N for the first 2 "
+        "steps, each new kind of exchange, and one layer in turn every N-th step",
+        minimum=Bound(1, "1; 100 checks one layer every hundredth step"),
+        maximum=Bound(2**24, "16777216; no run has more steps"),
     )
     pairs_interval: int | None = _option(
         None,

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import Any
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from megatron_laer.environment import DEVICE
+
+if TYPE_CHECKING:  # imported by no command that needs none
+    import torch
 
 CPU_FLAGS: tuple[str, ...] = (
     "--distributed-backend",
@@ -76,6 +81,14 @@ def install_cpu_in_helper() -> None:
 
 def cpu_installed() -> bool:
     return _installed
+
+
+@cache
+def kernels_of(package: str, device: torch.device) -> Any:
+    """Return the package's module of Triton kernels, or None where they cannot run."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    return importlib.import_module(f"{package}.kernels")
 
 
 def _cpu_part() -> Any:

@@ -60,6 +60,15 @@ class Way:
     geometry: Geometry
     widths: tuple[int, ...]
 
+    @property
+    def name(self) -> str:
+        """Return the name in docs/communication.md."""
+        if len(self.widths) == 2:
+            return "direct" if self.is_direct else "flat"
+        if self.spreads_in_nodes:
+            return "relay in nodes"
+        return "relay" if self.geometry.home_slots else "node"
+
     @cached_property
     def is_direct(self) -> bool:
         """Return whether whole experts go from their homes to the slots."""

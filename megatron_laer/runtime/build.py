@@ -47,6 +47,7 @@ from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
+from megatron_laer.runtime.verifier import Verifier
 from megatron_laer.runtime.weights.slots import ExchangeStreams
 from megatron_laer.support.model import goes_through_nodes, slots_multiple
 
@@ -127,6 +128,7 @@ def build_coordinator(
     )
     sampled = -(-(config.sampled_sets or 0) // groups.size)
     return Coordinator(
+        verifier=Verifier(config.verify, groups, streams, device),
         config=config,
         groups=groups,
         device=device,

@@ -29,6 +29,7 @@ from megatron_laer.runtime.layer_state import (
 from megatron_laer.runtime.metrics_recorder import metrics_writer
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.runtime.planning.planner_rank import run_of_group
+from megatron_laer.runtime.verifier import Verifier
 from megatron_laer.runtime.weights.exchange_launches import launch_exchange_kernels
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Coordinator(MicrobatchPlanner):
     config: FSEPConfig
     kinds: Kinds
     guard: Guard
+    verifier: Verifier
     priced: Mapping[str, int]
     seed: int
     layers: list[LayerState] = field(default_factory=list)
@@ -113,6 +115,7 @@ class Coordinator(MicrobatchPlanner):
                 for stream in (self.streams.parameters, self.streams.gradients):
                     stream.times.step_times = self.recorder.times
             self._launch_kernels()
+            self.verifier.start()
             self.layouts.start(first_step, run)
         except (ValueError, OSError) as error:
             return str(error)
@@ -149,6 +152,7 @@ class Coordinator(MicrobatchPlanner):
         check_no_plan_is_left(self.layers)
         self._put_pairs()
         self.recorder.begin_step(step)
+        self.verifier.begin_step(step, [layer.name for layer in self.layers])
         self._received_before = self.streams.exchange.received_bytes
         self.layouts.begin_step(step, num_microbatches)
         expected = self.pass_layouts.begin_step(
@@ -164,6 +168,7 @@ class Coordinator(MicrobatchPlanner):
             self.layers[at].begin_layout(layout, num_microbatches)
 
     def end_step(self) -> None:
+        self.verifier.end_step()
         check_no_plan_is_left(self.layers)
         self.scheduler.end_step()
         self.pairs.end_step()
@@ -194,6 +199,7 @@ class Coordinator(MicrobatchPlanner):
 
     def close(self) -> None:
         self._put_pairs()
+        self.verifier.close()
         self.scheduler.close()
         self.recorder.close()
         self.pass_layouts.close()

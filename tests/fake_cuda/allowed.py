@@ -14,8 +14,8 @@ Place = tuple[Kind, str]
 DOWNLOAD: Place = (Kind.WAIT, "megatron_laer/runtime/comm/copies.py:Download._read")
 """Counts of each layer, sizes of token exchanges by node, and a step's new layouts."""
 
-ANNOUNCED: Place = (Kind.WAIT, "megatron_laer/runtime/comm/collectives.py:gather_integers")
-"""Counts of layouts that are announced, before the step's first pass."""
+GATHER: Place = (Kind.WAIT, "megatron_laer/runtime/comm/collectives.py:gather_integers")
+"""Counts of announced layouts before a step, and sums of bits of `--fsep-set verify`."""
 
 HYBRID_EP: Place = (Kind.WAIT, "megatron_laer/layer/dispatch/flex.py:SlotFlexDispatcher.end_step")
 """HybridEP's counts, compared at the end of a step."""

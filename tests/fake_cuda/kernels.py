@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from megatron_laer.layer.dispatch import row_map
 from megatron_laer.runtime.comm import segments
 from megatron_laer.runtime.coordinator import Coordinator
+from megatron_laer.verify import sums
 from tests.fake_cuda import findings, labels, streams
 
 _ALIGNMENT = 16
@@ -26,6 +27,7 @@ WRITES: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
     "_rows_of_expert": lambda _: ("pair_P", "token_P", "row_TE"),
     "_rows_of_token": lambda _: ("by_token_P",),
     "_sum_rows": lambda _: ("sums_TH",),
+    "_bit_sums": lambda _: ("sums",),
 }
 """Arguments that a kernel writes, by its name and its arguments; it reads all others."""
 
@@ -68,6 +70,7 @@ def replaced_by_torch(_: Launches) -> Iterator[None]:
     with (
         mock.patch.object(segments, "kernels_of", lambda *_: None),
         mock.patch.object(row_map, "kernels_of", lambda *_: None),
+        mock.patch.object(sums, "kernels_of", lambda *_: None),
     ):
         yield
 

@@ -36,6 +36,8 @@ CASES = {
     "rows, tokens by node": Case(_RANDOM | {"restore_algorithm": "node", "token_exchange": "node"}),
     "experts, flat": Case(_RANDOM | {"sharding": "experts"}),
     "experts, by relay": Case(_RANDOM | {"sharding": "experts", "restore_algorithm": "node"}),
+    "rows, verified": Case(_RANDOM | {"verify": "all"}),
+    "experts, verified": Case(_RANDOM | {"sharding": "experts", "verify": "all"}),
     "ahead": Case(_RANDOM, 2, replaced_by_torch),
     "a layer passed twice": Case(_RANDOM, 2, replaced_by_torch, repeats=True),
     "fresh layouts": Case({"plan_mode": "exact"}, 2, replaced_by_torch),

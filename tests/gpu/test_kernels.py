@@ -24,6 +24,7 @@ from tests.exchange_kernels import check_all as check_kernels_of_the_exchange
 from tests.exchange_kernels import segments_of
 from tests.placed import placed
 from tests.slot_gemm import COLUMNS, ROWS, SPLITS, check_back_end, check_weight_grad
+from tests.verify_kernels import check_all as check_kernel_of_sums
 
 DEVICE = torch.device("cuda")
 
@@ -112,6 +113,10 @@ def test_a_communication_stream_sees_what_was_computed_before_and_shows_what_it_
 
 def test_kernels_of_the_permutations_equal_torch() -> None:
     assert check_kernels_of_permutations(DEVICE) > 0
+
+
+def test_the_kernel_of_sums_equals_torch() -> None:
+    assert check_kernel_of_sums("cuda") > 0
 
 
 def test_kernels_of_the_exchange_equal_torch() -> None:

@@ -17,7 +17,7 @@ from megatron_laer.planner.homes_file import write_homes
 from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda import device, findings
-from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, FSDP_REDUCE, HYBRID_EP, Place
+from tests.fake_cuda.allowed import CAPTURE, DEEP_EP, FSDP_REDUCE, GATHER, HYBRID_EP, Place
 from tests.fake_cuda.device import B200, H100, Watched
 from tests.fake_cuda.fault import Fault
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
@@ -98,9 +98,12 @@ class Training(NamedTuple):
 DAILY = {
     "fresh layouts after the gate": Training(EXACT),
     "announced layouts": Training(
-        f" --fsep-plan-mode announced {REPLAY}", more=frozenset({ANNOUNCED})
+        f" --fsep-plan-mode announced {REPLAY}", more=frozenset({GATHER})
     ),
     "full recompute": Training(RANDOM + FULL_RECOMPUTE),
+    "experts at home in mxfp8, verified, both overlaps": Training(
+        f"{_HOME}{_MXFP8}{DIST_OPT} --fsep-set verify=all", more=frozenset({GATHER})
+    ),
     "tokens through nodes of 2": Training(RANDOM + _IN_NODES_OF_2 + _BY_NODE, 4),
     "virtual pipeline 2 x 2": Training(RANDOM + VIRTUAL, 4),
     "both overlaps, slices replicated": Training(RANDOM + DIST_OPT, 4),

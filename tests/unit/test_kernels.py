@@ -16,7 +16,10 @@ INTEGERS = (
 ).split()
 
 
-@pytest.mark.parametrize(("module", "cases"), [("exchange_kernels", 51), ("dispatch_kernels", 22)])
+@pytest.mark.parametrize(
+    ("module", "cases"),
+    [("exchange_kernels", 51), ("dispatch_kernels", 22), ("verify_kernels", 72)],
+)
 def test_kernels_equal_torch_in_tritons_interpreter(module: str, cases: int) -> None:
     printed = python("-m", f"tests.{module}", TRITON_INTERPRET="1", MEGATRON_LAER_DEVICE="auto")
     assert printed.strip() == f"{cases} cases"
@@ -61,6 +64,8 @@ def test_kernels_compile_for_cards_that_are_not_here(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from megatron_laer.layer.dispatch import kernels as permutations
     from megatron_laer.runtime.comm import kernels as exchanges
+    from megatron_laer.verify import kernels as sums
+    from megatron_laer.verify.sums import MULTIPLIER, SHIFT
 
     types = dict.fromkeys(INTEGERS, "*i32") | {"map_TE": "*u8"}
     types |= {"rows_PH": f"*{out}", "sums_TH": f"*{out}"}
@@ -70,6 +75,9 @@ def test_kernels_compile_for_cards_that_are_not_here(
         permutations._sum_rows,
     ):
         compile_for(capability, kernel, types, {"BLOCK": 256})
+    given = {"BLOCK": 2048, "BLOCKS": 16, "MULTIPLIER": MULTIPLIER, "SHIFT": SHIFT}
+    for bits in ("*u8", "*i16", "*i32", "*i64"):
+        compile_for(capability, sums._bit_sums, {"bits": bits, "sums": "*i64"}, given, odd="bits")
     types = {"table": "*i64", "wire": f"*{parts}"}
     # Whatever the length of rows, there is code that moves 16 bytes at once.
     given = {"BLOCK": 1024}

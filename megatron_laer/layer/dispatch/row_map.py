@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.runtime.comm.segments import kernels_of
+from megatron_laer.device import kernels_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,7 +61,7 @@ class Exchange:
     ) -> None:
         self.count = ExchangeCount()
         self.groups = groups
-        self._choose = choose or (lambda _: ways[0])
+        self.choose = choose or (lambda _: ways[0])
         self._grad_wire_dtype = grad_wire_dtype
         links = dict.fromkeys(link for way in ways for link in way.links)
 
@@ -165,7 +165,7 @@ class Exchange:
         key = self, matrices, back, None if before is None else before.placed.layout
         if key not in index.chains:
             placed, kept = index.placed, None if before is None else before.placed
-            parts = self._choose(placed), placed, kept, self.groups.rank, matrices, index.device
+            parts = self.choose(placed), placed, kept, self.groups.rank, matrices, index.device
             index.chains[key] = Chain(*parts, back=back)
         return index.chains[key]
 

@@ -10,15 +10,13 @@ Legend: K columns. Z segments of rows, T sums of such, P ranks of a hop's link.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
+from megatron_laer.device import kernels_of
 from megatron_laer.planner.hops import Way
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.placed import Placed
@@ -30,14 +28,6 @@ Held = Sequence[torch.Tensor]
 Matrices = tuple[tuple[int, int], ...]
 # Rows to read and those to write, which are slices where they are neighbours.
 _Rows = tuple[slice | torch.Tensor, slice | torch.Tensor]
-
-
-@cache
-def kernels_of(package: str, device: torch.device) -> Any:
-    """Return the package's module of Triton kernels, or None where they cannot run."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return None
-    return import_module(f"{package}.kernels")
 
 
 def exchange_kernels(device: torch.device) -> Any:

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 
+from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.runtime.comm.memory import Memory, empty
 from megatron_laer.runtime.weights import main_grads
+from megatron_laer.verify.sums import bit_sums
 
 
 class Carried(NamedTuple):
@@ -222,6 +224,26 @@ class Share:
         """
         dtype = self.form.dtype
         return _InRows(self.owned, self.form.columns, lambda one: one.weight(memory).view(dtype))
+
+    def bit_sums(self, placed: Placed, rank: int) -> torch.Tensor:
+        """Return the sums of bits of all experts in this form, int64 `[E, M]`.
+
+        They are those of this rank's part: zeros for an expert that it has nothing of.
+        """
+        geometry = placed.geometry
+        sums_EM = torch.zeros(
+            geometry.num_experts, len(self.matrices), dtype=torch.int64, device=self.device
+        )
+        for at, (owned, (rows, columns)) in enumerate(zip(self.owned, self.sizes, strict=True)):
+            if self.at_home:
+                first = rank * self.num_home
+                for home, one in enumerate(owned, start=first):
+                    sums_EM[home, at] = bit_sums(one.weight(empty).unsqueeze(0))[0]
+            else:
+                slices = self.matrices[at][0].view(geometry.num_experts, -1)
+                begin = row_bounds(rows, geometry.num_ranks)[rank] * columns
+                sums_EM[:, at] = bit_sums(slices, begin)
+        return sums_EM
 
     def new_sums(self) -> tuple[torch.Tensor, ...]:
         """Return zeros for the sums of `trained`, or nothing where main gradients take them."""

@@ -31,6 +31,7 @@ class ExchangeStreams:
         most_kept_bytes: of weights that stay until backward, the first ones of a step that fit. All
             ranks of a group keep the same ones, since sizes are equal.
         kept: those weights, and their bytes.
+        readers: called with restored weights and their matrices where compute reads them first.
     """
 
     exchange: Exchange
@@ -41,10 +42,14 @@ class ExchangeStreams:
     grads: BufferPool = field(default_factory=BufferPool)
     payloads: BufferPool = field(default_factory=BufferPool)
     kept: dict[RestoredWeights, int] = field(default_factory=dict)
+    readers: list[Reader] = field(default_factory=list)
 
     def close(self) -> None:
         self.parameters.close()
         self.gradients.close()
+
+
+Reader = Callable[["RestoredWeights", Sequence[torch.Tensor]], None]
 
 
 class RestoredWeights:
@@ -64,6 +69,7 @@ class RestoredWeights:
         self._streams = streams
         self._pending: Pending | None = None
         self._matrices: list[torch.Tensor] = []
+        self._is_read = False
         self._heir: RestoredWeights | None = None
 
     @property
@@ -112,6 +118,7 @@ class RestoredWeights:
                 return (yield from made)
 
         activity = Activity(kind, self.name)
+        self._is_read = False
         self._pending = self._streams.parameters.submit_exchange(steps(), activity)
 
     def matrix(self, position: int) -> torch.Tensor:
@@ -121,6 +128,10 @@ class RestoredWeights:
         slots_CRK = self._pending.wait()
         if not self._matrices:
             self._matrices = self.share.form.split(slots_CRK)
+        if not self._is_read:
+            self._is_read = True
+            for reader in self._streams.readers:
+                reader(self, self._matrices)
         return self._matrices[position]
 
     def fetch(self, following: RestoredWeights | None, *, starts: bool = True) -> None:
@@ -163,11 +174,12 @@ class RestoredWeights:
         """Free or hand on the weights. Collective over the group if the heir's layout differs."""
         heir, self._heir = self._heir, None
         if heir is self:
+            self._is_read = False  # until backward
             return
         if heir is None or heir.are_here or not self.are_here:
             self.free()
             return
-        heir._pending = self._leave()
+        heir._pending, heir._is_read = self._leave(), False
         index, heir.index = heir.index, self.index
         heir.change(index)
 
