@@ -716,7 +716,7 @@ FAULTS = (
         "memory is lent again before the restore into it is over",
         {
             _W.start_restore: ("lambda: out)", "lambda: out)\n    self._early = out"),
-            _W.used: ("heir._pending =", "heir._early = self._early; heir._pending ="),
+            _W.used: ("heir._pending, ", "heir._early = self._early; heir._pending, "),
             _W.free: ("pending.wait()", "self._early"),
         },
         plain(Kind.HOMES, Kind.EMPTY, chunks=((0, 1),), hurries=0.0),
@@ -728,7 +728,7 @@ FAULTS = (
     ),
     Fault(
         "weights are handed on, and stay as well",
-        {_W.used: ("heir._pending = self._leave()", "heir._pending = self._pending")},
+        {_W.used: ("= self._leave(), False", "= self._pending, False")},
         plain(chunks=_TWICE),
     ),
     Fault(
