@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
+
+_NUMBER = re.compile("[0-9]{1,18}")
 
 
 class Choice(StrEnum):
@@ -66,10 +71,49 @@ class Restore(Choice):
 
 
 class Verify(Choice):
-    """Restores that are compared with their owners, besides those of every N-th step."""
+    """Parts of `--fsep-set verify`; the number N of "one layer of every N-th step" is another."""
 
     OFF = "off"
+    FIRST = "first"
     ALL = "all"
+
+
+VERIFY_DEFAULT = "first,100"
+_MOST_STEPS = 2**24
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Passes that are checked.
+
+    Attributes:
+        first: whether the first steps and new kinds of exchanges are checked.
+        interval: N; None for no layer in turn.
+    """
+
+    first: bool = False
+    all: bool = False
+    interval: int | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Read parts that are joined by commas; raise ValueError for others."""
+        parts = text.split(",")
+        words = {Verify(part) for part in parts if not _NUMBER.fullmatch(part)}
+        numbers = [int(part) for part in parts if _NUMBER.fullmatch(part)]
+        if len(words) + len(numbers) < len(parts) or len(numbers) > 1:
+            raise ValueError(f"{text!r}: a part comes twice; leave it out once")
+        if numbers and not 1 <= numbers[0] <= _MOST_STEPS:
+            raise ValueError(f"{numbers[0]}: must be 1 to {_MOST_STEPS} steps")
+        if len(parts) > 1 and Verify.OFF in words:
+            raise ValueError(f"{text!r}: off has no other parts; leave them out")
+        if Verify.ALL in words and (numbers or Verify.FIRST in words):
+            raise ValueError(f"{text!r}: all has the other checks; leave them out")
+        return cls(Verify.FIRST in words, Verify.ALL in words, numbers[0] if numbers else None)
+
+    @property
+    def is_on(self) -> bool:
+        return self.first or self.all or self.interval is not None
 
 
 class OverlapScheduler(Choice):

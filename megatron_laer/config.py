@@ -13,6 +13,7 @@ from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple, Self, get_args, get_origin
 
 from megatron_laer.choices import (
+    VERIFY_DEFAULT,
     Auto,
     Choice,
     ExchangeAlgorithm,
@@ -27,7 +28,7 @@ from megatron_laer.choices import (
     Split,
     TokenExchange,
     Unproven,
-    Verify,
+    Verification,
     WireDtype,
 )
 from megatron_laer.files.checks import numbered
@@ -189,12 +190,11 @@ class FSEPConfig:
     cluster: str | None = _option(
         None, "hardware constants: a name in configs/clusters or a path; default: by device"
     )
-    verify: Verify | int = _option(
-        Verify.OFF,
-        "restored experts compared with their owners, bit by bit: off, all, or N for the first 2 "
-        "steps, each new kind of exchange, and one layer in turn every N-th step",
-        minimum=Bound(1, "1; 100 checks one layer every hundredth step"),
-        maximum=Bound(2**24, "16777216; no run has more steps"),
+    verify: str = _option(
+        VERIFY_DEFAULT,
+        "which exchanges of weights, gradients and tokens are checked: first (the first 2 steps "
+        "and each new kind of exchange), N (one layer in turn at every N-th step), both joined by "
+        "a comma, all, or off",
     )
     pairs_interval: int | None = _option(
         None,
@@ -230,6 +230,12 @@ class FSEPConfig:
             value = getattr(self, name)
             if value is not None or spec.default is not None:
                 object.__setattr__(self, name, _checked(name, value))
+        try:
+            Verification.of(self.verify)
+        except ValueError as error:
+            raise ValueError(
+                f"{setting('verify', self.verify)}: {error}; an example is {VERIFY_DEFAULT}"
+            ) from error
         settings = settings_with(SimpleNamespace(), self)
         if problems := problems_by(RULES, settings):
             raise ValueError(numbered(problems))
@@ -239,6 +245,10 @@ class FSEPConfig:
     def kept_gib(self) -> float:
         """Return the memory in which restored weights stay until backward."""
         return 0.0 if isinstance(self.restore, str) else self.restore
+
+    @property
+    def verification(self) -> Verification:
+        return Verification.of(self.verify)
 
     @property
     def quantises_experts(self) -> bool:

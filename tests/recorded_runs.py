@@ -123,7 +123,7 @@ def record_run(
                 times.end_exchange(Activity(Kind.DENSE))
                 if trace is not None:
                     trace.append(step, layer, microbatch, counts)
-        recorder.end_step(PlannerStatus(plan_us=500), step, RECEIVED_BYTES * step)
+        recorder.end_step(PlannerStatus(plan_us=500), step, RECEIVED_BYTES * step, 3 * step)
     recorder.close()
     layouts.close()
     if trace is not None:

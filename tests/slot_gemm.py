@@ -36,8 +36,8 @@ def fixed_experts(
         return grad_CRK
 
     return SimpleNamespace(
-        weights=SimpleNamespace(matrix=lambda _: weight_CRK),
-        backward_weights=SimpleNamespace(matrix=lambda _: in_backward),
+        weights=SimpleNamespace(matrix=lambda *_: weight_CRK),
+        backward_weights=SimpleNamespace(matrix=lambda *_: in_backward),
         grads=SimpleNamespace(new=new),
         weight_grads=weight_grads,
     )

@@ -145,11 +145,12 @@ class Job:
 
     def launchers(self, node: str) -> list[psutil.Process]:
         """Return the processes of torchrun on a node, one or none."""
-        words, found = ["-P", "-m", "torch.distributed.run"], []
+        found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 of_node = process.environ().get("SLURMD_NODENAME") == node
-                if of_node and process.cmdline()[1:4] == words:
+                words = process.cmdline()[1:4]
+                if of_node and words[:2] == ["-P", "-c"] and "torch.distributed.run" in words[2]:
                     found.append(process)
         return found
 
@@ -193,7 +194,7 @@ def _write_files(cluster: Cluster) -> None:
     for number in range(2):
         # Without a file Slurm does not count a GPU, and a regular file sets no variable.
         (folder / "dev" / f"gpu{number}").symlink_to("/dev/null")
-    controller_port, *ports = _free_ports(nodes[0], 1 + len(nodes))
+    controller_port, *ports = free_ports(nodes[0], 1 + len(nodes))
     host, user = socket.gethostname(), getpass.getuser()
     described = "\n".join(
         f"NodeName={node} NodeHostname={host} NodeAddr={node} Port={port} CPUs=4 "
@@ -238,7 +239,7 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptM
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
 
 
-def _free_ports(address: str, count: int) -> list[int]:
+def free_ports(address: str, count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

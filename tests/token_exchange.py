@@ -129,7 +129,7 @@ def plan_of(case: Case, rank: int) -> MicrobatchPlan:
     index: Any = SimpleNamespace(placed=SimpleNamespace(layout=layout), slot_expert_S=slot_expert_S)
     restored: Any = SimpleNamespace(index=index)
     mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
-    return MicrobatchPlan(restored, mine)
+    return MicrobatchPlan(restored, mine, rows=int(counts_NE.sum()))
 
 
 def make_dispatcher(
@@ -170,7 +170,7 @@ def make_dispatcher(
     config.moe_shared_expert_overlap = shared is not None
     if shared is not None:
         dispatcher.set_shared_experts(shared)
-    dispatcher.begin(SlotDispatch(plan, "layer 1", times))
+    dispatcher.begin(SlotDispatch(plan, "layer 1", times, verified=None))
     return dispatcher
 
 

@@ -41,6 +41,7 @@ from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.support import model as model_support
 from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.ranges import named_range
+from megatron_laer.verify.tokens import PassTokens
 
 _is_for_mtp = ContextVar("is_for_mtp", default=False)
 
@@ -105,6 +106,7 @@ class FSEPMoELayer(MoELayer):
         self._is_mtp = is_mtp_layer or _is_for_mtp.get()
         self._state: LayerState | None = None
         self._plan: MicrobatchPlan | None = None
+        self._verified: PassTokens | None = None
         self._home_E: torch.Tensor | None = None
         self._input_is_freed = False
         self._shared_input: torch.Tensor | None = None
@@ -178,8 +180,9 @@ class FSEPMoELayer(MoELayer):
         self.token_dispatcher.start_shared_experts(hidden_states)
         self.token_dispatcher.launch_ahead(routing_map_TE)
         plan = self._plan = finish_plan()
-        step_times = self._coordinator.recorder.times
-        self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, step_times))
+        name, step_times = self.state.name, self._coordinator.recorder.times
+        verified = self._verified = self._coordinator.verifier.tokens(name, plan)
+        self.token_dispatcher.begin(SlotDispatch(plan, name, step_times, verified))
         tokens, probs = super().preprocess(hidden_states, probs, routing_map_TE)
         return plan.restored.gate(tokens, reruns=plan.backward_follows), probs
 
@@ -218,8 +221,13 @@ class FSEPMoELayer(MoELayer):
         assert plan is not None, "routed_experts_compute before preprocess"
         # A call, not a method: Megatron waits for updated parameters in a module's pre-hook.
         activity = Activity(Kind.EXPERTS, self.state.name)
+        verified, self._verified = self._verified, None
+        if verified is not None:
+            verified.received(input_TH, probs_T)
         with named_range(activity):
             output_TH = self._slot_experts(input_TH, probs_T, plan)
+        if verified is not None:
+            verified.computed(output_TH)
         return self.token_dispatcher.combine_preprocess(output_TH), None
 
     def postprocess(

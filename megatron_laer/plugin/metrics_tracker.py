@@ -98,6 +98,7 @@ def collect(
         scalars["fsep_layout_version"] = float(coordinator.layouts.version)
         scalars["fsep_late_plans"] = float(status.late_plans)
         scalars["fsep_plan_failures"] = float(status.failures)
+        scalars["fsep_verified"] = float(coordinator.verifier.checks)
         if coordinator.pass_layouts.misses is not None:
             scalars["fsep_announcement_misses"] = float(coordinator.pass_layouts.misses)
     return scalars, per_layer

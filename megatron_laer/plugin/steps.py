@@ -52,6 +52,21 @@ def _report_chunks(
         scheduler.end_forward()
 
 
+@around(
+    "megatron.core.distributed.finalize_model_grads",
+    "_allreduce_conditional_embedding_grads",
+    "exchanges are verified once all gradients of a step are complete",
+)
+def _verify(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Verify where every loop of Megatron's comes by between the last backward and the optimizer.
+
+    `finalize_model_grads` itself is imported by name into loops.
+    """
+    if (coordinator := session.current_coordinator()) is not None:
+        coordinator.verifier.before_optimizer()
+    return original(*args, **kwargs)
+
+
 @contextmanager
 def training_step(
     step: int, num_microbatches: int | None = None, model: Sequence[torch.nn.Module] = ()
@@ -163,4 +178,4 @@ def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> No
         )
 
 
-STEP_PATCHES = (_bound_step, _report_chunks)
+STEP_PATCHES = (_bound_step, _report_chunks, _verify)

@@ -128,7 +128,9 @@ def build_coordinator(
     )
     sampled = -(-(config.sampled_sets or 0) // groups.size)
     return Coordinator(
-        verifier=Verifier(config.verify, groups, streams, device),
+        verifier=Verifier(
+            config.verification, groups, streams, device, dispatch=chosen.tokens.dispatch
+        ),
         config=config,
         groups=groups,
         device=device,

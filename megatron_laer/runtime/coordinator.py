@@ -178,7 +178,8 @@ class Coordinator(MicrobatchPlanner):
         self._unreported_steps += 1
         received_bytes = self.streams.exchange.received_bytes - self._received_before
         self._unreported_bytes += received_bytes
-        self.recorder.end_step(self.layouts.status, self.layouts.version, received_bytes)
+        of_layouts = self.layouts.status, self.layouts.version
+        self.recorder.end_step(*of_layouts, received_bytes, self.verifier.checks)
 
     def take_exchanged(self) -> tuple[float, float, float]:
         """Return this rank's means of the steps since the last call.

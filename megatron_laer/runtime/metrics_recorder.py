@@ -57,6 +57,7 @@ class _EndedStep:
     status: PlannerStatus
     version: int
     received_bytes: int
+    verified: int
     memory: MemoryUse
 
 
@@ -101,25 +102,25 @@ class MetricsRecorder:
         if self._layers:
             self._layers[layer].add(outcome)
 
-    def end_step(self, status: PlannerStatus, version: int, received_bytes: int) -> None:
+    def end_step(
+        self, status: PlannerStatus, version: int, received_bytes: int, verified: int
+    ) -> None:
         """End a step, and write the steps whose times are known; an error ends the recording."""
         if self._writer is None:
             return
         try:
-            self._end_step(status, version, received_bytes)
+            self._end_step(status, version, received_bytes, verified)
         except Exception as error:
             self._end_recording(error)
 
-    def _end_step(self, status: PlannerStatus, version: int, received_bytes: int) -> None:
+    def _end_step(self, *values: *tuple[PlannerStatus, int, int, int]) -> None:
         self._times.end_step()
         prices = [
             None if layer.last is None else price(guard, layer.last)
             for guard, layer in zip(self._guards, self._layers, strict=True)
         ]
         memory = memory_use(self._device)
-        self._waiting.append(
-            _EndedStep(self._step, self._layers, prices, status, version, received_bytes, memory)
-        )
+        self._waiting.append(_EndedStep(self._step, self._layers, prices, *values, memory))
         self._layers = []
         self._write()
 
@@ -192,7 +193,8 @@ class MetricsRecorder:
             layer_ranks=0.0 if self._layer_ms is None else 1.0,
         )
         scalars, _ = named(layers, rank)
-        return scalars | {"fsep_memory_headroom_gib": step.memory.headroom_bytes / _GIB}
+        headroom_gib = step.memory.headroom_bytes / _GIB
+        return scalars | {"fsep_memory_headroom_gib": headroom_gib, "fsep_verified": step.verified}
 
 
 def metrics_writer(

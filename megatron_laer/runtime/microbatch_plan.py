@@ -28,13 +28,15 @@ class MicrobatchPlan:
     """Layout and quotas of one microbatch on one rank.
 
     `restored` are the pass's experts, under the planned layout. `quotas` are tokens that this rank
-    sends and receives. `routing_map_TE`, only in a re-run's plan, is the first pass's routing. A
-    router that runs again may decide a near-tie differently, since Megatron's combine adds with
-    atomics on CUDA. `first_pass` is shared by the first pass and the re-run.
+    sends and receives, of `rows` of the group. `routing_map_TE`, only in a re-run's plan, is the
+    first pass's routing. A router that runs again may decide a near-tie differently, since
+    Megatron's combine adds with atomics on CUDA. `first_pass` is shared by the first pass and the
+    re-run.
     """
 
     restored: RestoredExperts
     quotas: RankQuotas
+    rows: int
     routing_map_TE: torch.Tensor | None = None
     first_pass: FirstPass = field(default_factory=FirstPass)
 

@@ -128,7 +128,7 @@ class MicrobatchPlanner:
             placed = replace(restored.index.placed, layout=decision.layout)
             restored.change(layout_index(placed, self.device))
         self.scheduler.decided(restored)
-        plan = MicrobatchPlan(restored=restored, quotas=decision.rank_quotas)
+        plan = MicrobatchPlan(restored, decision.rank_quotas, rows=int(counts_NE.sum()))
         if training:
             self._note(layer, counts_NE, decision, decide_s)
             if rerun_map_TE is not None and not torch.is_grad_enabled():

@@ -52,6 +52,7 @@ LOGGED = (
     Metric("fsep_layout_version"),
     Metric("fsep_late_plans"),
     Metric("fsep_plan_failures"),
+    Metric("fsep_verified"),
     Metric("fsep_announcement_misses"),
 )
 

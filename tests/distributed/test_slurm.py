@@ -37,8 +37,9 @@ def settings(folder: Path, body: str = "", **more: str) -> dict[str, str]:
     python.write_text(
         "#!/usr/bin/env bash\n"
         f'[[ $* == *torch.distributed.run* ]] || exec {shlex.quote(sys.executable)} "$@"\n'
-        # A separate file, since srun mixes long lines of two nodes in the job's log.
-        'printf "%s %s\\n" "$SLURMD_NODENAME" "$*" >>"$0.started"\n'
+        # A separate file, since srun mixes long lines of two nodes in the job's log. Without the
+        # text of torchrun's start.
+        'printf "%s %s\\n" "$SLURMD_NODENAME" "${*:4}" >>"$0.started"\n'
         'echo "started: $SLURMD_NODENAME"\n'
         f"{body}\n"
     )
@@ -211,6 +212,17 @@ def test_a_run_that_fails_on_one_node_ends_on_both_and_is_started_again_as_often
     assert "the run ended with status " in job.log and "requeued" not in job.log
     ports = re.findall(r"--master-port (\d+)", command_lines(tmp_path))
     assert len(ports) == 4 and len(set(ports)) == 2
+
+
+def test_a_run_that_finds_wrong_weights_is_neither_started_again_nor_requeued(
+    submit: Submit,
+) -> None:
+    body = "[[ $SLURM_NODEID == 0 ]] && sleep 600\nexit 86"
+    job = submit(TWO_NODES, body, MAX_RESTARTS="3")
+    assert job.end() == "FAILED", job.log
+    assert job.field("ExitCode") == "86:0"
+    assert "ranks found wrong weights, gradients or tokens" in job.log
+    assert "it is started again" not in job.log and "requeued (" not in job.log
 
 
 def test_usr1_to_the_batch_shell_reaches_what_handles_it_and_nothing_else_ends(

@@ -15,7 +15,14 @@ DOWNLOAD: Place = (Kind.WAIT, "megatron_laer/runtime/comm/copies.py:Download._re
 """Counts of each layer, sizes of token exchanges by node, and a step's new layouts."""
 
 GATHER: Place = (Kind.WAIT, "megatron_laer/runtime/comm/collectives.py:gather_integers")
-"""Counts of announced layouts before a step, and sums of bits of `--fsep-set verify`."""
+"""Counts of announced layouts before a step, and sums of `--fsep-set verify`."""
+
+_ADD_UP = "megatron_laer/runtime/comm/collectives.py:add_up"
+VERIFIED: frozenset[Place] = frozenset({GATHER, (Kind.WAIT, _ADD_UP)})
+"""Sums of `--fsep-set verify` before the optimizer's step, by default of the first two."""
+
+IN_FLOAT64: Place = (Kind.COLLECTIVE, _ADD_UP)
+"""Such sums of gradients and outputs, found at the first of a shape."""
 
 HYBRID_EP: Place = (Kind.WAIT, "megatron_laer/layer/dispatch/flex.py:SlotFlexDispatcher.end_step")
 """HybridEP's counts, compared at the end of a step."""

@@ -28,6 +28,7 @@ WRITES: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
     "_rows_of_token": lambda _: ("by_token_P",),
     "_sum_rows": lambda _: ("sums_TH",),
     "_bit_sums": lambda _: ("sums",),
+    "_signed_sums": lambda _: ("sums",),
 }
 """Arguments that a kernel writes, by its name and its arguments; it reads all others."""
 

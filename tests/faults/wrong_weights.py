@@ -86,15 +86,15 @@ def train_with_stale_slots(flags: list[str], rank: int, step: int, folder: str) 
         train_row(flags)
 
 
-def train_and_count_checks(flags: list[str]) -> tuple[list[float], int, int]:
-    """Train; return losses, and the restores that were started and that were compared."""
-    found = [0, 0]
+def train_and_count_checks(flags: list[str]) -> tuple[list[float], int, int, int]:
+    """Train; return losses, the restores and reduces that were started, and the checks."""
+    found = [0, 0, 0]
 
     def look(_model: object) -> None:
         coordinator = running()
         count = coordinator.streams.exchange.count
-        found[:] = count.restores, coordinator.verifier.checks
+        found[:] = count.restores, count.reduces, coordinator.verifier.checks
 
     record = train_row(flags, look)
-    restores, checks = found
-    return record.losses, restores, checks
+    restores, reduces, checks = found
+    return record.losses, restores, reduces, checks

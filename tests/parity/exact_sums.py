@@ -43,6 +43,7 @@ def exact_sums() -> Iterator[None]:
     from tests.doubles.deep_ep import HybridEPBuffer
 
     combine = HybridEPBuffer.combine_with_unpermute
+    check = NodeTokenDispatcher._verify_sent
     steps = {
         name: getattr(NodeTokenDispatcher, name)
         for name in ("dispatch_preprocess", "dispatch_postprocess", "combine_preprocess")
@@ -53,6 +54,10 @@ def exact_sums() -> Iterator[None]:
         sent = steps["dispatch_preprocess"](self, hidden_states.float(), *args)
         self._first = _Rounding(self._first, self._dtype_in_model)
         return sent
+
+    def verify_sent(self: Any, hidden_states: torch.Tensor, *args: Any) -> None:
+        """Compare the bits that experts get."""
+        check(self, hidden_states.to(self._dtype_in_model), *args)
 
     def dispatch_postprocess(self: Any, *args: Any) -> Any:
         rows, tokens_C, probs = steps["dispatch_postprocess"](self, *args)
@@ -70,5 +75,6 @@ def exact_sums() -> Iterator[None]:
         mock.patch.object(NodeTokenDispatcher, "dispatch_preprocess", dispatch_preprocess),
         mock.patch.object(NodeTokenDispatcher, "dispatch_postprocess", dispatch_postprocess),
         mock.patch.object(NodeTokenDispatcher, "combine_preprocess", combine_preprocess),
+        mock.patch.object(NodeTokenDispatcher, "_verify_sent", verify_sent),
     ):
         yield

@@ -55,7 +55,7 @@ def record(folder, sharding, dispatch):
     for step, layout in enumerate((static, planned)):
         recorder.begin_step(step)
         recorder.add(0, Outcome(guard.decide(counts_TNE[step], layout), 1e-3))
-        recorder.end_step(PlannerStatus(), step, 0)
+        recorder.end_step(PlannerStatus(), step, 0, 0)
         trace.append(step, 0, 0, counts_TNE[step])
     recorder.close()
     trace.close()

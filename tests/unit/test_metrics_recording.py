@@ -160,7 +160,7 @@ def test_unquantised_layers_are_predicted_at_the_prices_of_bf16(tmp_path: Path) 
     recorder.begin_step(0)
     for layer in range(len(LAYERS)):
         recorder.add(layer, Outcome(decision, 1e-3))
-    recorder.end_step(PlannerStatus(), 0, received_bytes=0)
+    recorder.end_step(PlannerStatus(), 0, received_bytes=0, verified=0)
     recorder.close()
     expected_s = [price(guard, Outcome(decision)).layer_s for guard in (in_fp8, GUARD)]
     (found_L,) = read_metrics(path).of_layers["predicted_ms"]
@@ -181,7 +181,7 @@ def test_a_recording_that_ended_keeps_nothing_of_later_steps(
         for step in range(3):
             recorder.begin_step(step)
             recorder.add(0, Outcome(decision, 1e-3))
-            recorder.end_step(PlannerStatus(), step, received_bytes=0)
+            recorder.end_step(PlannerStatus(), step, received_bytes=0, verified=0)
     assert caplog.text.count("the recording of metrics ends at step 0: no space") == 1
     assert recorder.times is None
     recorder.close()

@@ -82,7 +82,7 @@ class Scaled(torch.autograd.Function):
         (tensor,) = ctx.saved_tensors
         tensor_needs, weight_needs = ctx.needs_input_grad[:2]
         grad_tensor = (
-            grad * ctx.restored.backward_weights.matrix(ctx.position).sum()
+            grad * ctx.restored.backward_weights.matrix(ctx.position, "backward").sum()
             if tensor_needs
             else None
         )

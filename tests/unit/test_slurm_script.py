@@ -143,6 +143,29 @@ def test_flags_of_fsep_are_judged_once_before_ranks_start(flags, status, said):
     assert ("check-recipe says above why" in result.stderr) == bool(status)
 
 
+@pytest.mark.parametrize(
+    ("last_line", "status", "restarts"),
+    [("raise VerificationError('found')", 86, 0), ("sys.exit(3)", 1, 1)],
+)
+def test_ranks_that_found_wrong_weights_end_the_script_with_their_status(
+    tmp_path, last_line, status, restarts
+):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "from megatron_laer.verify.checked import VerificationError, end_with_status\n"
+        f"end_with_status()\n{last_line}\n"
+    )
+    settings = {"PYTHON": sys.executable, "PYTHONPATH": processes.python_path()}
+    settings |= {"GPUS_PER_NODE": "2", "CHECKPOINT": str(tmp_path / "run"), "MAX_RESTARTS": "1"}
+    settings["MASTER_PORT"] = str(*slurm.free_ports("127.0.0.1", 1))
+    result = shell(_SBATCH, script, "--train-iters", "5", **settings)
+    assert result.returncode == status, result.stderr
+    assert result.stderr.count("it is started again") == restarts
+    found = "ranks found wrong weights, gradients or tokens"
+    assert (found in result.stderr) == (status == 86)
+
+
 def test_the_command_to_install_slurm_is_the_same_everywhere():
     script = (_ROOT / ".ci" / "run").read_text()
     assert f"packages=({slurm.PACKAGES})" in script

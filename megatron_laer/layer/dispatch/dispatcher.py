@@ -43,11 +43,12 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
         """Sort tokens [..., H] and probabilities [T, E] for sending, to [P, H] and [P]."""
         plan = self._current.plan
         routing_map = self._routed(routing_map)
+        self._verify_sent(hidden_states, routing_map, probs)
         if self.config.moe_permute_fusion:
-            shared_experts, self.shared_experts = self.shared_experts, None  # already started
-            sent = super().dispatch_preprocess(hidden_states, *self._to_slots(routing_map, probs))
-            self.shared_experts = shared_experts
-            return sent
+            to_slots = self._to_slots(routing_map, probs)
+            return self._without_shared_experts(  # already started
+                super().dispatch_preprocess, hidden_states, *to_slots
+            )
         self.hidden_shape = hidden_states.shape
         hidden_TH = hidden_states.view(-1, self.hidden_shape[-1])
         ends_T, self._ends_T = self._ends_T, None
@@ -79,12 +80,12 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> Any:
         if self._permutation is None:
-            return super().combine_postprocess(permutated_local_input_tokens)
+            fused = super().combine_postprocess
+            output = self._without_shared_experts(fused, permutated_local_input_tokens)
+            return self._finish(output, self.config.moe_router_topk)
         permutation, self._permutation = self._permutation, None
         output = permutation.combine(permutated_local_input_tokens).view(self.hidden_shape)
-        if self.shared_experts is not None:
-            output += self.shared_experts.get_output()
-        return output
+        return self._finish(output, 1)
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Set sizes from the plan, without stock's exchange; return tokens per slot, int64 [C]."""

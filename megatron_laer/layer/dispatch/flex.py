@@ -62,6 +62,7 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         """Set the destinations of tokens; return tokens [T, H] and the buffer's probabilities."""
         plan, manager = self._current.plan, self._comm_manager
         routing_map = self._routed(routing_map)
+        self._verify_sent(hidden_states, routing_map, probs)
         self.hidden_shape = hidden_states.shape
         if self._backend == "hybridep":
             manager.moe_expert_rank_capacity_factor = None
@@ -104,6 +105,7 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
 
         Megatron adds shared experts' output in place, which autograd allows no node that is timed.
         """
+        self._verify_combined(hidden_states, self.config.moe_router_topk)
         if self.shared_experts is not None and self._current.step_times is not None:
             hidden_states = hidden_states.clone()
         return super().combine_postprocess(hidden_states)

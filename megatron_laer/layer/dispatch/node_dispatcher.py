@@ -33,6 +33,9 @@ from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 from megatron_laer.runtime.comm.streams import used_here
 from megatron_laer.telemetry.activities import Activity, Kind
 
+# In which outputs are summed up: on the experts' rank, in its node and on the token's rank.
+_HOPS = 3
+
 
 class _FirstStage(MoEAlltoAllTokenDispatcher):
     """Exchange of rows in place of Megatron's rows per pair."""
@@ -102,6 +105,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         plan, groups = self._current.plan, self._groups
         quotas, layout = plan.quotas, plan.layout
         routing_map = self._routed(routing_map)
+        self._verify_sent(hidden_states, routing_map, probs)
         slot_P = token_order(routing_map, quotas)
         routes = pair_routes(
             routing_map, slot_P, layout.num_ranks, layout.capacity, groups.node_size
@@ -160,9 +164,7 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         assert self._first is not None
         output = self._first.collect(tokens).view(self.hidden_shape)
         self._first = None
-        if self.shared_experts is not None:
-            output += self.shared_experts.get_output()
-        return output
+        return self._finish(output, _HOPS)
 
     def _inside_node(
         self, kind: Kind, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]

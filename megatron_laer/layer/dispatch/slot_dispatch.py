@@ -23,6 +23,8 @@ from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.ranges import exchange_in_range
 from megatron_laer.telemetry.step_times import StepTimes
+from megatron_laer.verify.gradients import Roundings
+from megatron_laer.verify.tokens import PassTokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class SlotDispatch:
     plan: MicrobatchPlan
     layer_name: str
     step_times: StepTimes | None
+    verified: PassTokens | None
 
 
 class SlotDispatching:
@@ -39,6 +42,7 @@ class SlotDispatching:
 
     tp_size: int
     shared_experts: Any
+    config: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -128,6 +132,32 @@ class SlotDispatching:
             partial(end, then), partial(begin, replace(activity, backward=True)), *received
         )
         return timed
+
+    def _without_shared_experts(self, step: Callable[..., Any], *args: Any) -> Any:
+        """Run a step of Megatron's that would start the shared experts, or add their output."""
+        shared_experts, self.shared_experts = self.shared_experts, None
+        try:
+            return step(*args)
+        finally:
+            self.shared_experts = shared_experts
+
+    def _finish(self, output: torch.Tensor, hops: int) -> torch.Tensor:
+        """Add the shared experts' output to tokens' sums, which were rounded in so many hops."""
+        self._verify_combined(output, hops)
+        if self.shared_experts is not None:
+            output += self.shared_experts.get_output()
+        return output
+
+    def _verify_sent(
+        self, hidden: torch.Tensor, routing_map_TE: torch.Tensor, probs_TE: torch.Tensor
+    ) -> None:
+        if (verified := self._current.verified) is not None:
+            verified.sent(hidden, routing_map_TE, probs_TE)
+
+    def _verify_combined(self, output: torch.Tensor, hops: int) -> None:
+        if (verified := self._current.verified) is not None:
+            roundings = Roundings(output.dtype, output.dtype, hops)
+            verified.combined(output, roundings, self.config.moe_router_topk)
 
     def _routed(self, routing_map_TE: torch.Tensor) -> torch.Tensor:
         """Return the router's map; in a re-run under a checkpoint the first pass's."""

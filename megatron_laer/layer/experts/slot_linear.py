@@ -82,7 +82,7 @@ class _SlotLinear(torch.autograd.Function):
         grad_input_TK = grad_weight_CRK = None
         if input_needs:
             grad_input_TK = gemm.input_grad(
-                grad_TR, experts.backward_weights.matrix(position), tokens_C
+                grad_TR, experts.backward_weights.matrix(position, "backward"), tokens_C
             )
         if weight_needs:
             kept = ctx.quantised if kept_TK is None else kept_TK
@@ -124,10 +124,10 @@ class _SlotBias(torch.autograd.Function):
         grads = grad_TR.split(list(tokens_C))
         grad_scale_T = grad_bias_CR = None
         if scale_needs:
-            bias_CR1 = experts.backward_weights.matrix(position).flatten(1).unsqueeze(2)
+            bias_CR = experts.backward_weights.matrix(position, "backward").flatten(1)
             products = (
                 grad_nR.to(scale_T.dtype) @ bias_R1.to(scale_T.dtype)
-                for grad_nR, bias_R1 in zip(grads, bias_CR1, strict=True)
+                for grad_nR, bias_R1 in zip(grads, bias_CR.unsqueeze(2), strict=True)
             )
             grad_scale_T = torch.cat(list(products)).squeeze(1)
         if bias_needs:

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -245,6 +247,14 @@ def gather_integers(values: torch.Tensor, groups: FSEPGroups, device: torch.devi
     dist.all_gather_into_tensor(gathered, mine.flatten(), group=groups.tokens)
     received: Int64 = gathered.view(groups.size, *mine.shape).cpu().numpy()
     return received
+
+
+def add_up(parts: Sequence[torch.Tensor], groups: FSEPGroups) -> list[npt.NDArray[Any]]:
+    """Add up every rank's tensors of one dtype, and wait for them. Integers wrap around."""
+    flat = torch.cat([part.flatten() for part in parts])
+    dist.all_reduce(flat, group=groups.tokens)
+    of_parts = flat.cpu().split([part.numel() for part in parts])
+    return [of.numpy().reshape(part.shape) for of, part in zip(of_parts, parts, strict=True)]
 
 
 def broadcast_bytes(data: bytes, groups: FSEPGroups, device: torch.device) -> bytes:

@@ -143,7 +143,7 @@ class Exchange:
         """
         chain = self._chain(index, matrices, back=True)
         slots, dtype = grads_CRK.view(-1, grads_CRK.shape[2]), grads_CRK.dtype
-        wire = self._grad_wire_dtype or wire_dtype or dtype
+        wire = self.wire_dtype(wire_dtype or dtype)
         row_bytes = [slots.shape[1] * of.itemsize for of in (dtype, wire)]
         if chain.way.buffers_grow:
             bounds = chain.reduce_bytes(*row_bytes)
@@ -152,6 +152,10 @@ class Exchange:
         parts = [add_to[at] for at in chain.owned]
         yield from _reduce(self.reduced, chain, slots, parts, bounds, wire)
         return add_to[0]
+
+    def wire_dtype(self, default: torch.dtype) -> torch.dtype:
+        """Return the dtype of a reduce's sums between hops."""
+        return self._grad_wire_dtype or default
 
     def _chain(
         self,

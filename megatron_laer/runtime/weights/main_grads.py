@@ -43,13 +43,18 @@ def mark_added(parameter: torch.nn.Parameter) -> torch.Tensor:
     return _zeros(parameter.shape, parameter.dtype, parameter.device).detach()
 
 
+def hook_stream(parameters: Sequence[torch.nn.Parameter]) -> torch.cuda.Stream | None:
+    """Return the stream on which autograd runs the hooks of one module's parameters, if noted."""
+    stream: torch.cuda.Stream | None = getattr(parameters[0], _HOOK_STREAM, None)
+    return stream
+
+
 def order_hooks(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Make the hooks of these parameters wait for the current stream.
 
-    Autograd orders them behind defined gradients alone. One module's parameters have one stream.
+    Autograd orders them behind defined gradients alone.
     """
-    stream: torch.cuda.Stream | None = getattr(parameters[0], _HOOK_STREAM, None)
-    if stream is not None:
+    if (stream := hook_stream(parameters)) is not None:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
 
 

@@ -61,13 +61,17 @@ class ExpertRows(NamedTuple):
         """Return the rows of an expert, and their length."""
         return sum(rows * each for rows, each in self.matrices), self.columns
 
+    def parts_of(self, slots_CRK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the matrices of slots, each `[C, P]` in the slots' dtype, in their memory."""
+        sizes = [rows * each * self.columns for rows, each in self.matrices]
+        parts: tuple[torch.Tensor, ...] = slots_CRK.flatten(1).split(sizes, dim=1)
+        return parts
+
     def split(self, slots_CRK: torch.Tensor) -> list[torch.Tensor]:
         """Return the matrices of slots, each `[C, R, K]`, in the memory of their rows."""
-        sizes = [rows * each * self.columns for rows, each in self.matrices]
-        parts = slots_CRK.flatten(1).split(sizes, dim=1)
         return [
             part.view(form.dtype).view(-1, form.rows, form.columns)
-            for part, form in zip(parts, self.parts, strict=True)
+            for part, form in zip(self.parts_of(slots_CRK), self.parts, strict=True)
         ]
 
 
@@ -225,37 +229,55 @@ class Share:
         dtype = self.form.dtype
         return _InRows(self.owned, self.form.columns, lambda one: one.weight(memory).view(dtype))
 
-    def bit_sums(self, placed: Placed, rank: int) -> torch.Tensor:
-        """Return the sums of bits of all experts in this form, int64 `[E, M]`.
+    def summed(
+        self,
+        positions: Sequence[int],
+        tensor: Callable[[Owned], torch.Tensor],
+        sums: Callable[[torch.Tensor, int], torch.Tensor],
+        placed: Placed,
+        rank: int,
+    ) -> torch.Tensor:
+        """Return sums of this rank's part of all experts, `[E, M, …]`; zeros if it has none.
 
-        They are those of this rank's part: zeros for an expert that it has nothing of.
+        Args:
+            positions: of the M matrices.
+            tensor: returns a tensor of the size of what it is given.
+            sums: of N tensors, `[N, …]`, as `verify.sums` has them.
         """
-        geometry = placed.geometry
-        sums_EM = torch.zeros(
-            geometry.num_experts, len(self.matrices), dtype=torch.int64, device=self.device
-        )
-        for at, (owned, (rows, columns)) in enumerate(zip(self.owned, self.sizes, strict=True)):
+        experts, sums_M = placed.geometry.num_experts, []
+        for at in positions:
+            rows, columns = self.sizes[at]
             if self.at_home:
-                first = rank * self.num_home
-                for home, one in enumerate(owned, start=first):
-                    sums_EM[home, at] = bit_sums(one.weight(empty).unsqueeze(0))[0]
+                of_homes = [sums(tensor(one).unsqueeze(0), 0) for one in self.owned[at]]
+                own = torch.cat(of_homes)
+                sums_E = own.new_zeros(experts, *own.shape[1:])
+                sums_E[rank * self.num_home : (rank + 1) * self.num_home] = own
             else:
-                slices = self.matrices[at][0].view(geometry.num_experts, -1)
-                begin = row_bounds(rows, geometry.num_ranks)[rank] * columns
-                sums_EM[:, at] = bit_sums(slices, begin)
-        return sums_EM
+                begin = row_bounds(rows, placed.geometry.num_ranks)[rank] * columns
+                sums_E = sums(tensor(self.owned[at][0]).view(experts, -1), begin)
+            sums_M.append(sums_E)
+        return torch.stack(sums_M, dim=1)
+
+    def bit_sums(self, placed: Placed, rank: int) -> torch.Tensor:
+        """Return the sums of bits of all experts in this form, int64 `[E, M]`, as `summed` does."""
+        every = range(len(self.matrices))
+        return self.summed(every, lambda one: one.weight(empty), bit_sums, placed, rank)
 
     def new_sums(self) -> tuple[torch.Tensor, ...]:
         """Return zeros for the sums of `trained`, or nothing where main gradients take them."""
         return () if self.have_main_grads else tuple(map(torch.zeros_like, self.trained))
 
-    def sums_in_rows(self, sums: tuple[torch.Tensor, ...]) -> Sequence[torch.Tensor]:
-        """Return the tensors that a reduce adds to, in rows: new sums, or else main gradients."""
+    def sums_of(self, sums: Sequence[torch.Tensor]) -> Callable[[Owned], torch.Tensor]:
+        """Return the access to what a reduce adds to: new sums, or else main gradients."""
         of: Callable[[torch.nn.Parameter], torch.Tensor] = main_grads.main_grad_of
         if sums:
             of = dict(zip(self.trained, sums, strict=True)).__getitem__
+        return lambda one: one.part(of(one.parameter))
+
+    def sums_in_rows(self, sums: tuple[torch.Tensor, ...]) -> Sequence[torch.Tensor]:
+        """Return the tensors that a reduce adds to, in rows."""
         trained = [self.owned[at] for at in self.trained_at]
-        return _InRows(trained, self.grads_form.columns, lambda one: one.part(of(one.parameter)))
+        return _InRows(trained, self.grads_form.columns, self.sums_of(sums))
 
     def reduced(self, sums: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
         """Return autograd's gradients of `trained`, with these new sums, if there are any."""

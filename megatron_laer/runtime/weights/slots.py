@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -31,7 +32,7 @@ class ExchangeStreams:
         most_kept_bytes: of weights that stay until backward, the first ones of a step that fit. All
             ranks of a group keep the same ones, since sizes are equal.
         kept: those weights, and their bytes.
-        readers: called with restored weights and their matrices where compute reads them first.
+        observers: of what compute and optimizers get from exchanges.
     """
 
     exchange: Exchange
@@ -42,14 +43,36 @@ class ExchangeStreams:
     grads: BufferPool = field(default_factory=BufferPool)
     payloads: BufferPool = field(default_factory=BufferPool)
     kept: dict[RestoredWeights, int] = field(default_factory=dict)
-    readers: list[Reader] = field(default_factory=list)
+    observers: list[Observer] = field(default_factory=list)
 
     def close(self) -> None:
         self.parameters.close()
         self.gradients.close()
 
 
-Reader = Callable[["RestoredWeights", Sequence[torch.Tensor]], None]
+class Observer(Protocol):
+    """Checks of exchanges, on the streams that use what they bring."""
+
+    def reads(
+        self, weights: RestoredWeights, matrices: Sequence[torch.Tensor], direction: str
+    ) -> None:
+        """Look at restored matrices `[C, R, K]`, where compute reads them first."""
+        ...
+
+    def sends(
+        self,
+        name: str,
+        share: Share,
+        index: LayoutIndex,
+        slots_CRK: torch.Tensor,
+        sums: Sequence[torch.Tensor],
+    ) -> Callable[[], None]:
+        """Look at gradients that leave, and return a look at where they have arrived.
+
+        Args:
+            sums: new ones for autograd; empty where main gradients take them.
+        """
+        ...
 
 
 class RestoredWeights:
@@ -121,7 +144,7 @@ class RestoredWeights:
         self._is_read = False
         self._pending = self._streams.parameters.submit_exchange(steps(), activity)
 
-    def matrix(self, position: int) -> torch.Tensor:
+    def matrix(self, position: int, direction: str = "forward") -> torch.Tensor:
         """Return a matrix once it is there, in forward and in backward: autograd saves none."""
         self.start_restore()
         assert self._pending is not None
@@ -130,8 +153,8 @@ class RestoredWeights:
             self._matrices = self.share.form.split(slots_CRK)
         if not self._is_read:
             self._is_read = True
-            for reader in self._streams.readers:
-                reader(self, self._matrices)
+            for observer in self._streams.observers:
+                observer.reads(self, self._matrices, direction)
         return self._matrices[position]
 
     def fetch(self, following: RestoredWeights | None, *, starts: bool = True) -> None:
@@ -211,6 +234,7 @@ class SlotGrads:
         self._delayed: list[Callable[[], None]] = []
         self._computed: list[Callable[[], None]] = []
         self._new_sums: tuple[torch.Tensor, ...] = ()
+        self._observed: list[Callable[[], None]] = []
         self._arriving: Pending | None = None
         self._num_passes = self._left = 0
         self._sums_CRK: torch.Tensor | None = None
@@ -308,6 +332,8 @@ class SlotGrads:
         assert self._slots_CRK is not None and not self.are_leaving
         self._computed.clear()
         self._new_sums = share.new_sums()
+        sent = self.name, share, self._weights.index, self._slots_CRK, self._new_sums
+        self._observed = [observer.sends(*sent) for observer in self._streams.observers]
         steps = exchange.reduce_steps(
             self._slots_CRK,
             self._weights.index,
@@ -333,7 +359,10 @@ class SlotGrads:
         self._arriving = None
         self.free()
         sums, self._new_sums = self._new_sums, ()
-        return self._share.reduced(sums)
+        reduced = self._share.reduced(sums)
+        for arrived in self._observed:
+            arrived()
+        return reduced
 
     def _take(self, dtype: torch.dtype) -> torch.Tensor:
         shape = self._weights.replica_slots, *self._share.grads_form.shape

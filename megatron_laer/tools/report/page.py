@@ -35,9 +35,10 @@ _OF_ROW = (
     *("strategy", "mode", "capacity", "cases", "mean", "p99"),
     *("off_node_share", "replan_share", "layer_ms"),
 )
-# Another quantity than the verdict's share of balance, of nearly the same name: of MoE layers
-# alone, and predicted.
-_LEFT_OUT = "fsep_share_of_forced_balance"
+_VERIFIED = "fsep_verified"
+# Without a mean over steps: a number since the start, and another quantity than the verdict's share
+# of balance, of nearly the same name: of MoE layers alone, and predicted.
+_LEFT_OUT = (_VERIFIED, "fsep_share_of_forced_balance")
 # From which gain on another setting is worth a try.
 _WORTH_A_TRY = 0.02
 
@@ -157,11 +158,14 @@ def _all_numbers(run: RunData) -> Iterator[tuple[str, str]]:
             yield name, ", ".join([*parts, f"max {there.max():.3f}"])
     for metric in LOGGED:
         logged = run.metrics.get(metric.name)
-        if metric.over_layers or metric.name == _LEFT_OUT or logged is None:
+        if metric.over_layers or metric.name in _LEFT_OUT or logged is None:
             continue
         if np.isfinite(logged).any():
             unit = f" {metric.unit}" if metric.unit else ""
             yield f"{metric.name}, mean of steps", f"{np.nanmean(logged):.4g}{unit}"
+    verified = run.metrics.get(_VERIFIED)
+    if verified is not None and np.isfinite(verified[-1]):
+        yield "exchanges verified since the last start", f"{verified[-1]:,.0f}, all right"
     if run.loss:
         step, loss = run.loss[-1]
         yield "loss", f"{loss:.4f} in iteration {step}"
