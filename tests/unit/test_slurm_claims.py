@@ -3,6 +3,7 @@
 squeue and scontrol are replaced: a job runs while a file has its number.
 """
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ _SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 # The script's functions without their call, and without its waits of ten seconds.
 _FUNCTIONS = f"""
 source <(sed '$d' {shlex.quote(str(_SBATCH))})
-stalled=false kills=0
+stalled=false kills=0 before=0
 sleep() {{ echo slept >>slept; }}
 squeue() {{
     [[ ! -e squeue ]] || eval "$(<squeue)"
@@ -174,8 +175,10 @@ def test_a_step_that_slurm_ended_is_made_again_once(
     ("ends", "requeued"),
     [
         (["killed", "killed", "killed"], [True, True, False]),
-        (["killed", "killed", "well", "killed"], [True, True, True, True]),
-        (["killed", "killed", "Slurm", "killed"], [True, True, True, True]),
+        (["killed", "killed", "well+", "killed"], [True, True, True, True]),
+        (["killed", "killed", "Slurm+", "killed"], [True, True, True, True]),
+        (["killed+", "killed+", "killed+", "killed+"], [True, True, True, True]),
+        (["killed", "killed", "killed+", "killed", "killed", "killed"], [True] * 5 + [False]),
         # A run in the same job that ended otherwise counts too.
         (["killed", "killed", "Slurm killed"], [True, True, True]),
         (["killed", "killed killed", "killed"], [True, True, False]),
@@ -184,7 +187,7 @@ def test_a_step_that_slurm_ended_is_made_again_once(
 def test_a_job_that_is_killed_again_and_again_is_requeued_twice(
     tmp_path: Path, ends: list[str], requeued: list[bool]
 ) -> None:
-    """Each run saves a step, so that only the kills count. A job's ends are its runs'."""
+    """A run whose end has a plus saves a step before it. A job's ends are those of its runs."""
     (tmp_path / "known.7").touch()
     for number, runs in enumerate(ends):
         restarts = len(runs.split()) - 1
@@ -197,9 +200,9 @@ def test_a_job_that_is_killed_again_and_again_is_requeued_twice(
                 local end=${{runs[run]}}
                 run=$((run + 1)) ended=false
                 rm -f "$mark"
-                echo {10 * number + 10} >run/latest_checkpointed_iteration.txt
-                [[ $end == well ]] || ln -s "$end" "$mark"
-                [[ $end == well ]] || return 137
+                [[ $end != *+ ]] || echo {10 * number + 10} >run/latest_checkpointed_iteration.txt
+                [[ $end == well+ ]] || ln -s "${{end%+}}" "$mark"
+                [[ $end == well+ ]] || return 137
             }}
             requeue() {{ echo requeued; exit "$1"; }}
             train""",
@@ -209,4 +212,34 @@ def test_a_job_that_is_killed_again_and_again_is_requeued_twice(
     assert (out in result.stderr) == (not requeued[-1])
     if not requeued[-1]:
         assert result.returncode == 137
-        assert f"goes on from step {10 * len(ends)}" in result.stderr
+        saved = [10 * number for number, end in enumerate(ends, start=1) if end.endswith("+")]
+        assert f"goes on from step {max(saved, default=0)}" in result.stderr
+
+
+def test_a_link_in_the_place_of_the_record_or_of_a_new_one_leads_to_no_other_file(
+    tmp_path: Path,
+) -> None:
+    other = tmp_path / "other"
+    other.write_text("other\n")
+    (tmp_path / "run").mkdir()
+    for name in ("slurm-run.txt", "slurm-run.txt.new"):
+        (tmp_path / "run" / name).symlink_to(other)
+    result = claim(tmp_path, 7)
+    assert result.returncode == 0, result.stderr
+    record = tmp_path / "run" / "slurm-run.txt"
+    assert record.read_text().startswith("job=7\n") and not record.is_symlink()
+    assert record.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    record.unlink()
+    record.symlink_to(other)
+    killed = "checkpoint=run before=0 kills=0\nsaved_step() { echo 0; }\nkilled_seldom"
+    assert run(tmp_path, killed).returncode == 0
+    assert record.read_text().endswith("kills=1\n") and not record.is_symlink()
+    assert other.read_text() == "other\n"
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left == {"slurm-run.txt", "slurm-run.txt.new", "slurm-claims"}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
