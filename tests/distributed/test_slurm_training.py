@@ -253,16 +253,18 @@ def test_a_killed_rank_is_started_again_in_its_job_or_not_at_all(
 
 
 @pytest.mark.nightly
-def test_a_job_whose_torchrun_is_killed_thrice_fails_and_the_same_command_goes_on(
+def test_a_job_whose_torchrun_is_killed_thrice_without_a_save_fails_and_the_same_command_goes_on(
     training: Training, undisturbed: Job
 ) -> None:
     job, node = training.submit_held(), training.cluster.nodes[1]
-    for number in (1, 2, 3):
+    kills = [f"torchrun was killed after it had saved step {SAVE_INTERVAL}"]
+    kills += [f"torchrun was killed, {number} of at most 2 times" for number in (1, 2)]
+    for number, text in enumerate([*kills, ""], start=1):
         job.wait_until(lambda: len(job.launchers(node)) == 1, "started torchrun")
         job.launchers(node)[0].kill()  # as the kernel does where memory runs out
-        if number < 3:
+        if text:
             job.wait_for_text(f"requeued ({number} of 100)")
-            assert f"torchrun was killed, {number} of at most 2 times" in job.log
+            assert text in job.log
             job.restart_now()
     assert job.end() == "FAILED"
     assert "torchrun was killed 3 times in a row: out of memory?" in job.log
