@@ -148,8 +148,8 @@ def check_node_size(num_ranks: int, node_size: int, flag: str = "node size") -> 
 
 
 def experts_of_a_word(num_experts: int) -> int:
-    """Return how many experts' counts one word checks in the exchange of counts: 8 if they fit."""
-    return math.gcd(num_experts, 8)
+    """Return how many experts' counts one word checks in the exchange of counts: 4 if it can."""
+    return math.gcd(num_experts, 4)
 
 
 def counts_bytes(num_experts: int) -> int:

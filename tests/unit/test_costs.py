@@ -54,7 +54,7 @@ def test_what_no_split_changes_equals_its_definition(
     if num_ranks > 1:
         far, link = num_ranks - node_size, intra if num_ranks == node_size else inter
         latency_s = link.latency_s + (node_size - 1) * intra.peer_s + far * inter.peer_s
-        words = geometry.num_experts // math.gcd(geometry.num_experts, 8)
+        words = geometry.num_experts // math.gcd(geometry.num_experts, 4)
         received = (num_ranks - 1) * (geometry.num_experts + words + 3)
         gathered_s = latency_s + 8 * received / link.bytes_per_s
     assert costs.token_latency_seconds(geometry) == pytest.approx(latency_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,6 +134,9 @@ def test_shares_of_counts_just_below_32_bits_are_exact() -> None:
         assert columns_NC.ravel().tolist() == [tokens, tokens, 0, 0, 0, 0]
 
 
+TAGS = 2
+
+
 def gathered(rng: np.random.Generator, num_experts: int) -> tuple[np.ndarray, int]:
     """Return the rows of three ranks' counts, words and two tags, and the number of words."""
     rows = []
@@ -142,33 +146,55 @@ def gathered(rng: np.random.Generator, num_experts: int) -> tuple[np.ndarray, in
     return np.array(rows), len(words)
 
 
-@pytest.mark.parametrize(("num_experts", "words"), [(64, 8), (60, 15), (6, 3), (5, 5)])
+@pytest.mark.parametrize(("num_experts", "words"), [(64, 16), (60, 15), (6, 3), (5, 5)])
 def test_counts_are_read_from_rows_with_the_same_tags_whose_words_have_them(
     num_experts: int, words: int
 ) -> None:
     rng = np.random.default_rng(num_experts)
     rows, found = gathered(rng, num_experts)
     assert found == words
-    counts_NE, wrong = native.agreed_counts(rows, words, 2)
+    counts_NE, wrong = native.agreed_counts(rows, words, TAGS)
     assert counts_NE is not None and counts_NE.tolist() == rows[:, :num_experts].tolist()
     assert wrong is None
     for place in (-2, -1):
         other = rows.copy()
         other[1, place] += 1
-        assert native.agreed_counts(other, words, 2) == (None, None)
-    for rank in range(3):
-        for _ in range(50):  # tokens move from one expert to another: the sum stays
-            source, target = rng.choice(num_experts, 2, replace=False)
-            moved = rows.copy()
-            moved[rank, [source, target]] += np.array([-1, 1]) * rng.integers(1, 300)
-            first = min(source, target) * words // num_experts
-            assert native.agreed_counts(moved, words, 2)[1] == (rank, first)
+        assert native.agreed_counts(other, words, TAGS) == (None, None)
     for wrong_rows, parts, tags in (
         *((rows[0], words, 2), (rows[:0], words, 2), (rows, 0, 2), (rows, words, 0)),
         *((rows[:, : words + 2], words, 2), (rows, words + num_experts, 2)),
     ):
         with pytest.raises(ValueError, match=r"rows must be \[N, E \+ words \+ tags\]"):
             native.agreed_counts(wrong_rows, parts, tags)
+
+
+# A token, and numbers of tokens that are lost first from a sum that overflows.
+MOVED = (1, 2**32 - 1, *(2**bits for bits in range(8, 33, 4)))
+
+
+@pytest.mark.parametrize("num_experts", [32, 60, 6, 5])
+def test_no_tokens_move_between_two_experts_unseen(num_experts: int) -> None:
+    """Try all pairs of experts, then 2,500 random ones with as many random numbers of tokens."""
+    rng = np.random.default_rng(num_experts)
+    rows, words = gathered(rng, num_experts)
+    pairs = [*itertools.permutations(range(num_experts), 2)]
+    moves = [(pair, tokens) for pair in pairs for tokens in MOVED]
+    for pair in rng.choice(pairs, 2500).tolist():
+        multiple = (1, 256, 65536)[rng.integers(3)]
+        moves.append((pair, multiple * int(rng.integers(1, 2**16))))
+    for (source, target), tokens in moves:
+        moved = rows.copy()
+        moved[rank := tokens % 3, [source, target]] += np.array([-tokens, tokens])
+        first = min(source, target) * words // num_experts
+        assert native.agreed_counts(moved, words, TAGS)[1] == (rank, first), (source, tokens)
+
+
+def test_a_map_of_many_tokens_has_other_words_after_any_move() -> None:
+    """Move 256 of 300 tokens between any two of 32 experts, in the map itself."""
+    words_EW = [
+        routing_words(torch.arange(32).expand(256, -1) == expert).tolist() for expert in range(32)
+    ]
+    assert len({(*words_W,) for words_W in words_EW}) == 32
 
 
 @pytest.mark.parametrize(("widths", "links"), [((4,), ()), ((4, 1), ()), ((4, 3), (0,))])

@@ -31,7 +31,7 @@ from megatron_laer.support import RefusedError
 # Numbers behind a rank's counts: a layout's version and digest, and the last decision's digest.
 _TAGS = 3
 # Types by the number of experts whose choices, a byte each, are added up as one integer.
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class LayoutMismatchError(RuntimeError):
@@ -116,10 +116,11 @@ class CountsExchange:
 
 
 def routing_words(routing_map_TE: torch.Tensor) -> torch.Tensor:
-    """Add up a router's map over tokens by another way than its counts: int64 [W], one launch.
+    """Add up a router's map over tokens by another way than its counts: int64 [W], in one call.
 
-    A word's sum is that of 256**e · count over its experts e, modulo 2**64, so that no token can
-    move between experts unseen.
+    A word's sum is that of 256**e · count over its experts e = 0 to 3. It does not overflow, so
+    tokens cannot move from one expert to another unseen. Eight experts would fit into 64 bits, but
+    256 tokens of the last one would vanish from the sum.
     """
     dtype = _WORDS[experts_of_a_word(routing_map_TE.shape[1])]
     return routing_map_TE.view(dtype).sum(dim=0, dtype=torch.int64)
