@@ -1,13 +1,17 @@
-"""Values that ranks compare before the first step, and the text of a difference."""
+"""Values that ranks compare before the first step and with their counts, and what errors say."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_laer.choices import Sharding
 from megatron_laer.config import FSEPConfig
@@ -17,8 +21,17 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.agreement import describe_difference, summarise
-from megatron_laer.runtime.comm.collectives import decision_digest
+from megatron_laer.runtime.comm.collectives import (
+    CountsExchange,
+    CountsMismatchError,
+    LayoutMismatchError,
+    LayoutTag,
+    decision_digest,
+)
+from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from tests.costs import COSTS
+from tests.placed import placed
 
 SUMMARY = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), COSTS, seed=1)
 
@@ -119,3 +132,77 @@ def test_a_decision_is_told_from_others() -> None:
     }
     assert len(digests) == 2 * len(set(layouts)) and 0 not in digests
     assert all(-(2**63) <= digest < 2**63 for digest in digests)
+
+
+CPU = torch.device("cpu")
+GROUPS: Any = SimpleNamespace(rank=0, index=0, size=2, ranks=(4, 5), tokens=None)
+
+
+@contextlib.contextmanager
+def gathered_with(others: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Gather from a second rank, which sends these in turn, and then what the first one does.
+
+    Yields what the first one has sent.
+    """
+    sent_before: list[torch.Tensor] = []
+
+    def gather(gathered: torch.Tensor, sent: torch.Tensor, group: None) -> None:
+        at = len(sent_before)
+        sent_before.append(sent)
+        torch.cat([sent, others[at] if at < len(others) else sent], out=gathered)
+
+    with (
+        mock.patch.object(torch.distributed, "all_gather_into_tensor", gather),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False),
+    ):
+        yield sent_before
+
+
+@pytest.mark.parametrize(("num_experts", "size"), [(4, 4), (12, 4), (6, 2)])
+def test_a_rank_whose_counts_are_not_its_maps_is_named(num_experts: int, size: int) -> None:
+    """Move a token between the first two experts of each word in turn."""
+    exchange, tag_2 = CountsExchange(GROUPS, CPU), LayoutTag(1, 2).tensor(CPU)
+    map_TE = torch.eye(num_experts, dtype=torch.bool)
+    for first in range(0, num_experts, size):
+        counts_E = map_TE.sum(dim=0)
+        with gathered_with([]) as sent:
+            exchange.start(counts_E, map_TE, tag_2, 0, "layer 3")()
+        counts_E[first : first + 2] += torch.tensor([-1, 1])
+        said = f"layer 3: rank 4 .* for experts {first} to {first + size - 1}, but its router's map"
+        with gathered_with(sent), pytest.raises(CountsMismatchError, match=said):
+            exchange.start(counts_E, map_TE, tag_2, 0, "layer 3")()
+
+
+def test_a_rank_that_chose_another_layout_is_named_with_the_next_counts() -> None:
+    """Both have planned the same layout, and one of them takes a fresh one after the gate."""
+    planned, fresh = (
+        ExpertLayout.from_slots(2, 2, 4, slots) for slots in ([0, 1, 2, 3], [0, 2, 1, 3])
+    )
+    layer: Any = mock.Mock(tag=lambda version, layout: LayoutTag(1, layout.digest).tensor(CPU))
+    layer.name = "layer 3"
+    map_TE = torch.eye(4, dtype=torch.bool)
+
+    def passes(chosen: ExpertLayout) -> None:
+        decision = mock.Mock(layout=chosen, solved=True, replanned=chosen != planned)
+        scheduler = mock.Mock()
+        scheduler.enter.return_value.index = layout_index(placed(planned), CPU)
+        names = "streams", "layouts", "recorder", "pairs", "token_sizes"
+        planner = MicrobatchPlanner(
+            groups=GROUPS,
+            device=CPU,
+            scheduler=scheduler,
+            pass_layouts=mock.Mock(decide=lambda *_: decision),
+            needs_steps=False,
+            **{name: mock.Mock() for name in names},  # type: ignore[arg-type]
+        )
+        for _ in range(2):
+            planner.start_pass(layer, map_TE, map_TE.sum(dim=0), training=False)()
+
+    with gathered_with([]) as sent:
+        passes(planned)
+    with gathered_with(sent):
+        passes(planned)
+    said = "ranks decided differently from the same counts"
+    with gathered_with(sent) as sent, pytest.raises(LayoutMismatchError, match=said):
+        passes(fresh)
+    assert len(sent) == 2

@@ -208,6 +208,28 @@ def test_a_home_sends_directly_as_many_copies_as_it_has_replicas() -> None:
     assert reduce_workspace(case.way, case.matrices, row_bytes, row_bytes) == bound
 
 
+@pytest.mark.parametrize("rows", [((2, 1), (4, 1)), ((4, 1), (2, 1)), ((2, 2), (6, 1))], ids=str)
+def test_one_expert_alone_is_sent_with_all_its_matrices_whatever_their_heights(
+    rows: tuple[tuple[int, int], ...],
+) -> None:
+    """Its rows in two tensors may be as far apart as they are on the wire, as in one tensor."""
+    geometry = Geometry(2, 4, 3, 2)
+    float32 = torch.float32
+    for way in ways_of(geometry):
+        case = Case(geometry, way, rows, float32, float32, None, float32, seed=0)
+        for expert in range(4):
+            before = [0, 1, 2, 3, (expert + 1) % 4, (expert + 2) % 4]
+            after = [*before[:4], expert, before[5]]
+            group = Group(case)
+            had, index = (
+                layout_index(Placed(ExpertLayout.from_slots(2, 3, 4, slots), geometry), CPU)
+                for slots in (before, after)
+            )
+            restored = group.restore(had)
+            group.restore(index, had, restored)
+            assert torch.equal(restored[1][1], case.whole_ERK[expert]), (rows, expert)
+
+
 def test_an_exchange_goes_by_the_way_that_is_chosen_for_its_layout() -> None:
     geometry = Geometry(4, 8, 3, 2, Sharding.EXPERTS)
     direct, *_, relay = ways = ways_of(geometry)
@@ -369,3 +391,7 @@ def test_slots_experts_and_widths_out_of_range_are_refused_by_the_native_core() 
         native.rank_moves(way, np.array([0, 1, 1, 7], dtype=np.int16), None, 0, ((4, 1),))
     with pytest.raises(ValueError, match="one the other"):
         native.Way(6, 6, 2, 3, 1, (1, 2, 1), (0, 0), 6)
+    # A rank holds one block of two experts, and this way has two blocks of each on one rank.
+    blocks = native.Way(2, 2, 2, 2, 0, (1, 1), (0,), 2)
+    with pytest.raises(IndexError, match="needs rows of expert 2 of a holding that has fewer"):
+        native.rank_moves(blocks, slots_S, None, 0, ((4, 1),))

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.life import Kind
+from megatron_laer.life import Kind, column
 from megatron_laer.plugin import steps
 from megatron_laer.runtime.operations import Operation, OperationOrder
 from megatron_laer.runtime.scheduler import Scheduler
@@ -103,6 +103,33 @@ def test_a_backward_begins_at_the_last_layer_of_its_forward_once_that_is_there()
     for layer, is_last in zip(chunk.layers, (False, True), strict=True):
         restored = scheduler.enter(layer, training=True)
         assert scheduler._first_of(backward) is (restored if is_last else None)
+
+
+@pytest.mark.parametrize("kinds", [(), (Kind.FRESH,)], ids=["prepared", "decided"])
+def test_gathered_parameters_are_awaited_before_a_restore_sends_them(
+    kinds: tuple[Kind, ...],
+) -> None:
+    done: list[str] = []
+
+    def fetch(following: object, *, starts: bool = True) -> None:
+        done.extend(["restore"] if following is not None and starts else [])
+
+    layers = [mock.MagicMock(), mock.MagicMock()]
+    for layer in layers:
+        restored = layer.experts_of_pass.return_value
+        restored.life = column(frozenset(kinds))
+        restored.weights.start_restore = lambda: done.append("restore")
+        restored.weights.fetch = fetch
+    chunk = mock.Mock(layers=layers, blocks=[], await_weights=lambda _: done.append("wait"))
+    scheduler = Scheduler(frozenset(kinds), mock.MagicMock(), mock.Mock())
+    scheduler.attach([chunk])
+    scheduler.begin_step(1)
+    scheduler.begin_forward(chunk.module)
+    for layer in layers:
+        before = [*done]
+        scheduler.decided(scheduler.enter(layer, training=True))
+        scheduler.tokens_arrived(layer, training=True)
+    assert len(before) < len(done) and done == ["wait", "restore"] * (len(done) // 2)
 
 
 def test_weight_gradients_that_a_broken_step_delayed_are_not_computed_in_the_next() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs, unpermute
 
 from megatron_laer.layer.dispatch import row_map as row_map_module
+from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
 from megatron_laer.layer.dispatch.permutation import (
     slot_permutation,
     slot_ranges,
@@ -215,6 +217,30 @@ def test_of_experts_parts_rows_are_kept_until_backward_and_no_copy(sizes: list[i
     assert rows() is None, "kept by the output's graph"
     for factor, grad_HF in zip(factors, expected, strict=True):
         torch.testing.assert_close(factor.grad, grad_HF)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_experts_rows_stay_where_megatron_frees_those_that_arrived(in_parts: bool) -> None:
+    """Combined 1F1B frees arrived rows, from which freed copies could not come back."""
+    rows_YH = torch.arange(8.0).view(2, 4)
+    map_ = row_map(torch.tensor([0, 1, 1, 0], dtype=torch.int32), 2)
+    copies_XH = map_.spread(rows_YH)
+    expected = copies_XH.sum(0)[:, None].expand(4, 3).clone()
+    factor = torch.ones(4, 3, requires_grad=True)
+    dispatcher: Any = SimpleNamespace(
+        config=SimpleNamespace(overlap_moe_expert_parallel_comm=in_parts),
+        _arrivals=SimpleNamespace(rows=map_),
+        _experts_input=(rows_YH, copies_XH),
+        _rows=None,
+        _second=None,
+    )
+    summed = NodeTokenDispatcher.combine_preprocess(dispatcher, copies_XH @ factor)
+    are_kept = copies_XH.untyped_storage().nbytes() > 0
+    assert are_kept == in_parts
+    if in_parts:
+        rows_YH.untyped_storage().resize_(0)
+    summed.sum().backward()
+    torch.testing.assert_close(factor.grad, expected)
 
 
 def test_copies_that_no_expert_saved_do_not_come_back() -> None:

@@ -15,20 +15,24 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_laer.choices import Sharding
+from megatron_laer.config import FSEPConfig
 from megatron_laer.files.records import Records, header_line
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.state import STATE, PlannerState
 from megatron_laer.runtime.planning import planner_checkpoint
+from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.planner_checkpoint import (
     Resumption,
     report_resumption,
     save_state,
     state_path,
 )
+from tests.costs import COSTS
 from tests.fuzz import damaged
 from tests.planner_states import LAYERS, C, E, N, make_state
 from tests.records import Content, put_together, taken_apart
@@ -75,8 +79,29 @@ def test_a_state_of_another_run_is_refused_where_both_are_known() -> None:
     for saved, run in ((None, None), (None, one), (one, None), (one, one)):
         found = PlannerState.from_bytes(make_state(run=saved).to_bytes())
         found.check_fits(geometry, LAYERS, run)
-    with pytest.raises(ValueError, match=f"of run {one}, the checkpoint's weights of run {other}"):
-        make_state(run=one).check_fits(geometry, LAYERS, other)
+    for saved, run in ((one, other), (other, one)):
+        said = f"of run {saved}, the checkpoint's weights of run {run}"
+        with pytest.raises(ValueError, match=said):
+            make_state(run=saved).check_fits(geometry, LAYERS, run)
+
+
+@pytest.mark.parametrize(("first_step", "goes_on"), [(8, True), (7, False), (9, False)])
+def test_a_run_goes_on_with_the_states_layouts_and_version_at_its_step(
+    first_step: int, goes_on: bool
+) -> None:
+    """The version tells ranks apart that have missed a change of layouts."""
+    geometry = Geometry(num_ranks=N, num_experts=E, capacity=C, node_size=2)
+    others: Any = SimpleNamespace(rank=1)
+    state = make_state()
+    in_force = LayoutsInForce(FSEPConfig(), others, geometry, COSTS, 1, torch.device("cpu"))
+    for layer in LAYERS:
+        in_force.add_layer(layer)
+    in_force.resumption = Resumption(state)
+    in_force.start(first_step)
+    begins = 0, (geometry.static_layout,) * len(LAYERS)
+    expected = (state.version, state.layouts) if goes_on else begins
+    assert (in_force.version, in_force.layouts) == expected
+    assert (in_force.resumption.problem is None) == goes_on
 
 
 def test_a_state_with_empty_slots_comes_back_and_fits_its_sharding_only() -> None:

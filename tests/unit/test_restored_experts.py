@@ -18,6 +18,7 @@ from megatron_laer.runtime.comm.buffers import BufferPool
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.layer_state import check_main_grads
+from megatron_laer.runtime.weights import main_grads
 from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.share import Share
@@ -281,6 +282,20 @@ def test_main_gradients_have_received_the_sums_when_autograd_is_told(
     assert torch.equal(seen[1], 2 * seen[0]) and torch.equal(seen[1], parameter.main_grad)
 
 
+def test_hooks_of_parameters_wait_for_the_stream_of_the_sums(streams: ExchangeStreams) -> None:
+    """Autograd runs them on another stream than the one that has waited for the reduce."""
+    restored = restored_experts(streams)
+    parameters = restored.share.parameters
+    waited: list[tuple[object, bool]] = []
+    of_hooks = mock.Mock(
+        wait_stream=lambda of: waited.append((of, bool(parameters[0].main_grad.any())))  # type: ignore[attr-defined]
+    )
+    main_grads.note_hook_stream(parameters, of_hooks)
+    with mock.patch.object(torch.cuda, "current_stream", return_value="of the sums"):
+        compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
+    assert waited == [("of the sums", True)]
+
+
 def test_gradients_that_leave_too_early_or_too_late_are_named(streams: ExchangeStreams) -> None:
     grads = restored_experts(streams).grads
     with pytest.raises(AssertionError, match="layer 1: no reduce is under way"):
@@ -320,6 +335,23 @@ def test_a_layer_that_follows_itself_waits_for_each_pass_of_a_held_step(
     assert finish.call_count == 2 and streams.exchange.count.reduces == 1
     held.free()
     assert is_over(held)
+
+
+def test_sums_of_a_step_that_an_error_ended_are_dropped_with_their_memory(
+    streams: ExchangeStreams,
+) -> None:
+    held = restored_experts(streams, kinds=(Kind.STEP,))
+    parameter = held.share.parameters[0]
+    for passes_done, passes in ((1, 2), (1, 1)):
+        held.begin_step(held.index, passes)
+        assert streams.grads.in_use == 0
+        for _ in range(passes_done):
+            compute(held, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
+    held.free()
+    assert is_over(held) and streams.grads.in_use == 0
+    alone = restored_experts(streams)
+    compute(alone, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
+    assert torch.equal(parameter.main_grad, alone.share.parameters[0].main_grad)  # type: ignore[attr-defined]
 
 
 def test_parameters_without_main_gradients_are_refused(streams: ExchangeStreams) -> None:
