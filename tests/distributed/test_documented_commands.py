@@ -131,7 +131,7 @@ _PROGRAMS = {
     # Only its request is checked.
     "sbatch": 'while [ "${1#--}" != "$1" ]; do [ "$1" != --nodes ] || nodes=$2; shift 2; done; '
     'SLURM_JOB_NUM_NODES=$nodes DRY_RUN=1 exec bash "$@"',
-    "pip": 'case "$*" in "install ."|"install .[tools"*"]"|"install -e .") ;; *) exit 1 ;; esac',
+    "pip": 'case "$*" in "install "*.|"install .[tools"*"]") ;; *) exit 1 ;; esac',
 }
 
 
