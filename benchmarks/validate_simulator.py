@@ -1,7 +1,7 @@
 """Compares `simulate`'s predictions with measured times: `python -m benchmarks.validate_simulator`.
 
 Here: the end-to-end benchmark on two ranks of this machine, after its constants were measured.
-Published: the cells of LAER-MoE's artifact, if its files are there. `docs/simulator.md` has the
+Published: the cells of LAER-MoE's artifact, if its files are there. `docs/predict.md` has the
 expected results, and the limits of these comparisons.
 """
 

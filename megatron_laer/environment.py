@@ -1,4 +1,4 @@
-"""Names of environment variables that several modules read; docs/flags.md lists all variables."""
+"""Names of environment variables that several modules read; docs/settings.md lists all."""
 
 from __future__ import annotations
 

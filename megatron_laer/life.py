@@ -1,8 +1,8 @@
 """Life of a layer's restored experts as one table: events and kinds of run give actions.
 
 A pass picks its column once its layout is known (`column`). `runtime/weights/restored.py` and
-`runtime/scheduler.py` look cells up, and carry out their actions. docs/architecture.md draws the
-table and the overlap that it makes. Impossible combinations of kinds have no column.
+`runtime/scheduler.py` look cells up, and carry out their actions. docs/internals/architecture.md
+draws the table and the overlap that it makes. Impossible combinations of kinds have no column.
 
 Source: the LAER-MoE paper's fine-grained schedule (arXiv 2602.11686), with parameters and gradients
 on communicators of their own.

@@ -1,8 +1,8 @@
 """Supported and tested releases of Megatron, and their differences.
 
 This is the one place for such facts: code imports it, and tests compare other files with it.
-`docs/releasing.md` lists the steps for a new release. The module imports the standard library
-alone, since `doctor` and scripts read it where Megatron or torch is missing.
+`docs/internals/releasing.md` lists the steps for a new release. The module imports the standard
+library alone, since `doctor` and scripts read it where Megatron or torch is missing.
 """
 
 from __future__ import annotations

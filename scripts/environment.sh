@@ -97,7 +97,7 @@ laer_install() {
         size+=" is 0.3 GB to download and 1.2 GB on disk: some 4 minutes"
     else
         size="torch with CUDA, Megatron and tools; that is 3.2 GB to download and 5.8 GB on disk: some"
-        size+=" 10 minutes. 0.3 and 1.2 GB with TORCH_INDEX_URL: docs/install.md"
+        size+=" 10 minutes. 0.3 and 1.2 GB with TORCH_INDEX_URL: docs/start.md"
     fi
     # An estimate: a line of 100 Mbit/s, and two to five minutes to unpack and to build the core.
     echo "Installing into .venv. The first time: $size ..."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds what is released, checks it, and publishes it; docs/releasing.md has the order of things.
+# Builds what is released, checks it, and publishes it; docs/internals/releasing.md has the order of things.
 #
 #   scripts/release.sh check [TAG]   version, changelog and tag agree
 #   scripts/release.sh sdist         dist/*.tar.gz; its README is rendered as the index does

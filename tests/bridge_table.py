@@ -1,6 +1,6 @@
 """Megatron-Bridge's recipes, exported as rows of a table, as Megatron's arguments.
 
-docs/recipes.md counts their verdicts. A row has the columns in `COLUMNS`, whose values are here;
+docs/support.md counts their verdicts. A row has the columns in `COLUMNS`, whose values are here;
 `bridge_families` has the settings that no column states. `check-recipe --bridge-recipe` asks
 an installed Megatron-Bridge instead.
 """

@@ -1,4 +1,4 @@
-"""The tables of docs/calibrate.md: clusters, and each model as Megatron and FSEP build it.
+"""The tables of docs/predict.md: clusters, and each model as Megatron and FSEP build it.
 
     python -m tests.configurations
 

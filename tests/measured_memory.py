@@ -1,4 +1,4 @@
-"""Bytes of a rank by setting, measured on gloo ranks and by the formulas of docs/memory.md.
+"""Bytes of a rank by setting, measured on gloo ranks and by the formulas of docs/settings.md.
 
 Legend: C slots per rank, h home experts, L layers, P weights of an expert.
 """

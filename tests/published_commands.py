@@ -1,4 +1,4 @@
-"""The table of published commands in docs/recipes.md, with `check-recipe`'s verdicts.
+"""The table of published commands in docs/support.md, with `check-recipe`'s verdicts.
 
     python -m tests.published_commands
 

@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md, made from a list of Megatron-Bridge's recipes.
+"""The tables of docs/support.md, made from a list of Megatron-Bridge's recipes.
 
 `python -m tests.recipes_page` prints them; a unit test looks for each of their lines on the page.
 """
@@ -15,7 +15,7 @@ from tests.bridge_table import judge_recipe, read_recipes
 from tests.documents import ROOT
 from tests.published_commands import proof_of
 
-PAGE = ROOT / "docs" / "recipes.md"
+PAGE = ROOT / "docs" / "support.md"
 LIST = shared_data.FOLDER / "bridge_recipes_train.csv"
 
 _PROOFS = ("one row", "each feature", "not all features", "nothing yet")

@@ -18,7 +18,7 @@ PLACES = {
     "pyproject.toml": (r'^    "megatron-core(.*?)"', SUPPORTED),
     "constraints.txt": (r"^megatron-core==(.*)$", TESTED[-1]),
     "README.md": (r"^\| Megatron \| (.*) \|$", f"{', '.join(TESTED)} | {' and '.join(NUMBERS)}"),
-    "docs/architecture.md": (
+    "docs/internals/architecture.md": (
         r"^\| megatron-core (.*?) \|",
         f"≥ {NUMBERS[0]}, < {release_after(NUMBERS[-1])}",
     ),

@@ -84,8 +84,8 @@ def life() -> Iterator[str]:
 
 
 TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
-    ("architecture.md", "life"): life,
-    ("flags.md", "flags"): flags,
+    ("internals/architecture.md", "life"): life,
+    ("settings.md", "flags"): flags,
     ("megatron.md", "patches"): patches,
     ("slurm.md", "settings"): slurm_settings,
     ("support.md", "releases"): releases,

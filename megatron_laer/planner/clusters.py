@@ -79,7 +79,7 @@ class SolveTime:
 # All but the first were counted (`python -m benchmarks.launches`).
 DENSE_OPERATIONS, MOE_OPERATIONS, SLOT_OPERATIONS = 75, 85, 10
 # Launches that take the host as long as one of these, in Python with autograd: from one published
-# time, in which the host is slower than the device (docs/simulator.md).
+# time, in which the host is slower than the device (docs/predict.md).
 _OPERATION_LAUNCHES = 7.3
 
 
@@ -163,7 +163,7 @@ class Card:
         _check_channels("nccl_channels", self.nccl_channels)
 
     def communicator_bytes(self, ranks: int, node_size: int, *, of_exchange: bool = False) -> int:
-        """Estimate the buffers of one NCCL communicator (docs/communication.md)."""
+        """Estimate the buffers of one NCCL communicator (docs/internals/communication.md)."""
         if ranks == 1:
             return 0
         peers, crosses_nodes = min(ranks, node_size) - 1, ranks > node_size

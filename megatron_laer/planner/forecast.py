@@ -1,6 +1,6 @@
 """Forecasts of the next counts: pure values, updated with observed counts.
 
-`SmoothedForecast` is the one to use, with weights from the data in `docs/planner.md`;
+`SmoothedForecast` is the one to use, with weights from the data in `docs/internals/planner.md`;
 `WindowForecast` is the paper's.
 
 Legend: N ranks, E experts, M microbatches.

@@ -16,7 +16,7 @@ Experts at home (`--fsep-sharding experts`) keep their slots; the cost model cho
 Candidates are stock's placement and layouts with more and more replicas for balance. Others fill
 all slots, for drift and for tokens that stay in their node (`native/home_choice.cpp`).
 
-`docs/planner.md` has the data behind these choices.
+`docs/internals/planner.md` has the data behind these choices.
 
 Legend: N ranks, E experts, S slots.
 """

@@ -62,7 +62,7 @@ class Way:
 
     @property
     def name(self) -> str:
-        """Return the name in docs/communication.md."""
+        """Return the name in docs/internals/communication.md."""
         if len(self.widths) == 2:
             return "direct" if self.is_direct else "flat"
         if self.spreads_in_nodes:

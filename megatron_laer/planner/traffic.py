@@ -60,9 +60,9 @@ def restore_traffic(
 ) -> Traffic:
     """Count the elements that one restore moves, as sums over its hops.
 
-    docs/communication.md has them as formulas. `node` never lets a node receive more from other
-    nodes than `flat`. The same holds for each rank if N divides R and all ranks of a node fetch
-    equally many slots.
+    docs/internals/communication.md has them as formulas. `node` never lets a node receive more from
+    other nodes than `flat`. The same holds for each rank if N divides R and all ranks of a node
+    fetch equally many slots.
 
     Args:
         changed_S: replica slots to fetch, by ranks that keep nothing else; all by default. Empty

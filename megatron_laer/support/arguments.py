@@ -97,7 +97,7 @@ def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: boo
         found.append(
             f"{CONNECTIONS}=1: kernels of all streams start in the order of their launch, so "
             "copies and sums of exchanges do not overlap with compute, nor does a second stage "
-            "(docs/architecture.md, Overlap); unset it, or set it to 32, unless "
+            "(docs/internals/architecture.md, Overlap); unset it, or set it to 32, unless "
             "--tensor-model-parallel-size or --context-parallel-size above 1 needs it (before "
             "Blackwell)"
         )

@@ -69,7 +69,7 @@ _FIRST_STEPS = """
 """
 # Preparations that a page assumes.
 BEFORE = {
-    **dict.fromkeys(("checkpoints.md", "metrics.md", "plan.md", "report.md"), _FIRST_STEPS),
+    **dict.fromkeys(("checkpoints.md", "metrics.md"), _FIRST_STEPS),
     "from_0_to_64.md": "mkdir -p data; echo A corpus. >corpus.txt",
     "slurm.md": "python -m megatron_laer flags mixtral-8x7b-e8k2 >flags.txt",
 }
@@ -82,7 +82,7 @@ NOT_OURS = ("scripts/conversion/convert.sh", "from megatron.bridge", "git apply"
 # Blocks of a page that another test runs on ranks, by a word in them.
 RUN_ELSEWHERE = {
     ("performance.md", "benchmarks.convergence"): "convergence/test_long_convergence.py",
-    ("own_loop.md", "own_loop.py"): "distributed/test_own_loop.py",
+    ("megatron.md", "own_loop.py"): "distributed/test_own_loop.py",
 }
 
 _IDS = [str(page.relative_to(ROOT)) for page in PAGES]

@@ -1,6 +1,6 @@
 """Megatron's own unit tests of its MoE layers end as they do without the plugin.
 
-With FSEP, only a refusal that docs/recipes.md names may change a result. Needs a checkout of the
+With FSEP, only a refusal that docs/support.md names may change a result. Needs a checkout of the
 installed Megatron-LM in the folder MEGATRON_LM_CHECKOUT, since no wheel holds the tests.
 """
 
@@ -15,7 +15,7 @@ import pytest
 from tests.checkouts import checkout
 from tests.own_tests import FILES, Mode, Verdict, run
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "support.md"
 
 CHECKOUT, pytestmark = checkout("MEGATRON_LM_CHECKOUT", "the installed Megatron-LM")
 

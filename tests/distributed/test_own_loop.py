@@ -1,4 +1,4 @@
-"""Code of docs/own_loop.md and docs/rl.md runs unchanged, and their statements hold."""
+"""Code of docs/megatron.md and docs/rl.md runs unchanged, and their statements hold."""
 
 from __future__ import annotations
 

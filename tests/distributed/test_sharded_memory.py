@@ -1,4 +1,4 @@
-"""Bytes of a rank by setting, measured and by the formula of docs/memory.md."""
+"""Bytes of a rank by setting, measured and by the formula of docs/settings.md."""
 
 from __future__ import annotations
 

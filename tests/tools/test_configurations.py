@@ -13,7 +13,7 @@ from tests import processes
 from tests.configurations import CLUSTERS, HEAD, KINDS, MODELS, cluster_table, facts, number
 from tests.documents import ROOT
 
-PAGE = (ROOT / "docs" / "calibrate.md").read_text(encoding="utf-8").partition("\n## Clusters\n")[2]
+PAGE = (ROOT / "docs" / "predict.md").read_text(encoding="utf-8").partition("\n### Clusters\n")[2]
 PUBLISHED = sorted(facts())
 # The paper's table: layers, hidden, FFN, heads, experts, top-k, and biases of queries, keys and
 # values. Heads have 128 columns, 8 are of keys and values; 32,000 words.

@@ -159,7 +159,7 @@ def test_sharding_slots_and_exchange_are_those_of_training_by_default(tmp_path, 
 
 def predictions():
     """Yield the words of `simulate` on its page, and of its table of recipes."""
-    for block in blocks(ROOT / "docs" / "simulator.md"):
+    for block in blocks(ROOT / "docs" / "predict.md"):
         for command in block.text.replace("\\\n", " ").splitlines():
             if " simulate " in command:
                 yield command.split(" simulate ")[1].split()

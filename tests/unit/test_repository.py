@@ -157,7 +157,7 @@ def test_files_that_the_recipes_name_exist() -> None:
 
 
 def test_a_days_reading_is_a_day_long() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "internals" / "architecture.md").read_text(encoding="utf-8")
     reading = page[page.index("## A day's reading") : page.index("## Rooms")]
     files = [ROOT / name for name in re.findall(r"^\d+\. `([^`]+)`: ", reading, re.MULTILINE)]
     assert [path.name for path in files if not path.is_file()] == []

@@ -51,7 +51,7 @@ def test_every_variable_that_is_read_is_in_the_table_and_no_other() -> None:
     # Named by the table itself, and passed by the tests' supervisor to its child.
     read |= {name for name in vars(environment).values() if re.fullmatch(r"[A-Z]+_\w+", str(name))}
     read -= {STATUS_VARIABLE}
-    page = (DOCS / "flags.md").read_text(encoding="utf-8")
+    page = (DOCS / "settings.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `([A-Z_]+)` \|", page[page.index("## Environment") :], re.MULTILINE)
     assert sorted(read) == sorted(listed)
 
@@ -85,7 +85,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_python_interface_has_every_public_name_and_setting(site: Path) -> None:
     import megatron_laer
 
-    page = (site / "api.html").read_text(encoding="utf-8")
+    page = (site / "megatron.html").read_text(encoding="utf-8")
     names = set(megatron_laer.__all__) - {"__version__"}
     assert {name for name in names if f'<span class="pre">{name}</span>' not in page} == set()
     text = html.unescape(re.sub(r"<[^>]+>", "", page))

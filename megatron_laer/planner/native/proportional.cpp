@@ -17,7 +17,7 @@ namespace {
 constexpr int kCompared = 8;
 
 // A forecast counts every expert as having a quarter of the mean load more than it has, so that
-// one that grows out of nothing finds some replicas. Chosen as docs/planner.md says.
+// one that grows out of nothing finds some replicas. Chosen as docs/internals/planner.md says.
 constexpr int64_t kPriorParts = 4;
 
 // Load per replica; whole tokens decide nearly always, the exact fraction where they do not.

@@ -123,9 +123,7 @@ def _checked(args: argparse.Namespace, *, writes: bool) -> ExpertSizes | None:
 def _write(cluster: Cluster | None, output: Path) -> None:
     if cluster is None:
         return
-    text = (
-        "# Written by `python -m megatron_laer calibrate`; docs/calibrate.md says what is what.\n"
-    )
+    text = "# Written by `python -m megatron_laer calibrate`; docs/predict.md says what is what.\n"
     text += cluster_text(cluster)
     assert parse_cluster(text) == cluster
     write_file(output, text)

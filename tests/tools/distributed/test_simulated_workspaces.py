@@ -118,7 +118,7 @@ def test_workspaces_are_those_of_the_exchanges(
 NODE = replace(COSTS, restore_algorithm=ExchangeAlgorithm.NODE)
 
 
-# GiB of NCCL's buffers besides Megatron's own communicator, as in docs/communication.md.
+# GiB of NCCL's buffers besides Megatron's own communicator, as in docs/internals/communication.md.
 @pytest.mark.parametrize(
     ("ranks", "sharding", "costs", "gib"),
     [
