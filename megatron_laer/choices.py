@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Self
 
@@ -76,6 +76,7 @@ class Verify(Choice):
     OFF = "off"
     FIRST = "first"
     ALL = "all"
+    WARN = "warn"
 
 
 VERIFY_DEFAULT = "first,100"
@@ -84,16 +85,19 @@ _MOST_STEPS = 2**24
 
 @dataclass(frozen=True)
 class Verification:
-    """Passes that are checked.
+    """Passes that are checked, and the response to a finding.
 
     Attributes:
         first: whether the first steps and new kinds of exchanges are checked.
         interval: N; None for no layer in turn.
+        warns: whether a finding skips the step and puts the layer under stock's placement, where
+            it would else stop the run.
     """
 
     first: bool = False
     all: bool = False
     interval: int | None = None
+    warns: bool = False
 
     @classmethod
     def of(cls, text: str) -> Self:
@@ -109,7 +113,10 @@ class Verification:
             raise ValueError(f"{text!r}: off has no other parts; leave them out")
         if Verify.ALL in words and (numbers or Verify.FIRST in words):
             raise ValueError(f"{text!r}: all has the other checks; leave them out")
-        return cls(Verify.FIRST in words, Verify.ALL in words, numbers[0] if numbers else None)
+        interval, warns = (numbers[0] if numbers else None), Verify.WARN in words
+        if words == {Verify.WARN} and not numbers:
+            return replace(cls.of(VERIFY_DEFAULT), warns=True)
+        return cls(Verify.FIRST in words, Verify.ALL in words, interval, warns)
 
     @property
     def is_on(self) -> bool:

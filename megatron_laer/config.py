@@ -194,7 +194,13 @@ class FSEPConfig:
         VERIFY_DEFAULT,
         "which exchanges of weights, gradients and tokens are checked: first (the first 2 steps "
         "and each new kind of exchange), N (one layer in turn at every N-th step), both joined by "
-        "a comma, all, or off",
+        "a comma, all, or off; with ,warn a finding skips the step, and stock's placement follows "
+        "for the layer, where the run would stop",
+    )
+    stock_file: str | None = _option(
+        None,
+        "a file that rank 0 looks for at each step: while it is there, all layers have stock's "
+        "placement",
     )
     pairs_interval: int | None = _option(
         None,

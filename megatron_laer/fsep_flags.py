@@ -123,7 +123,7 @@ def _meant(given: str, known: Iterable[str]) -> str:
 
 
 def _metavar(name: str) -> str:
-    own = {"restore": "{layer,step,GIB}", "planner": "NAME", "verify": "{first,N,all,off}"}
+    own = {"restore": "{layer,step,GIB}", "planner": "NAME", "verify": "{first,N,all,off,warn}"}
     by_type = {int: "N", float: "X", str: "FILE"}
     words = ",".join(words_of(name))
     return own.get(name) or (f"{{{words}}}" if words else by_type[types_of(name)[0]])

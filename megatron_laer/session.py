@@ -20,6 +20,7 @@ from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group, create_
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
+from megatron_laer.runtime.planning.stock_switch import StockSwitch
 from megatron_laer.runtime.scheduler import Chunk
 
 
@@ -27,8 +28,11 @@ class Session:
     """State of FSEP from `enable` until `disable`, or until `enable` with other settings.
 
     Without `seed`, the builder of the first layer decides the seed of the experts' weights. A
-    pipeline stage without MoE layers has no coordinator.
+    pipeline stage without MoE layers has no coordinator. `can_skip` says whether the loop leaves
+    out an optimizer's step on demand (`skips_step`).
     """
+
+    can_skip = False
 
     def __init__(self, config: FSEPConfig, seed: int | None = None) -> None:
         self.config = config
@@ -36,6 +40,8 @@ class Session:
         self.coordinator: Coordinator | None = None
         self._groups: FSEPGroups | None = None
         self.in_force: Mapping[str, Any] = {}
+        self.skips_step = False
+        self._switch: StockSwitch | None = None
         self._is_training = False
 
     @property
@@ -122,8 +128,26 @@ class Session:
             if coordinator is not None:
                 coordinator.scheduler.attach(chunks())
             self._is_training = True
+        self.skips_step = False
+        if self._switch is None:
+            self._switch = StockSwitch(self.config.stock_file, current_device())
+        all_at_stock = self._switch.begin_step(step)
         if coordinator is not None:
-            coordinator.begin_step(step, num_microbatches)
+            coordinator.begin_step(step, num_microbatches, all_at_stock=all_at_stock)
+
+    def before_optimizer(self) -> None:
+        """Verify the step's exchanges, once all its gradients are complete.
+
+        With `verify=…,warn` this is collective over the world: a finding in any group makes all
+        ranks skip the step.
+        """
+        found = False
+        if self.coordinator is not None:
+            found = self.coordinator.verifier.before_optimizer(can_skip=self.can_skip)
+        if self.can_skip and self.config.verification.warns:
+            any_found = torch.tensor([found], dtype=torch.int32, device=current_device())
+            dist.all_reduce(any_found, op=dist.ReduceOp.MAX)
+            self.skips_step = bool(any_found)
 
     def end_step(self) -> None:
         if self.coordinator is not None:

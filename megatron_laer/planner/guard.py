@@ -193,6 +193,11 @@ class Guard:
         return replace(self, costs=self.costs.in_bf16)
 
     @cached_property
+    def keeping(self) -> Guard:
+        """Return the guard that keeps each planned layout."""
+        return replace(self, mode=PlanMode.FORECAST, tolerance=None)
+
+    @cached_property
     def _native_costs(self) -> native.CostModel:
         return self.costs.for_native(self.geometry)
 

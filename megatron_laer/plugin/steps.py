@@ -23,10 +23,25 @@ def _bound_step(
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import get_args
 
+    optimizer = args[0] if args else kwargs["optimizer"]
     with training_step(get_args().curr_iteration, get_num_microbatches(), model):
-        if (current := session.current()) is not None:
-            write_in_force(get_args(), current.in_force)  # on ranks without MoE layers too
-        return original(forward_step_func, data_iterator, model, *args, **kwargs)
+        if (current := session.current()) is None:
+            return original(forward_step_func, data_iterator, model, *args, **kwargs)
+        write_in_force(get_args(), current.in_force)  # on ranks without MoE layers too
+        with _skipping(optimizer, current):
+            return original(forward_step_func, data_iterator, model, *args, **kwargs)
+
+
+@contextmanager
+def _skipping(optimizer: Any, current: session.Session) -> Iterator[None]:
+    """Leave the optimizer's step out where the session says so, as for a loss that overflows."""
+    step, current.can_skip = optimizer.step, True
+    optimizer.step = lambda: (False, None, None) if current.skips_step else step()
+    try:
+        yield
+    finally:
+        current.can_skip = False
+        del optimizer.step
 
 
 @around(
@@ -62,8 +77,8 @@ def _verify(original: Any, *args: Any, **kwargs: Any) -> Any:
 
     `finalize_model_grads` itself is imported by name into loops.
     """
-    if (coordinator := session.current_coordinator()) is not None:
-        coordinator.verifier.before_optimizer()
+    if (current := session.current()) is not None:
+        current.before_optimizer()
     return original(*args, **kwargs)
 
 

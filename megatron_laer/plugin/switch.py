@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import torch
 
 from megatron_laer import device, session
 from megatron_laer.config import FSEPConfig
-from megatron_laer.files.checks import problem_of, refuse_unusable_folder
+from megatron_laer.files.checks import problem_of, quoted, refuse_unusable_folder
 from megatron_laer.megatron_version import check_version
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.strategies import check_planner
@@ -99,6 +100,11 @@ def check_files(config: FSEPConfig) -> None:
             load_cluster(config.cluster)
         except (OSError, ValueError) as error:
             raise ValueError(problem_of("--fsep-set cluster=", config.cluster, error)) from error
+    if (path := config.stock_file) is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(
+            f"--fsep-set stock_file={quoted(path)}: its folder does not exist, so the file could "
+            "never be found; make the folder, on every node"
+        )
     # They may be one folder, since their files' names differ.
     for folder in (config.record_layouts, config.record_trace, config.record_metrics):
         if folder is not None:

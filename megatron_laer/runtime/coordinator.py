@@ -141,20 +141,27 @@ class Coordinator(MicrobatchPlanner):
                 wire_dtype=wire_dtype(self.config),
             )
 
-    def begin_step(self, step: int, num_microbatches: int | None = None) -> None:
+    def begin_step(
+        self, step: int, num_microbatches: int | None = None, *, all_at_stock: bool = False
+    ) -> None:
         """Begin a step: layouts that are due take effect. Collective over the group.
 
         Args:
             step: of the run, so that a resumed run continues the same numbers.
             num_microbatches: of this step; lets planning start while the last backward passes run.
+            all_at_stock: whether all layers have stock's placement in this step.
         """
         assert self.in_steps, "begin_step before start"
         check_no_plan_is_left(self.layers)
         self._put_pairs()
         self.recorder.begin_step(step)
-        self.verifier.begin_step(step, [layer.name for layer in self.layers])
+        names = [layer.name for layer in self.layers]
+        self.verifier.begin_step(step, names)
+        at_stock = frozenset(
+            at for at, name in enumerate(names) if all_at_stock or self.verifier.has_found(name)
+        )
         self._received_before = self.streams.exchange.received_bytes
-        self.layouts.begin_step(step, num_microbatches)
+        self.layouts.begin_step(step, num_microbatches, at_stock)
         expected = self.pass_layouts.begin_step(
             step, num_microbatches, len(self.layers), replays=self.scheduler.replays_routing
         )

@@ -8,6 +8,7 @@ overwritten slot is seen. One gather of a step's sums compares slots with owners
 from __future__ import annotations
 
 import io
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,8 @@ from megatron_laer.verify.sums import bit_sums, launch_kernels, signed_sums
 from megatron_laer.verify.tokens import Bound, PassTokens, differences_back, differences_out
 from megatron_laer.verify.weights import differences as of_weights
 from megatron_laer.version import __version__
+
+logger = logging.getLogger(__name__)
 
 # Steps after a start or a resume of which all is checked.
 _FIRST_STEPS = 2
@@ -78,6 +81,7 @@ class Verifier:
 
     def __post_init__(self) -> None:
         self._layers: frozenset[str] = frozenset()  # of which all is checked in this step
+        self._wrong: set[str] = set()
         self._is_in_step = False
         self._step = self._steps = 0
         self._known: set[tuple[object, ...]] = set()  # kinds of exchanges
@@ -105,14 +109,28 @@ class Verifier:
         self._layers, self._step = frozenset(chosen), step
         self._is_in_step = setting.is_on
         self._steps += 1
+        if self._wrong and self.groups.rank == 0:
+            wrong = ", ".join(sorted(self._wrong))
+            logger.warning("FSEP verify, step %d: %s has stock's placement", step, wrong)
 
-    def before_optimizer(self) -> None:
-        """Check what the step has exchanged, since all its gradients are complete."""
-        self._check("before the optimizer's step")
+    def has_found(self, layer: str) -> bool:
+        """Return whether a finding has put a layer under stock's placement."""
+        return layer in self._wrong
+
+    def before_optimizer(self, *, can_skip: bool) -> bool:
+        """Check what the step has exchanged, since all its gradients are complete.
+
+        Args:
+            can_skip: whether the caller can leave out the optimizer's step.
+
+        Returns:
+            Whether it must, on all ranks of the world.
+        """
+        return self._check("before the optimizer's step", can_skip=can_skip)
 
     def end_step(self) -> None:
         """Check the exchanges of a loop that completes no gradients by Megatron's function."""
-        self._check("at the end of the step")
+        self._check("at the end of the step", can_skip=False)
         self._is_in_step = False
 
     def reads(
@@ -208,8 +226,11 @@ class Verifier:
         self._number[layer, direction] += 1
         return Checked(layer, direction, number, way, placed, sizes, self.groups.ranks)
 
-    def _check(self, when: str) -> None:
+    def _check(self, when: str, *, can_skip: bool) -> bool:
         """Compare what was summed up since the last check. Collective over the group.
+
+        Returns:
+            Whether differences were found in layers that stock's placement may help.
 
         Raises:
             VerificationError: on every rank of the group, with the first differences.
@@ -217,23 +238,37 @@ class Verifier:
         (checks, self._checks), self._owned = (self._checks, []), {}
         self._number.clear()
         if not checks:
-            return
+            return False
         of_slots, of_owned = self._of_all_ranks(checks)
-        texts, ranks = [], set[int]()
+        texts, ranks, layers = [], set[int](), set[str]()
         for check, *sums in zip(checks, of_slots, of_owned, strict=True):
             if found := [*check.differences(*sums)]:
                 ranks |= {rank for rank, _ in found}
+                layers.add(check.checked.layer)
                 texts.append(described(check.checked, [text for _, text in found]))
         if texts:
             is_named = self.groups.rank in ranks
             not_written = self._dump(checks, of_slots, of_owned) if is_named else ""
-            end_with_status()
-            raise VerificationError(
+            goes_on = self.setting.warns and can_skip and self._wrong.isdisjoint(layers)
+            ends = (
+                f"The step is skipped, and {', '.join(sorted(layers))} has stock's placement from "
+                "the next one on"
+                if goes_on
+                else f"Every rank stops, {when}"
+            )
+            text = (
                 f"FSEP verify, step {self._step}: {texts[0]}"
                 + (f"; and {len(texts) - 1} more exchanges" if len(texts) > 1 else "")
-                + f". Every rank stops, {when}; the named ranks write {_DUMP.format('RANK')}, with "
-                f"layouts and sums, to {Path.cwd()}{not_written}"
+                + f". {ends}; the named ranks write {_DUMP.format('RANK')}, with layouts and sums, "
+                f"to {Path.cwd()}{not_written}"
             )
+            if not goes_on:
+                end_with_status()
+                raise VerificationError(text)
+            self._wrong |= layers
+            if self.groups.rank == 0 or is_named:
+                logger.warning("%s", text)
+            return True
         if not self.checks and self.groups.rank == self.groups.index == 0:
             numbers = Counter(check.checked.direction for check in checks)
             restores = numbers["forward"] + numbers["backward"]
@@ -245,6 +280,7 @@ class Verifier:
                 flush=True,
             )
         self.checks += len(checks)
+        return False
 
     def _of_all_ranks(self, checks: Sequence[_Check]) -> tuple[list[Any], list[Any]]:
         """Return all ranks' sums of slots, `[N, …]`, and the sums over ranks of owned ones."""

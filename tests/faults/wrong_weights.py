@@ -48,22 +48,29 @@ DAMAGES: dict[str, Callable[[torch.Tensor], None]] = {
 }
 
 
+EVERY = -1  # step
+
+
 def train_with_damaged_slots(
     flags: list[str], rank: int, step: int, damage: str, folder: str
-) -> None:
-    """Train in a folder; in a step, all slots that a rank restores are damaged on arrival."""
+) -> list[float]:
+    """Train in a folder; in a step, all slots that a rank restores are damaged on arrival.
+
+    Returns:
+        The losses.
+    """
     from megatron_laer.runtime.comm.exchange import Exchange
 
     restore = Exchange.restore_steps
 
     def damaged(self: Exchange, *args: Any, **kwargs: Any) -> Any:
         out = yield from restore(self, *args, **kwargs)
-        if current_step() == step and rank_of_environment() == rank:
+        if step in (current_step(), EVERY) and rank_of_environment() == rank:
             DAMAGES[damage](out)
         return out
 
     with contextlib.chdir(folder), mock.patch.object(Exchange, "restore_steps", damaged):
-        train_row(flags)
+        return train_row(flags).losses
 
 
 def train_with_stale_slots(flags: list[str], rank: int, step: int, folder: str) -> None:

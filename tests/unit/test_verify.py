@@ -1,4 +1,4 @@
-"""Sums of bits see any change of a matrix, and a `Verifier` sums up what its setting says."""
+"""Differences are described, and a `Verifier` checks what its setting says."""
 
 from __future__ import annotations
 
@@ -21,86 +21,14 @@ from megatron_laer.runtime import verifier
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.verifier import Verifier
 from megatron_laer.runtime.weights.slots import ExchangeStreams
-from megatron_laer.verify import sums
 from megatron_laer.verify.checked import Checked, VerificationError
 from megatron_laer.verify.gradients import Roundings
 from megatron_laer.verify.gradients import differences as differences_of_gradients
-from megatron_laer.verify.sums import SIGNS, bit_sums, signed_sums
+from megatron_laer.verify.sums import bit_sums, signed_sums
 from megatron_laer.verify.weights import differences
 from tests.placed import placed
 from tests.unit.test_restored_experts import CPU, compute, ones, restored_experts
 from tests.unit.test_restored_experts import streams as streams
-
-DTYPES = (torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64)
-
-
-def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Return random bits, which are NaN and infinite numbers as well."""
-    size = (*shape[:-1], shape[-1] * dtype.itemsize)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator).view(dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_of_parts_add_up_wherever_a_matrix_is_cut(dtype: torch.dtype) -> None:
-    matrices = drawn(3, 7, 11, dtype=dtype)
-    whole = bit_sums(matrices)
-    for cut in range(8):
-        parts = matrices[:, :cut], matrices[:, cut:]
-        of_parts = [bit_sums(part, first) for part, first in zip(parts, (0, cut * 11), strict=True)]
-        assert torch.equal(sum(of_parts), whole)
-    with mock.patch.object(sums, "_CHUNK", 8):
-        assert torch.equal(bit_sums(matrices), whole)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_flipped_bit_and_every_two_swapped_elements_change_the_sum(
-    dtype: torch.dtype,
-) -> None:
-    matrix = drawn(1, 5, 9, dtype=dtype, seed=1)
-    expected, bits = bit_sums(matrix), matrix.view(torch.uint8).view(-1)
-    for at in range(8 * len(bits)):
-        bits[at // 8] ^= 1 << at % 8
-        assert not torch.equal(bit_sums(matrix), expected), at
-        bits[at // 8] ^= 1 << at % 8
-    elements = bits.view(-1, dtype.itemsize)
-    for one in range(len(elements)):
-        for other in range(one):
-            if not torch.equal(elements[one], elements[other]):
-                elements[[one, other]] = elements[[other, one]]
-                assert not torch.equal(bit_sums(matrix), expected), (one, other)
-                elements[[one, other]] = elements[[other, one]]
-    assert torch.equal(bit_sums(matrix), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_sums_with_signs_are_linear_and_see_where_a_number_lies(dtype: torch.dtype) -> None:
-    draws = torch.Generator().manual_seed(2)
-    one, other = (torch.randn(3, 7, 11, generator=draws).to(dtype) for _ in range(2))
-    both = signed_sums(one.double() + 2 * other.double())
-    expected = signed_sums(one)[:, :SIGNS] + 2 * signed_sums(other)[:, :SIGNS]
-    torch.testing.assert_close(both[:, :SIGNS], expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(signed_sums(one)[:, SIGNS], one.double().square().sum(dim=(1, 2)))
-    parts = [signed_sums(part, first) for part, first in ((one[:, :3], 0), (one[:, 3:], 33))]
-    torch.testing.assert_close(sum(parts), signed_sums(one), rtol=0, atol=1e-12)
-    with mock.patch.object(sums, "_CHUNK", 8):
-        torch.testing.assert_close(signed_sums(one), sum(parts), rtol=0, atol=1e-12)
-
-
-def test_signs_are_as_good_as_drawn_ones() -> None:
-    """Each sign is +1 in half of all places, next to any sign of places near it."""
-    places = 2**16
-    signs = signed_sums(torch.eye(2**11).view(2**11, 1, 2**11))[:, :SIGNS].T.numpy()
-    assert set(np.unique(signs)) == {-1.0, 1.0}
-    ones = torch.ones(1, places)
-    spread = 5 * places**0.5
-    assert (signed_sums(ones)[0, :SIGNS].abs() < spread).all()
-    limit = 5 * signs.shape[1] ** 0.5
-    for one in range(SIGNS):
-        for other in range(one):
-            assert abs((signs[one] * signs[other]).sum()) < limit
-        for distance in (*range(1, 70), 128, 256, 512, 1024):
-            assert abs((signs[one, distance:] * signs[one, :-distance]).sum()) < limit, distance
 
 
 class Reduce:
@@ -200,7 +128,7 @@ class Reads:
             Verification.of(setting), groups, streams, torch.device("cpu"), dispatch="rank"
         )
         self.placed = placed(ExpertLayout.from_slots(1, 2, 2, [0, 1]))
-        self.matrices = [drawn(2, 3, 4, dtype=torch.bfloat16)]
+        self.matrices = [torch.randn(2, 3, 4).to(torch.bfloat16)]
         self.owned = self.matrices[0].clone()
         self.share: Any = SimpleNamespace(
             form=SimpleNamespace(parts=("bf16",)),
@@ -257,17 +185,18 @@ def test_a_setting_says_which_reads_are_compared(setting: str, compared: list[in
 def test_the_default_checks_the_first_steps_and_then_a_layer_in_turn() -> None:
     default = FSEPConfig().verification
     assert default == Verification(first=True, interval=100)
-    assert FSEPConfig(verify="all").verification == Verification(all=True)
+    assert FSEPConfig(verify="warn").verification == replace(default, warns=True)
+    assert FSEPConfig(verify="all,warn").verification == Verification(all=True, warns=True)
     assert not FSEPConfig(verify="off").verification.is_on
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("", "'': must be one of off, first, all"),
-        ("first,", "'': must be one of off, first, all"),
-        ("second", "'second': must be one of off, first, all"),
-        ("-1", "'-1': must be one of off, first, all"),
+        ("", "'': must be one of off, first, all, warn"),
+        ("first,", "'': must be one of off, first, all, warn"),
+        ("second", "'second': must be one of off, first, all, warn"),
+        ("-1", "'-1': must be one of off, first, all, warn"),
         ("0", "0: must be 1 to 16777216 steps"),
         ("16777217", "16777217: must be 1 to 16777216 steps"),
         ("3,5", "'3,5': a part comes twice; leave it out once"),
@@ -322,8 +251,32 @@ def test_owners_are_summed_up_when_they_are_read_and_compared_before_the_optimiz
     reads.verifier.begin_step(1, LAYERS)
     reads.read("layer 2")
     with pytest.raises(VerificationError, match=r"step 1: layer 2, .*before the optimizer's step"):
-        reads.verifier.before_optimizer()
+        reads.verifier.before_optimizer(can_skip=False)
     assert (tmp_path / "fsep-verify-0.npz").is_file()
+    reads.verifier.close()
+
+
+def test_a_finding_that_warns_is_skipped_once_and_stops_where_it_cannot_or_comes_again(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    reads = Reads("all,warn")
+    reads.verifier.start()
+
+    def found(layer: str, *, can_skip: bool = True) -> bool:
+        reads.verifier.begin_step(0, LAYERS)
+        reads.owned.zero_()
+        reads.read(layer)
+        return reads.verifier.before_optimizer(can_skip=can_skip)
+
+    assert not reads.verifier.has_found("layer 1")
+    assert found("layer 1") and reads.verifier.has_found("layer 1")
+    assert not reads.verifier.has_found("layer 2")
+    with pytest.raises(VerificationError, match="Every rank stops"):
+        found("layer 2", can_skip=False)
+    assert found("layer 2")
+    with pytest.raises(VerificationError, match=r"layer 1, .*Every rank stops"):
+        found("layer 1")
     reads.verifier.close()
 
 
@@ -341,7 +294,7 @@ def test_a_dump_replaces_no_file_and_one_that_cannot_be_written_does_not_replace
         reads.verifier.begin_step(0, LAYERS)
         reads.read("layer 1")
         with pytest.raises(VerificationError) as error:
-            reads.verifier.before_optimizer()
+            reads.verifier.before_optimizer(can_skip=False)
         return str(error.value)
 
     reads.verifier.begin_step(0, LAYERS)

@@ -150,6 +150,8 @@ class AnnouncedLayouts(PassLayouts):
     def _decided(self, layer_pass: LayerPass) -> Decision | None:
         if not layer_pass.training or self._step is None:
             return None
+        if layer_pass.layer in self.in_force.at_stock:
+            return None
         return self._decisions[layer_pass.layer, layer_pass.microbatch].result()
 
     def _solve_ahead(self, layer: int, microbatch: int, counts_NE: Int64) -> None:

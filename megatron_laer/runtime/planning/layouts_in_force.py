@@ -35,7 +35,8 @@ class LayoutsInForce:
     """Layout of each MoE layer of this rank, by the layer's index; experts are home positions.
 
     `homes` has the order of `given_homes`, or else stock's, of each layer. Of layers `unquantised`
-    prices are those in bf16. `planner_rank` is on that rank alone, once started. `run` is the run's
+    prices are those in bf16. Layers `at_stock` have stock's placement, whatever is planned, in
+    training and evaluation. `planner_rank` is on that rank alone, once started. `run` is the run's
     number, in the states that it saves.
     """
 
@@ -52,6 +53,7 @@ class LayoutsInForce:
     homes: list[HomeOrder] = field(default_factory=list)
     homes_problem: str | None = None
     unquantised: set[int] = field(default_factory=set)
+    at_stock: frozenset[int] = frozenset()
     planner_rank: PlannerRank | None = None
     run: str | None = None
     _layers: list[str] = field(default_factory=list)
@@ -63,10 +65,14 @@ class LayoutsInForce:
 
     @property
     def layouts(self) -> tuple[ExpertLayout, ...]:
-        return tuple(self._layouts)
+        return tuple(
+            self.geometry.static_layout if layer in self.at_stock else layout
+            for layer, layout in enumerate(self._layouts)
+        )
 
     def guard_of(self, layer: int, guard: Guard) -> Guard:
-        return guard.in_bf16 if layer in self.unquantised else guard
+        guard = guard.in_bf16 if layer in self.unquantised else guard
+        return guard.keeping if layer in self.at_stock else guard
 
     def add_layer(self, name: str, *, quantised: bool = True) -> HomeOrder:
         """Add a layer and return its homes; a missing one is a problem of `Coordinator.start`."""
@@ -84,6 +90,8 @@ class LayoutsInForce:
         return home
 
     def of_pass(self, layer: int, draw: int, *, training: bool) -> ExpertLayout:
+        if layer in self.at_stock:
+            return self.geometry.static_layout
         if self.config.planner == FixedPlanner.RANDOM and training:
             seed = (self.seed, self._step, layer, draw)
             return self.geometry.random_layout(seed)
@@ -108,16 +116,19 @@ class LayoutsInForce:
                 run=run,
             )
 
-    def begin_step(self, step: int, num_microbatches: int | None) -> None:
+    def begin_step(
+        self, step: int, num_microbatches: int | None, at_stock: frozenset[int] = frozenset()
+    ) -> None:
         """Apply layouts that are due. Collective over the group.
 
         Without `num_microbatches`, planning starts at the end of the step.
         """
         self._step = step
+        switched, self.at_stock = at_stock != self.at_stock, at_stock
         if self.planner_rank is not None:
             self.planner_rank.begin_step(step, num_microbatches)
         if self.config.makes_plans and self._layers:
-            self._change(step)
+            self._change(step, switched)
 
     def end_step(self) -> None:
         if self.planner_rank is not None:
@@ -150,7 +161,7 @@ class LayoutsInForce:
         state.check_fits(self.geometry, self._layers, run)
         return state
 
-    def _change(self, step: int) -> None:
+    def _change(self, step: int, switched: bool) -> None:
         planner_rank = self.planner_rank
         due = None if planner_rank is None else planner_rank.due(step)
         layouts, self.status = broadcast_layouts(
@@ -161,12 +172,13 @@ class LayoutsInForce:
             self.groups,
             self._download,
         )
-        if layouts is None:
+        if layouts is None and not switched:
             return
         self.version += 1
-        self._layouts = list(layouts)
+        if layouts is not None:
+            self._layouts = list(layouts)
         if planner_rank is not None:
-            planner_rank.applied(step, layouts)
+            planner_rank.applied(step, self.layouts)
 
     def _go_on(self, first_step: int) -> None:
         state = self.resumption.state
@@ -191,7 +203,7 @@ class LayoutsInForce:
             next_step=self._step + 1,
             version=self.version,
             layers=tuple(self._layers),
-            layouts=self.layouts,
+            layouts=tuple(self._layouts),
             forecasts=planned.forecasts,
             plans=planned.plans,
             run=self.run,
