@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -18,6 +18,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+
+from tests.planted.faults import MisfitError
 
 STEPS_OF_A_LIFE = 50
 
@@ -47,14 +49,31 @@ def run_lives(machine: type[Life], steps: int) -> None:
 
 
 def rewritten(method: Callable[..., Any], right: str, wrong: str) -> Any:
-    """Return a patch of a method in whose source wrong text takes the place of right text."""
+    """Return a patch of a method in whose source wrong text takes the place of right text.
+
+    Raises MisfitError if the right text is not there once.
+    """
     owner, _, name = method.__qualname__.rpartition(".")
     module = sys.modules[method.__module__]
     made: dict[str, Any] = {}
     source = textwrap.dedent(inspect.getsource(method))
-    assert source.count(right) == 1, f"{name} has no {right!r} any more"
+    if source.count(right) != 1:
+        raise MisfitError(method.__qualname__, repr(right))
     exec(source.replace(right, wrong), vars(module), made)
     return mock.patch.object(getattr(module, owner) if owner else module, name, made[name])
+
+
+def fitting(faults: Sequence[Any]) -> list[Any]:
+    """Return parameters of the faults that can be planted; `test_planted.py` names the others."""
+    return [pytest.param(fault, id=fault.name) for fault in faults if misfit(fault) is None]
+
+
+def misfit(fault: Any) -> MisfitError | None:
+    try:
+        with fault.planted():
+            return None
+    except MisfitError as error:
+        return error
 
 
 def find(

@@ -7,7 +7,7 @@ of tests: a case, a part of the report about it, and perhaps the words below.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
@@ -29,6 +29,15 @@ class Fault(NamedTuple):
     found: str
     words: tuple[str, ...]
 
+    def misfit(self) -> planted.MisfitError | None:
+        """Return why the fault cannot be planted, if it cannot; the modules are not imported."""
+        try:
+            for change in self.changes:
+                planted.planted(change, _file_of(change.file).read_text())
+        except planted.MisfitError as error:
+            return error
+        return None
+
     @contextlib.contextmanager
     def planted(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
@@ -47,6 +56,16 @@ def read(table: Path) -> dict[str, Fault]:
         case, report, *words = of_fault[0].tests
         found[name] = Fault(of_fault, case, report, tuple(words))
     return found
+
+
+def _file_of(module: str) -> Path:
+    package, *rest = module.split(".")
+    found = importlib.util.find_spec(package)
+    folders = [] if found is None else found.submodule_search_locations or []
+    paths = [Path(folder, *rest).with_suffix(".py") for folder in folders]
+    if not any(path.is_file() for path in paths):
+        raise planted.MisfitError("Python", module)
+    return next(path for path in paths if path.is_file())
 
 
 @contextlib.contextmanager

@@ -59,5 +59,7 @@ def test_every_kernel_was_launched_and_every_function_that_names_a_card_was_ente
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found_with_its_place(name: str, ranks: RankPools) -> None:
     fault = FAULTS[name]
+    if fault.misfit() is not None:
+        return  # `test_planted.py` fails
     for watched in ranks(2).run(watch, fault.case, ONE_QUEUE in fault.words, fault):
         assert any(fault.found in text for text in watched.report()), watched

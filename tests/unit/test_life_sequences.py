@@ -57,7 +57,7 @@ from tests.life_sequences import (
     layouts_of,
     setups,
 )
-from tests.sequences import Life, find, rewritten, run_lives
+from tests.sequences import Life, find, fitting, rewritten, run_lives
 
 EVENTS_BY_DAY, EVENTS_AT_NIGHT = 1_500, 20_000
 
@@ -845,7 +845,7 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])
+@pytest.mark.parametrize("fault", fitting(FAULTS))
 def test_deliberate_faults_of_state_are_found(fault: Fault) -> None:
     """Expect a life to fail, always the same one."""
     lives = type("Lives", (LayerLives,), {"fixed": fault.setup})

@@ -38,7 +38,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan, PlannerService
 from megatron_laer.planner.state import PlannerState
-from tests.sequences import Life, find, rewritten, run_lives
+from tests.sequences import Life, find, fitting, rewritten, run_lives
 
 STEPS_BY_DAY, STEPS_AT_NIGHT = 600, 10_000
 
@@ -835,7 +835,7 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])
+@pytest.mark.parametrize("fault", fitting(FAULTS))
 def test_deliberate_faults_of_state_are_found(fault: Fault) -> None:
     """Expect a life to fail; one in which a thread or training hangs fails after some time."""
     lives = type("Lives", (ServiceLives,), {"patience_s": 0.3, **fault.lives})
