@@ -22,6 +22,7 @@ from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.stock_switch import StockSwitch
 from megatron_laer.runtime.scheduler import Chunk
+from megatron_laer.telemetry.log import RUN, say
 
 
 class Session:
@@ -120,6 +121,9 @@ class Session:
             if coordinator is not None:
                 coordinator.layouts.run = self.in_force["run"]
                 coordinator.connect()
+            # By the rank that prints Megatron's iterations, into whose log the number belongs.
+            if self.in_force and dist.get_rank() == dist.get_world_size() - 1:
+                say(f"FSEP: training begins, {RUN} {self.in_force['run']}")
             if self.config.makes_plans:
                 resumption = None
                 if coordinator is not None and coordinator.layers and self.groups.rank == 0:

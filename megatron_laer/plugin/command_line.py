@@ -31,6 +31,7 @@ from megatron_laer.plugin.patching import apply, around, undo
 from megatron_laer.plugin.switch import disable, enable
 from megatron_laer.runtime.comm import launcher
 from megatron_laer.support import RefusedError, arguments
+from megatron_laer.telemetry.log import say
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def _validate(original: Any, args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     if args.rank == 0:
         for line in said:
             # Printed like Megatron's own lines on derived values, before logging has a level.
-            print(line, flush=True)
+            say(line)
         on_cuda = not cpu_installed()
         for warning in arguments.warnings(config, os.environ, on_cuda=on_cuda):
             logger.warning("FSEP: %s", warning)

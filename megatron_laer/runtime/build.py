@@ -50,6 +50,7 @@ from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.verifier import Verifier
 from megatron_laer.runtime.weights.slots import ExchangeStreams
 from megatron_laer.support.model import goes_through_nodes, slots_multiple
+from megatron_laer.telemetry.log import say
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +96,11 @@ def build_coordinator(
         # Printed like Megatron's own lines on derived values; its logging hides what only informs.
         if config.sharding == Auto.AUTO:
             why = " against ".join(map(str, compared)) or "nothing else fits"
-            print(f"FSEP: --fsep-sharding auto is {geometry.sharding}: {why}", flush=True)
+            say(f"FSEP: --fsep-sharding auto is {geometry.sharding}: {why}")
         if config.token_exchange == Auto.AUTO:
-            print(f"FSEP: --fsep-token-exchange auto is {exchange}", flush=True)
+            say(f"FSEP: --fsep-token-exchange auto is {exchange}")
         if (expected := expected_gain(config, geometry, chosen)) is not None:
-            print(f"FSEP: {expected}", flush=True)
+            say(f"FSEP: {expected}")
     is_open = config.restore_algorithm == Auto.AUTO and not chosen.by_layout
     config = replace(
         config,

@@ -31,6 +31,7 @@ from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.main_grads import hook_stream
 from megatron_laer.runtime.weights.share import Share
 from megatron_laer.runtime.weights.slots import ExchangeStreams, RestoredWeights
+from megatron_laer.telemetry.log import say
 from megatron_laer.verify.checked import Checked, VerificationError, described, end_with_status
 from megatron_laer.verify.gradients import Roundings
 from megatron_laer.verify.gradients import differences as of_gradients
@@ -272,12 +273,11 @@ class Verifier:
         if not self.checks and self.groups.rank == self.groups.index == 0:
             numbers = Counter(check.checked.direction for check in checks)
             restores = numbers["forward"] + numbers["backward"]
-            print(
+            say(
                 f"FSEP verified {restores} restores, {numbers['reduce']} reduces and the tokens of "
                 f"{numbers['dispatch']} passes of step {self._step}: each slot has its owner's "
                 "bits, owners add up what slots send, and each token reaches its experts and "
-                "returns",
-                flush=True,
+                "returns"
             )
         self.checks += len(checks)
         return False

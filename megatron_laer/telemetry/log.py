@@ -1,4 +1,4 @@
-"""Steps of Megatron's log, and a table that compares runs.
+"""Lines of a training log: FSEP's own, steps of Megatron's, and a table that compares runs.
 
     python -m megatron_laer.telemetry.log fsep=FSEP.log standard=STANDARD.log
 
@@ -23,6 +23,9 @@ LOSS = "lm loss"
 STEP_MS = "elapsed time per iteration (ms)"
 IMBALANCE = "fsep_load_imbalance"
 STOCK_IMBALANCE = "fsep_stock_load_imbalance"
+# Name of the run's number, which FSEP prints before the first step.
+RUN = "fsep_run"
+_RUN = re.compile(rf"\b{RUN} ([0-9a-f]{{16}})\b")
 
 _LABEL_WIDTH, _COLUMN_WIDTH = 46, 10
 _SKIPPED = "-"
@@ -30,11 +33,15 @@ _SKIPPED = "-"
 
 @dataclass(frozen=True)
 class Step:
-    """One step of Megatron's log, counted from 1; `values` are by Megatron's names."""
+    """One step of Megatron's log, counted from 1; `values` are by Megatron's names.
+
+    `run` is the number of the FSEP run that the log named last; None before any.
+    """
 
     number: int
     of: int
     values: dict[str, float]
+    run: str | None = None
 
 
 @dataclass
@@ -46,7 +53,13 @@ class LoggedRun:
     steps: dict[int, Step] = field(default_factory=dict)
 
 
-def step_of_line(line: str) -> Step | None:
+def say(text: str) -> None:
+    """Print a line by one write: with two, another rank's text may come before its end."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def step_of_line(line: str, run: str | None = None) -> Step | None:
     """Parse the step of a line of Megatron's log; return None for other lines."""
     found = re.search(r"\biteration +(\d{1,18})/ *(\d{1,18}) \|(.*)", line)
     if found is None:
@@ -60,13 +73,15 @@ def step_of_line(line: str) -> Step | None:
             values[name.strip()] = float(value)
         except ValueError:  # e.g. a time of day
             continue
-    return Step(int(found[1]), int(found[2]), values)
+    return Step(int(found[1]), int(found[2]), values, run)
 
 
 def read_run(name: str, text: Iterable[str]) -> LoggedRun:
-    run = LoggedRun(name)
+    run, number = LoggedRun(name), None
     for line in text:
-        if (step := step_of_line(line)) is not None:
+        if RUN in line and (named := _RUN.search(line)):
+            number = named[1]
+        if (step := step_of_line(line, number)) is not None:
             run.steps[step.number] = step
             run.of = step.of
     return run

@@ -19,6 +19,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
+from megatron_laer.telemetry.log import RUN as FSEP_RUN
 from megatron_laer.telemetry.metrics import LOGGED_NAMES, RECORDED_OF_STEPS
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.tools import cli
@@ -29,7 +30,7 @@ from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.plots import rounded
 from megatron_laer.tools.report.what_if import WhatIf
 from megatron_laer.tools.simulator.comparison import PlanRow
-from tests.recorded_runs import COSTS, OWN, RUN, STEPS, record_run
+from tests.recorded_runs import COSTS, OWN, RUN, RUN_NUMBER, STEPS, record_run
 from tests.records import put_together, rewrite, taken_apart
 from tests.tools import report_pages
 from tests.tools.report_pages import data_of, figure_of, report, run_of, values_of, written
@@ -183,7 +184,7 @@ def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(folder, tmp_p
 )
 def test_losses_of_a_log_are_shown_with_the_place_where_a_run_diverged(folder, tmp_path, losses):
     lines = [f" iteration {at}/ 9 | lm loss: {loss} |" for at, loss in enumerate(losses, 1)]
-    (folder / "train.log").write_text("\n".join(lines))
+    (folder / "train.log").write_text("\n".join([f"{FSEP_RUN} {RUN_NUMBER}", *lines]))
     page = written(tmp_path, folder)
     (trace,) = figure_of(data_of(page), "Loss")["data"]
     # By the steps of all other figures; Megatron's log counts from 1.

@@ -7,19 +7,17 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megatron_laer.runtime.planning.layout_recording import LAYOUTS
-from megatron_laer.telemetry.metrics import RECORDED_OF_STEPS
+from megatron_laer.telemetry import log
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.telemetry.trace_file import TRACE
 from megatron_laer.tools import cli
 from megatron_laer.tools.report.assessment import assess
-from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.run_files import lacks
-from tests.recorded_runs import STEPS
-from tests.records import records_of, rewrite
+from tests.recorded_runs import RUN_NUMBER, STEPS
+from tests.records import records_of
 from tests.tools.report_pages import data_of, figure_of, report, run_of, values_of, written
 
 NO_FILES = {
@@ -110,55 +108,64 @@ def test_layouts_without_a_whole_record_are_said_to_be_lost(folder, tmp_path, ca
     assert "lacks the layouts of the steps 1 to 4" in lacks
 
 
-def logged(folder, steps=range(STEPS), *, ratio=1.0, loss=8.0, stock=False):
-    """Return the run's log; with another `ratio` of its times, another run's or stock's."""
-    of = read_metrics(METRICS.path(folder, 0))
-    layer_ms = of.metrics["fsep_layer_ms"]
-    return "".join(
+def logged(steps=range(STEPS), *, ms=100.0, loss=8.0, run=RUN_NUMBER):
+    """Return a log of the run with this number, or of stock without one."""
+    begins = "" if run is None else f"FSEP: training begins, {log.RUN} {run}\n"
+    return begins + "".join(
         f" [time] iteration {at + 1:8d}/ 9 | consumed samples: {32 * at} | elapsed time per "
-        f"iteration (ms): {100 * ratio:.1f} | lm loss: {loss - at} |"
-        + (f" fsep_layer_ms: {layer_ms[at] * ratio:.3f} | fsep_plan_ms: 0.5 |\n", "\n")[stock]
+        f"iteration (ms): {ms:.1f} | lm loss: {loss - at} |"
+        + ("\n" if run is None else " fsep_layer_ms: 20.0 |\n")
         for at in steps
     )
 
 
-def with_other_plans(kind, step, values):
-    """Change the times of a recording's plans."""
-    if kind == "step":
-        values["of_step"] = np.array(values["of_step"])
-        values["of_step"][RECORDED_OF_STEPS.index("plan_ms")] = 0.7
+OTHER_RUN = "fedcba9876543210"
 
 
-def test_a_log_of_another_run_is_not_drawn(folder, tmp_path):
-    rewrite(METRICS.path(folder, 0), with_other_plans)
-    (folder / "a.log").write_text(logged(folder, ratio=1.5, loss=7.0))
+def test_a_log_is_the_runs_if_it_has_the_runs_number(folder, tmp_path):
+    # With the times of this run, which do not make it this run's.
+    (folder / "a.log").write_text(logged(loss=7.0, run=OTHER_RUN))
     page = html.unescape(written(tmp_path, folder))
-    assert "'a.log' is the log of another run, and is not used" in page and "Loss" not in page
-    # The logs of a run that was killed and resumed.
-    repeated = logged(folder, range(2, 5), ratio=1.5, loss=9.0)
-    (folder / "b.log").write_text(logged(folder, range(2)) + repeated)
-    (folder / "c.log").write_text(logged(folder, range(2, 5)))
+    said = f"'a.log' is the log of the run {OTHER_RUN}, and not of {RUN_NUMBER}, so it is not used."
+    assert said in page and "Loss" not in page
+    # The logs of a run that was killed and resumed, one after another run in the same file.
+    earlier = logged(loss=5.0, run=OTHER_RUN) + logged(range(2))
+    (folder / "b.log").write_text(earlier + logged(range(2, 5), ms=150.0, loss=9.0))
+    (folder / "c.log").write_text(logged(range(2, 5)))
     page = written(tmp_path, folder)
     chart = figure_of(data_of(page), "Loss")
     assert chart["data"][0]["y"] == [8.0, 7.0, 6.0, 5.0, 4.0]
     assert chart["text"].startswith("From b.log, c.log: ")
 
 
-def test_a_log_with_another_groups_plans_is_the_runs(folder, tmp_path):
-    text = re.sub("fsep_layer_ms: [^|]*", "fsep_layer_ms: 7.777 ", logged(folder))
-    (folder / "train.log").write_text(text)
-    content = METRICS.path(folder, 0).read_bytes()
-    rewrite(METRICS.path(folder, 0), with_other_plans)
+def test_steps_of_an_earlier_run_in_the_same_log_are_not_the_runs(folder, tmp_path):
+    (folder / "train.log").write_text(logged(loss=5.0, run=OTHER_RUN) + logged(range(3)))
+    chart = figure_of(data_of(written(tmp_path, folder)), "Loss")
+    assert chart["data"][0]["y"] == [8.0, 7.0, 6.0]
+
+
+def test_a_log_that_names_another_group_of_the_run_is_the_runs(folder, tmp_path):
+    (folder / "train.log").write_text(logged(run=OTHER_RUN))
     assert "Loss" not in written(tmp_path, folder)
-    METRICS.path(folder, 1).write_bytes(content)
+    content = METRICS.path(folder, 0).read_bytes()
+    METRICS.path(folder, 1).write_bytes(content.replace(RUN_NUMBER.encode(), OTHER_RUN.encode()))
     assert figure_of(data_of(written(tmp_path, folder)), "Loss")
 
 
-def test_stocks_log_is_measured_against_and_not_drawn(folder, tmp_path, capsys):
-    (folder / "stock.log").write_text(logged(folder, ratio=1.25, stock=True))
+def test_a_log_with_metrics_and_without_a_number_is_neither_the_runs_nor_stocks(folder, tmp_path):
+    (folder / "train.log").write_text(logged())
+    (folder / "cut.log").write_text(logged(ms=200.0).partition("\n")[2])
     page = html.unescape(written(tmp_path, folder))
-    assert "'stock.log' has none of FSEP's metrics" in page and "Loss" not in page
-    (folder / "train.log").write_text(logged(folder))
+    assert "'cut.log' has FSEP's metrics and no line with fsep_run" in page
+    assert "as measured" not in page
+
+
+def test_stocks_log_is_measured_against_and_not_drawn(folder, tmp_path, capsys):
+    (folder / "stock.log").write_text(logged(ms=125.0, run=None))
+    page = html.unescape(written(tmp_path, folder))
+    assert "'stock.log' has no run's number and none of FSEP's metrics" in page
+    assert "Loss" not in page
+    (folder / "train.log").write_text(logged())
     page = written(tmp_path, folder)
     assert figure_of(data_of(page), "Loss")["text"].startswith("From train.log: ")
     said = re.search(r"it is ([0-9.]+) times .* and 1.25 times as measured", page)
@@ -166,7 +173,7 @@ def test_stocks_log_is_measured_against_and_not_drawn(folder, tmp_path, capsys):
     assert said is not None and said[1] == f"{run.kept / run.kept_by_stock:.2f}"
     assert said[0] in capsys.readouterr().out
     assert "iterations 3 to 5 in train.log and in stock.log" in page
-    other_batches = logged(folder, stock=True).replace("samples: 32", "samples: 64")
-    for other in (logged(folder, loss=8.1, stock=True), other_batches):
+    other_batches = logged(run=None).replace("samples: 32", "samples: 64")
+    for other in (logged(loss=8.1, run=None), other_batches):
         (folder / "stock.log").write_text(other)
         assert "as measured" not in written(tmp_path, folder)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
+
+import pytest
 
 from megatron_laer.telemetry import log
 
@@ -38,6 +42,28 @@ def test_steps_that_were_made_again_are_as_they_were_the_last_time() -> None:
     run = log.read_run("x", [line(1, loss=3.0), line(2, loss=2.0), line(2, loss=2.5)])
     assert [step.values[log.LOSS] for step in run.steps.values()] == [3.0, 2.5]
     assert run.of == 4
+
+
+def test_steps_have_the_number_of_the_run_that_the_log_named_last() -> None:
+    begins = f"FSEP: training begins, {log.RUN} 0123456789abcdef"
+    run = log.read_run("x", [line(1), begins, line(2), begins.replace("0", "f"), line(3)])
+    assert [step.run for step in run.steps.values()] == [
+        *(None, "0123456789abcdef", "f123456789abcdef")
+    ]
+
+
+def test_a_line_is_one_write_so_that_no_other_rank_comes_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Pieces(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stdout", Pieces())
+    log.say("FSEP: a line")
+    assert written == ["FSEP: a line\n"]
 
 
 def test_runs_are_compared_over_their_last_half_and_stock_has_what_fsep_counted_for_it() -> None:

@@ -19,7 +19,6 @@ from megatron_laer.files.checks import quoted
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.planning.layout_recording import LAYOUTS, read_layouts
-from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.telemetry.trace_file import TRACE
 from megatron_laer.tools.report.logs import Logs, Measured, read_logs
 from megatron_laer.tools.report.metrics_recording import Float64, MetricsRecording
@@ -97,8 +96,7 @@ def recorded_run(
     """
     if len(recording.steps_T) == 0:
         raise ValueError(f"{files.metrics} holds no step yet; wait for the first one")
-    others = [path for path in files.of_other_groups if path.suffix == f".{METRICS.suffix}"]
-    logs = read_logs(files.logs, recording, others)
+    logs = read_logs(files)
     experts_TLE, traced = None, list[int]()
     lacking = list[str]()
     if trace is not None:

@@ -7,6 +7,10 @@ import re
 
 import pytest
 
+from megatron_laer.files.recording import run_of
+from megatron_laer.telemetry.log import read_log
+from megatron_laer.telemetry.metrics_file import METRICS
+from megatron_laer.telemetry.trace_file import TRACE
 from tests.processes import finished
 
 STEPS = 4
@@ -35,5 +39,9 @@ def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path):
     assert stock["layouts"] == 1
 
     assert "of perfectly balanced speed; stock's placement" in result.stdout
+    # By the number that FSEP printed, the report knows whose log it is.
+    numbers = {run_of(METRICS.path(tmp_path, 0)), run_of(TRACE.path(tmp_path, 0))}
+    assert {step.run for step in read_log("", tmp_path / "fsep.log").steps.values()} == numbers
+    assert {step.run for step in read_log("", tmp_path / "stock.log").steps.values()} == {None}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"{STEPS} (0 to {STEPS - 1})" in page
