@@ -96,8 +96,16 @@ def steady(values: Sequence[float]) -> Sequence[float]:
     return values[int(len(values) * STEADY_AFTER) :]
 
 
-def steady_steps(number: int) -> str:
-    return f"steps {int(number * STEADY_AFTER) + 1} to {number}"
+def window(iterations: Sequence[int]) -> range:
+    """Return the iterations over which a run is averaged; they are given in order."""
+    late = iterations[int(len(iterations) * STEADY_AFTER) :]
+    return range(late[0], late[-1] + 1) if late else range(0)
+
+
+def in_words(iterations: range) -> str:
+    """Return a window as text, in Megatron's counting from 1."""
+    first, last = iterations[0], iterations[-1]
+    return f"iterations {first} to {last}" if last > first else f"iteration {first}"
 
 
 def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
@@ -109,7 +117,7 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
 
 def comparison(runs: Sequence[LoggedRun]) -> str:
     """Return a table of runs that trained the same model on the same data."""
-    number = max(run.of for run in runs)
+    steady_iterations = in_words(window(range(1, max(run.of for run in runs) + 1)))
 
     def values(run: LoggedRun, name: str) -> list[float]:
         steps = (run.steps[key] for key in sorted(run.steps))
@@ -126,11 +134,11 @@ def comparison(runs: Sequence[LoggedRun]) -> str:
         ("steps in the log", [f"{len(run.steps)}" for run in runs]),
         ("loss of its last step", [f"{found[-1]:.4f}" if found else _SKIPPED for found in losses]),
         (
-            f"max/mean tokens per rank, {steady_steps(number)}",
+            f"max/mean tokens per rank, {steady_iterations}",
             [steady_mean(values(run, IMBALANCE) or as_stock) for run in runs],
         ),
         (
-            f"step time, median of {steady_steps(number)} (ms)",
+            f"step time, median of {steady_iterations} (ms)",
             [
                 f"{statistics.median(steady(found)):.0f}" if found else _SKIPPED
                 for found in (values(run, STEP_MS) for run in runs)

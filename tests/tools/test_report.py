@@ -30,7 +30,7 @@ from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.plots import rounded
 from megatron_laer.tools.report.what_if import WhatIf
 from megatron_laer.tools.simulator.comparison import PlanRow
-from tests.recorded_runs import COSTS, OWN, RUN, RUN_NUMBER, STEPS, record_run
+from tests.recorded_runs import COSTS, LAYERS, OWN, RUN, RUN_NUMBER, STEPS, record_run
 from tests.records import put_together, rewrite, taken_apart
 from tests.tools import report_pages
 from tests.tools.report_pages import data_of, figure_of, report, run_of, values_of, written
@@ -49,7 +49,7 @@ def test_the_page_has_the_numbers_of_the_recording(folder, tmp_path, capsys):
     assert values_of(data, "FSEP: max/mean") == rounded(of["max_over_mean"].T)
     assert values_of(data, "Stock's placement: max/mean") == rounded(of["stock_max_over_mean"].T)
     times = figure_of(data, "A step's time")["data"]
-    assert times[0]["x"] == list(range(STEPS))
+    assert times[0]["x"] == list(range(1, STEPS + 1))
     for step, column in enumerate(zip(*(trace["y"] for trace in times), strict=True)):
         assert sum(column) == pytest.approx(recording.of_steps["step_ms"][step], rel=1e-3)
     for trace in figure_of(data, "Tokens of each expert")["data"]:
@@ -59,10 +59,11 @@ def test_the_page_has_the_numbers_of_the_recording(folder, tmp_path, capsys):
     (moved,) = figure_of(data, "Weights moved")["data"]
     assert moved["y"] == [3 * step for step in range(STEPS)]  # MiB
     assert "0 % of microbatches had no replica" in page
-    assert "<td>6.291 MB</td>" in page
+    assert "<td>9.437 MB</td>" in page  # of the last three
     fresh = 100 * of["fresh"].sum() / of["passes"].sum()
     assert f"{fresh:.4g} % of microbatches got a layout of their own" in page
-    assert f"<td>{of['stock_max_over_mean'].mean():.3f}</td>" in page
+    last = slice(STEPS // 2, None)  # the iterations that are averaged
+    assert f"<td>{of['stock_max_over_mean'][last].mean():.3f}</td>" in page
     out, err = capsys.readouterr()
     assert "of perfectly balanced speed; stock's placement of the same tokens" in out
     assert err == ""
@@ -84,9 +85,10 @@ def test_a_run_with_experts_at_home_shows_its_replicas(tmp_path):
 
 def test_the_assessment_is_worked_out_as_it_says(folder):
     run = run_of(folder)
-    assessment = assess(run)
+    assessment = assess(run, run.logs)
     lost = stock = 0.0
-    for step, layer in np.ndindex(run.imbalance_TL.shape):
+    averaged = range(STEPS // 2, STEPS)
+    for step, layer in itertools.product(averaged, range(len(LAYERS))):
         ratio, by_stock = run.imbalance_TL[step, layer], run.stock_TL[step, layer]
         time_s = run.layer_ms_TL[step, layer] * 1e-3
         lost += time_s - time_s / ratio
@@ -94,8 +96,8 @@ def test_the_assessment_is_worked_out_as_it_says(folder):
     assert assessment.imbalance_s == pytest.approx(lost)
     assert assessment.stock_s == pytest.approx(stock)
     names = ("restore_wait_ms", "reduce_wait_ms", "decide_ms")
-    waits = sum(run.of_steps[name].sum() for name in names)
-    total_s = run.of_steps["step_ms"].sum() * 1e-3
+    waits = sum(run.of_steps[name][averaged].sum() for name in names)
+    total_s = run.of_steps["step_ms"][averaged].sum() * 1e-3
     balanced_s = total_s - lost - waits * 1e-3
     assert assessment.kept == pytest.approx(balanced_s / total_s)
     assert assessment.kept_by_stock == pytest.approx(balanced_s / (balanced_s + stock))
@@ -143,7 +145,7 @@ def test_a_run_that_goes_on_is_shown_up_to_its_last_whole_step(folder, tmp_path)
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes()[:-5])
     data = data_of(written(tmp_path, folder))
-    assert figure_of(data, "FSEP: max/mean")["data"][0]["x"][-1] == STEPS - 2
+    assert figure_of(data, "FSEP: max/mean")["data"][0]["x"][-1] == STEPS - 1
 
 
 def test_what_a_run_says_of_itself_cannot_end_a_script_or_become_an_element(tmp_path):
@@ -187,15 +189,14 @@ def test_losses_of_a_log_are_shown_with_the_place_where_a_run_diverged(folder, t
     (folder / "train.log").write_text("\n".join([f"{FSEP_RUN} {RUN_NUMBER}", *lines]))
     page = written(tmp_path, folder)
     (trace,) = figure_of(data_of(page), "Loss")["data"]
-    # By the steps of all other figures; Megatron's log counts from 1.
-    assert trace["x"] == [*range(len(losses))]
+    assert trace["x"] == [*range(1, len(losses) + 1)]
     assert trace["y"] == [loss if isinstance(loss, float) else None for loss in losses]
     lost = [at for at, loss in enumerate(losses, 1) if isinstance(loss, str)]
     if not lost:
         assert "its loss is NaN or infinite" not in page
         return
     number = f"{len(lost)} of {len(losses)} logged iterations"
-    place = f"first in iteration {lost[0]}, which is step {lost[0] - 1} here."
+    place = f"first in iteration {lost[0]}."
     assert f"its loss is NaN or infinite in {number}, {place}" in page
 
 
@@ -217,9 +218,9 @@ def test_figures_by_steps_have_one_range_and_mark_where_a_run_went_on(folder, tm
     data = data_of(written(tmp_path, folder))
     by_steps = [figure["layout"] for figure in data["figures"] if figure["by_steps"]]
     assert len(by_steps) >= 8
-    assert {tuple(layout["xaxis"]["range"]) for layout in by_steps} == {(-0.5, STEPS - 0.5)}
+    assert {tuple(layout["xaxis"]["range"]) for layout in by_steps} == {(0.5, STEPS + 0.5)}
     for layout in by_steps:
-        assert [shape["x0"] for shape in layout["shapes"] if shape["x0"] == shape["x1"]] == [2.5]
+        assert [shape["x0"] for shape in layout["shapes"] if shape["x0"] == shape["x1"]] == [3.5]
         assert layout["annotations"][-1]["text"] == "resumed"
 
 
@@ -311,7 +312,7 @@ def test_rows_of_the_what_if_with_the_same_shown_numbers_are_one(folder):
     heads = "setting", "ms per layer"
     shown = [re.findall(f'<td data-head="{head}">(.*?)</td>', text) for head in heads]
     assert shown == [["C = 3 and 4, forecast", "C = 3, exact"], ["208.1", "214.7"]]
-    assert "in the steps 1 to 4, for" in text
+    assert "in the iterations 3 to 5, for" in text
 
 
 def test_a_run_is_predicted_with_the_constants_that_it_recorded(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 from pathlib import Path
@@ -62,10 +63,13 @@ def test_steps_that_one_recording_lacks_are_said_and_not_drawn(folder, tmp_path,
     cut_to(LAYOUTS.path(folder, 0), 2)  # those of the steps 1 and 2
     page = written(tmp_path, folder)
     trace, layouts = caplog.messages
-    assert f"'{folder}/group-0.trace' lacks the steps 3 to 4, which 'group-0.metrics' has" in trace
-    assert f"'{folder}/group-0.layouts' lacks the layouts of the steps 3 to 4" in layouts
+    assert (
+        f"'{folder}/group-0.trace' lacks the iterations 4 to 5, which 'group-0.metrics' has"
+        in trace
+    )
+    assert f"'{folder}/group-0.layouts' lacks the layouts of the iterations 4 to 5" in layouts
     assert {trace, layouts} <= {*re.findall("<li>(.*).</li>", html.unescape(page))}
-    assert "experts had no token in the trace&#39;s steps 0 to 2." in page
+    assert "experts had no token in the trace&#39;s iterations 1 to 3." in page
     titles = ("Tokens of each expert", "Slots of each expert", "Stock's placement: tokens of each")
     for title in titles:
         rows = values_of(data_of(page), title)
@@ -78,7 +82,7 @@ def test_steps_that_the_metrics_lack_are_said(folder, tmp_path, caplog):
     cut_to(METRICS.path(folder, 0), 1 + 3)
     written(tmp_path, folder)
     assert cli.main(["plan", str(TRACE.path(folder, 0))]) == 0
-    text = f"'{folder}/group-0.metrics' lacks the steps 3 to 4, which 'group-0.trace' has"
+    text = f"'{folder}/group-0.metrics' lacks the iterations 4 to 5, which 'group-0.trace' has"
     assert caplog.messages == [text, text]
 
 
@@ -86,7 +90,8 @@ def test_a_step_that_the_trace_has_in_part_is_said(folder, tmp_path, caplog):
     cut_to(TRACE.path(folder, 0), 4 * 4 + 3)
     written(tmp_path, folder)
     assert cli.main(["plan", str(TRACE.path(folder, 0))]) == 0
-    cut = f"'{folder}/group-0.trace' lacks microbatches of the step 4, which 'group-0.metrics' has"
+    text = "lacks microbatches of the iteration 5, which 'group-0.metrics' has"
+    cut = f"'{folder}/group-0.trace' {text}"
     assert caplog.messages == [cut, cut]
 
 
@@ -94,7 +99,7 @@ def test_a_model_may_pass_a_layer_more_than_once_in_a_microbatch():
     both = Path("a.metrics"), {0: 12, 1: 24}, Path("a.trace"), {0: 8, 1: 16}
     assert list(lacks(*both)) == []
     cut = list(lacks(*both[:3], {0: 8, 1: 15}))
-    assert cut == ["'a.trace' lacks microbatches of the step 1, which 'a.metrics' has"]
+    assert cut == ["'a.trace' lacks microbatches of the iteration 2, which 'a.metrics' has"]
 
 
 @pytest.mark.parametrize("damage", [len, lambda first: first[:40]], ids=["zeros", "cut"])
@@ -105,7 +110,7 @@ def test_layouts_without_a_whole_record_are_said_to_be_lost(folder, tmp_path, ca
     written(tmp_path, folder)
     left_out, lacks = caplog.messages
     assert re.search(r"layouts: its last \d+ bytes are no whole record and are left out", left_out)
-    assert "lacks the layouts of the steps 1 to 4" in lacks
+    assert "lacks the layouts of the iterations 2 to 5" in lacks
 
 
 def logged(steps=range(STEPS), *, ms=100.0, loss=8.0, run=RUN_NUMBER):
@@ -160,20 +165,82 @@ def test_a_log_with_metrics_and_without_a_number_is_neither_the_runs_nor_stocks(
     assert "as measured" not in page
 
 
+def gains_of(said):
+    """Return the measured and the estimated gain in a verdict."""
+    found = re.search(
+        "FSEP is ([0-9.]+) times as fast as stock, measured in the iterations 3 to 5 of train.log "
+        "and stock.log. The estimate from FSEP's run alone is ([0-9.]+) times, and usually too "
+        "high: FSEP kept",
+        " ".join(said.split()),
+    )
+    assert found is not None, said
+    return found.groups()
+
+
 def test_stocks_log_is_measured_against_and_not_drawn(folder, tmp_path, capsys):
-    (folder / "stock.log").write_text(logged(ms=125.0, run=None))
+    (folder / "stock.log").write_text(logged(ms=150.0, run=None))
     page = html.unescape(written(tmp_path, folder))
     assert "'stock.log' has no run's number and none of FSEP's metrics" in page
     assert "Loss" not in page
-    (folder / "train.log").write_text(logged())
-    page = written(tmp_path, folder)
+    # The first half of the iterations is in no gain, whatever it took.
+    slow = logged(range(2), ms=9000.0) + logged(range(2, STEPS)).partition("\n")[2]
+    (folder / "train.log").write_text(slow)
+    page = html.unescape(written(tmp_path, folder))
     assert figure_of(data_of(page), "Loss")["text"].startswith("From train.log: ")
-    said = re.search(r"it is ([0-9.]+) times .* and 1.25 times as measured", page)
-    run = assess(run_of(folder))
-    assert said is not None and said[1] == f"{run.kept / run.kept_by_stock:.2f}"
-    assert said[0] in capsys.readouterr().out
-    assert "iterations 3 to 5 in train.log and in stock.log" in page
+    run = run_of(folder)
+    estimated = assess(run, run.logs).gain
+    assert gains_of(page) == gains_of(capsys.readouterr().out) == ("1.50", f"{estimated:.2f}")
+    assert "a step, median of the iterations 3 to 5 in train.log and in stock.log" in page
     other_batches = logged(run=None).replace("samples: 32", "samples: 64")
     for other in (logged(loss=8.1, run=None), other_batches):
         (folder / "stock.log").write_text(other)
-        assert "as measured" not in written(tmp_path, folder)
+        page = written(tmp_path, folder)
+        assert ", measured in" not in page
+        assert "Both shares are of the iterations 3 to 5; stock&#39;s is an estimate" in page
+
+
+def test_a_measured_gain_far_from_the_estimated_one_is_not_claimed(folder, tmp_path, capsys):
+    (folder / "train.log").write_text(logged())
+    run = run_of(folder)
+    estimated = assess(run, run.logs).gain
+    for factor, is_claimed in ((1.28, True), (1 / 1.28, True), (1.32, False), (1 / 1.32, False)):
+        ms = round(100 * estimated * factor, 1)
+        (folder / "stock.log").write_text(logged(ms=ms, run=None))
+        page = html.unescape(written(tmp_path, folder))
+        out, times = capsys.readouterr().out, f"{ms / 100:.2f} times"
+        for said in (page, out):
+            assert (f"FSEP is {times} as fast as stock" in said) == is_claimed
+            assert ("No speedup is claimed: in the iterations 3 to 5 of" in said) != is_claimed
+            assert times in said and f"{estimated:.2f} times" in said
+
+
+def test_a_run_is_averaged_over_the_iterations_that_stocks_log_reaches(folder, tmp_path):
+    (folder / "train.log").write_text(logged())
+    (folder / "stock.log").write_text(logged(range(3), ms=150.0, run=None))
+    page = html.unescape(written(tmp_path, folder))
+    assert "measured in the iterations 2 to 3 of train.log and stock.log" in page
+    for said in ("max/mean tokens per rank, mean of the ", "speed in the ", " in the "):
+        assert f"{said}iterations 2 to 3" in page
+    # Lines of ten iterations each.
+    text = re.sub("iteration +([0-9])/", r"iteration \g<1>0/", logged(range(1)))
+    (folder / "train.log").write_text(text)
+    (folder / "stock.log").write_text(text.partition("\n")[2].replace("fsep_", "x_"))
+    assert run_of(folder).logs.measured is None  # of iterations that are not recorded
+
+
+def test_the_report_and_plan_say_one_gain_of_one_window(folder, tmp_path, capsys):
+    (folder / "train.log").write_text(logged())
+    (folder / "stock.log").write_text(logged(ms=150.0, run=None))
+    page = html.unescape(written(tmp_path, folder))
+    gains = gains_of(capsys.readouterr().out)
+    assert cli.main(["plan", str(folder), "--json", str(tmp_path / "x.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("FSEP is 1.50 times as fast as stock") and gains_of(out) == gains
+    assert "microbatches of one layer each in the iterations 3 to 5, with" in out
+    assert "predicted" in out and "in MoE layers alone" in " ".join(out.split())
+    planned = json.loads((tmp_path / "x.json").read_text())
+    assert planned["iterations"] == [3, 5]
+    # The what-if replays the same microbatches: 3 iterations of 2 layers and 2 microbatches.
+    assert {row["cases"] for row in planned["rows"]} == {12}
+    assert {row["cases"] for row in data_of(page)["what_if"]} == {12}
+    assert "in the iterations 3 to 5, for" in page

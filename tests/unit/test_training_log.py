@@ -77,8 +77,8 @@ def test_runs_are_compared_over_their_last_half_and_stock_has_what_fsep_counted_
         ["fsep", "standard"],
         ["steps in the log", "4", "4"],
         ["loss of its last step", "1.0000", "2.0000"],
-        ["max/mean tokens per rank, steps 3 to 4", "4.500", "13.500"],
-        ["step time, median of steps 3 to 4 (ms)", "35", "35"],
+        ["max/mean tokens per rank, iterations 3 to 4", "4.500", "13.500"],
+        ["step time, median of iterations 3 to 4 (ms)", "35", "35"],
     ]
     rows = log.comparison([log.read_run("x", [line(1)])]).splitlines()
     assert [row.split()[-1] for row in rows] == ["x", "1", "-", "-", "10"]

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_laer.choices import Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import one_line
@@ -28,8 +30,10 @@ from megatron_laer.tools.cli.outputs import check_outputs, write_json
 from megatron_laer.tools.cli.prediction_input import DEFAULT_CLUSTER, prediction_settings
 from megatron_laer.tools.cli.program import describe
 from megatron_laer.tools.cli.progress import bar
+from megatron_laer.tools.report.assessment import assess
+from megatron_laer.tools.report.logs import read_logs
 from megatron_laer.tools.report.metrics_recording import read_metrics
-from megatron_laer.tools.report.run_files import metrics_beside
+from megatron_laer.tools.report.run_files import metrics_beside, run_of_metrics
 from megatron_laer.tools.simulator.comparison import (
     BASELINES,
     MODES,
@@ -138,6 +142,12 @@ def run(args: argparse.Namespace) -> int:
         purpose=f"planning {len(recorded)} microbatches for {num_ranks:,} ranks",
     )
     trace = recorded.with_ranks(num_ranks)
+    iterations, of_run = None, ""
+    if metrics is not None and recording is not None and len(recording.steps_T):
+        logs = read_logs(run_of_metrics(metrics), recording)
+        of_run = f"{assess(recording, logs).sentence()}."
+        if np.isin(trace.step_R + 1, logs.iterations).any():
+            iterations = logs.iterations
     priced = settings.priced(trace, geometries)
     strategies = args.strategy or [*BASELINES, FSEPConfig().planner]
     rows = simulate(
@@ -147,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
         args.mode or MODES,
         tolerance=tolerance,
         every=every,
+        iterations=iterations,
         progress=bar("planning", unit="case"),
     )
     about = {
@@ -168,9 +179,12 @@ def run(args: argparse.Namespace) -> int:
         "recompute": costs.recompute,
         "tolerance": tolerance,
         "every": every,
+        "iterations": iterations and [iterations[0], iterations[-1]],
     }
     # The file first: a reader of the table that stops early would end the command.
     write_json(args.json, {**about, "rows": [asdict(row) for row in rows]})
+    if of_run:
+        print(filled(one_line(of_run)))
     print(_text(about, rows, settings, metrics))
     return 0
 
@@ -183,13 +197,15 @@ def _text(
     )
     recorded_in = "" if metrics is None else f"; what no flag gives is from {metrics}"
     planned_for = f"planned for {about['ranks']} ranks in nodes of {about['node_size']}"
+    window = about["iterations"]
+    within = f" in the iterations {window[0]} to {window[1]}" if window else ""
     lines = [
         f"{filled(_shortest(rows))}\n",
         filled(one_line(f"{about['trace']}: {counts}, {about['recorded_ranks']} ranks")),
         filled(one_line(f"{planned_for}: {settings.words()}{recorded_in}")) + "\n",
         table(_COLUMNS, rows, _WORDS),
-        f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts of the counts of "
-        "earlier steps.",
+        f"\n{rows[0].cases} cases: microbatches of one layer each{within}, with layouts of the",
+        "counts of earlier steps.",
         f"Rows of {' and '.join(BASELINES)} are for comparison, always in mode forecast; laer",
         "splits tokens evenly and leaves no expert at home. Stock EP has a row where N divides E.",
         _LEGEND,
@@ -229,10 +245,11 @@ def _shortest(rows: Sequence[PlanRow]) -> str:
     """Name the row with the shortest layer, and its gain over stock, if that is a row."""
     best, first = min(rows, key=lambda row: row.layer_ms), rows[0]
     named = best.strategy if best.mode == "-" else f"{best.strategy} {best.mode}"
-    found = f"Shortest layer: {named}, C = {best.capacity}, {best.layer_ms:.3f} ms"
+    found = f"Shortest layer: {named}, C = {best.capacity}, {best.layer_ms:.3f} ms predicted"
     if first.strategy != STOCK or best is first:
         return f"{found}."
     return (
-        f"{found}, {first.layer_ms / best.layer_ms:.2f} times as fast as stock EP; max/mean tokens "
-        f"per rank {best.mean:.3f}, where stock EP has {first.mean:.3f}."
+        f"{found}, {first.layer_ms / best.layer_ms:.2f} times as fast as stock EP in MoE layers "
+        f"alone, and less in a whole step; max/mean tokens per rank {best.mean:.3f}, where stock "
+        f"EP has {first.mean:.3f}."
     )

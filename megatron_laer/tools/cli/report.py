@@ -80,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
         cluster = [] if args.cluster is None else ["--cluster", args.cluster]
         progress = bar("what if", leave=False)
         of_run = str(files.trace), trace, shown.geometry, settings
-        rows = what_if(*of_run, args.cases, cluster, progress)
+        rows = what_if(*of_run, args.cases, cluster, progress, shown.logs.iterations)
     # File names that are not UTF-8 get escapes, as on the terminal.
     content = (page(shown, rows, settings.words()) + MARK).encode(errors="backslashreplace")
     write_output(args.out, content, "--out")
-    print(one_line(f"{shown.name}: {assess(shown).sentence()}"))
+    print(one_line(f"{shown.name}: {assess(shown, shown.logs).sentence()}."))
     print(one_line(f"{args.out}: {len(content):,} bytes"))
     return 0

@@ -14,23 +14,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_laer.tools.report.logs import Measured
-from megatron_laer.tools.report.metrics_recording import Float64
-from megatron_laer.tools.report.recorded import RunData
+from megatron_laer.telemetry.log import in_words
+from megatron_laer.tools.report.logs import Logs, Measured
+from megatron_laer.tools.report.metrics_recording import Float64, MetricsRecording
 
 # Number of layers named as causes, and the share of the time from which on they are named.
 _NAMED = 3
 _WORTH_NAMING = 0.002
+# Factor between the measured and the estimated gain from which on neither is claimed.
+_DOUBTFUL = 1.3
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """Assessment of a run, over all steps.
+    """Assessment of a run over some iterations.
 
     `balanced_s` is the time with perfect balance, and `stock_s` the time that stock's placement
     would have lost to imbalance. `measured` are times of the run and of stock, if both have logs.
     """
 
+    iterations: range
     total_s: float
     balanced_s: float
     imbalance_s: float
@@ -50,20 +53,45 @@ class Assessment:
 
     @property
     def gain(self) -> float:
-        """Return the run's speed over that of stock's placement."""
+        """Return the run's estimated speed over that of stock's placement.
+
+        It is usually too high: not all of the time around the experts grows with their tokens.
+        """
         return self.kept / self.kept_by_stock if self.kept_by_stock > 0 else 1.0
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Return whether the measured gain is far from the estimated one."""
+        if self.measured is None or self.total_s <= 0:
+            return False
+        apart = self.measured.gain / self.gain
+        return not 1 / _DOUBTFUL <= apart <= _DOUBTFUL
+
     def sentence(self) -> str:
-        kept, by_stock = percent(self.kept), percent(self.kept_by_stock)
-        found = (
-            f"FSEP kept {kept} of perfectly balanced speed; stock's placement of the same tokens "
-            f"would have kept about {by_stock}"
+        """Return the verdict: the measured gain if stock's log is there, and the estimate."""
+        shares = (
+            f"FSEP kept {percent(self.kept)} of perfectly balanced speed; stock's placement of the "
+            f"same tokens would have kept about {percent(self.kept_by_stock)}"
         )
-        if self.measured is None:
-            return found
+        when, found = in_words(self.iterations), self.measured
+        if found is None:
+            return (
+                f"{shares}. Both shares are of the {when}; stock's is an estimate from this run "
+                "alone, and usually too low"
+            )
+        logs = f"{', '.join(found.own_logs)} and {found.stock_log}"
+        if self.is_doubtful:
+            return (
+                f"No speedup is claimed: in the {when} of {logs} stock's step takes "
+                f"{found.gain:.2f} times as long as FSEP's, but {self.gain:.2f} times is estimated "
+                f"from FSEP's run alone. They are more than a factor of {_DOUBTFUL} apart, so "
+                "another program, machine or setting has probably slowed one of the runs; train "
+                f"both again, one after the other. {shares}"
+            )
         return (
-            f"{found}. So it is {self.gain:.2f} times as fast as stock by this estimate, and "
-            f"{self.measured.gain:.2f} times as measured"
+            f"FSEP is {found.gain:.2f} times as fast as stock, measured in the {when} of {logs}. "
+            f"The estimate from FSEP's run alone is {self.gain:.2f} times, and usually too high: "
+            f"{shares}"
         )
 
     def causes(self, layers: tuple[str, ...]) -> str:
@@ -77,7 +105,8 @@ class Assessment:
         return f"The layers {names} cause {100 * share:.0f} % of the time lost to imbalance."
 
 
-def assess(run: RunData) -> Assessment:
+def assess(recording: MetricsRecording, logs: Logs) -> Assessment:
+    run = recording.during(logs.iterations)
     ratio_TL = np.maximum(run.imbalance_TL, 1.0)
     lost_ms_TL = run.layer_ms_TL * (1 - 1 / ratio_TL)
     stock_lost_ms_TL = run.layer_ms_TL * (np.maximum(run.stock_TL, 1.0) - 1) / ratio_TL
@@ -87,13 +116,14 @@ def assess(run: RunData) -> Assessment:
     waits = ("restore_wait_ms", "reduce_wait_ms", "decide_ms")
     exchanges_s = sum(float(np.nansum(run.of_steps[name])) for name in waits) * 1e-3
     return Assessment(
+        logs.iterations,
         total_s,
         total_s - imbalance_s - exchanges_s,
         imbalance_s,
         exchanges_s,
         float(np.nansum(stock_lost_ms_TL)) * 1e-3,
         lost_ms_L,
-        run.measured,
+        logs.measured,
     )
 
 

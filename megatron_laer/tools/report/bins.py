@@ -41,9 +41,9 @@ def binned(values: Float64, edges: Sequence[int]) -> Float64:
 
 
 def bins_of(run: RunData, edges: Sequence[int]) -> Bins:
-    """Return the first and last step of each bin."""
-    steps = run.steps_T.tolist()
-    return [[steps[begin], steps[end - 1]] for begin, end in itertools.pairwise(edges)]
+    """Return the first and last iteration of each bin."""
+    numbers = run.iterations_T.tolist()
+    return [[numbers[begin], numbers[end - 1]] for begin, end in itertools.pairwise(edges)]
 
 
 def largest(values: Float64) -> float:

@@ -58,7 +58,7 @@ def sections(run: RunData) -> Iterator[Section]:
 
 
 def _steps(run: RunData, edges: Sequence[int]) -> Axis:
-    ends = int(run.steps_T[0]), int(run.steps_T[-1])
+    ends = int(run.iterations_T[0]), int(run.iterations_T[-1])
     return plots.steps_axis(bins_of(run, edges), ends, run.resumed)
 
 
@@ -93,23 +93,22 @@ def _time(run: RunData, edges: Sequence[int]) -> Section:
         x=_steps(run, edges),
         y="time of a step, ms",
     )
-    return Section("time", "Where time went", [times, _loss(run)] if run.loss else [times])
+    return Section("time", "Where time went", [times, _loss(run)] if run.logs.loss else [times])
 
 
 def _loss(run: RunData) -> Chart:
-    chosen = run.loss[:: max(1, -(-len(run.loss) // MAX_BINS))]
-    # Megatron's log counts iterations from 1.
-    steps = [[iteration - 1, iteration - 1] for iteration, _ in chosen]
+    chosen = run.logs.loss[:: max(1, -(-len(run.logs.loss) // MAX_BINS))]
+    places = [[iteration, iteration] for iteration, _ in chosen]
     losses = [loss for _, loss in chosen]
     finite = [loss for loss in losses if math.isfinite(loss)] or [0.0]
     margin = 0.1 * (max(finite) - min(finite) or 1.0)
-    ends = int(run.steps_T[0]), int(run.steps_T[-1])
+    ends = int(run.iterations_T[0]), int(run.iterations_T[-1])
     return plots.lines(
         "Loss",
-        f"From {', '.join(run.loss_from)}: the mean of a line's steps; NaN and infinite ones are "
+        f"From {', '.join(run.logs.names)}: the mean of a line's steps; NaN and infinite ones are "
         "missing.",
         {"lm loss": losses},
-        x=plots.steps_axis(steps, ends, run.resumed),
+        x=plots.steps_axis(places, ends, run.resumed),
         y="lm loss",
         colours=(BLUE,),
         y_range=(min(finite) - margin, max(finite) + margin),
@@ -221,7 +220,7 @@ def _slots_by_bin(run: RunData, bins: Bins) -> Float64:
     unknown = np.full((num_layers, num_experts), np.nan)
     slots = []
     for _, last in bins:
-        while coming and coming[-1][0] <= last:
+        while coming and coming[-1][0] < last:  # a step, which counts from 0, and an iteration
             layouts = coming.pop()[1]
         slots.append(unknown if layouts is None else [layout.replicas_E for layout in layouts])
     return np.array(slots, dtype=np.float64)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from megatron_laer.files.checks import naming, one_line, quoted
 from megatron_laer.files.recording import run_of
-from megatron_laer.telemetry.log import LOSS, RUN, STEP_MS, LoggedRun, Step, read_log, steady
+from megatron_laer.telemetry.log import LOSS, RUN, STEP_MS, LoggedRun, Step, read_log, window
+from megatron_laer.tools.report.metrics_recording import MetricsRecording
 from megatron_laer.tools.report.run_files import RunFiles
 
 # The first losses of stock and FSEP differ by rounding, those of other models or data by more.
@@ -22,13 +23,13 @@ _SAMPLES = "consumed samples"
 
 @dataclass(frozen=True)
 class Measured:
-    """Median times of a step in a run's log and in stock's, over some of the iterations of both."""
+    """Median times of a step in a run's logs and in stock's, over the same iterations."""
 
+    own_logs: Sequence[str]
     stock_log: str
     own_ms: float
     stock_ms: float
-    first: int
-    last: int
+    iterations: range
 
     @property
     def gain(self) -> float:
@@ -37,15 +38,20 @@ class Measured:
 
 @dataclass(frozen=True)
 class Logs:
-    """A run's losses by iteration, from 1, with the names of their logs, and notes on all logs."""
+    """A run's losses by iteration, from 1, with the names of their logs, and notes on all logs.
 
-    loss: Sequence[tuple[int, float]] = ()
-    names: Sequence[str] = ()
-    measured: Measured | None = None
-    notes: Sequence[str] = ()
+    `iterations` are those over which the run is averaged: the same for the measured gain and for
+    all that is computed from recordings.
+    """
+
+    loss: Sequence[tuple[int, float]]
+    names: Sequence[str]
+    measured: Measured | None
+    iterations: range
+    notes: Sequence[str]
 
 
-def read_logs(files: RunFiles) -> Logs:
+def read_logs(files: RunFiles, recording: MetricsRecording) -> Logs:
     """Read the logs next to a group's recordings; those of other runs are not used.
 
     Training prints the number of the first group, whose recordings may be those `of_other_groups`.
@@ -79,7 +85,9 @@ def read_logs(files: RunFiles) -> Logs:
     own.sort(key=lambda log: max(log.steps))  # repeated steps as in the later log
     steps = {at: step for log in own for at, step in log.steps.items()}
     loss = sorted((at, of.values[LOSS]) for at, of in steps.items() if LOSS in of.values)
-    measured = next(filter(None, (_measured(steps, log) for log in stock)), None)
+    recorded, names = recording.iterations_T.tolist(), [log.name for log in own]
+    found = (_measured(names, steps, log, recorded) for log in stock)
+    measured = next(filter(None, found), None)
     for log in stock:
         if measured is None or measured.stock_log != log.name:
             why = "" if measured else ": it has other batches or losses, or no step in common"
@@ -87,27 +95,30 @@ def read_logs(files: RunFiles) -> Logs:
                 f"{quoted(log.name)} has no run's number and none of FSEP's metrics, so it is "
                 f"stock's; its times are not compared{why if own else ''}."
             )
-    return Logs(loss, [log.name for log in own], measured, notes)
+    iterations = measured.iterations if measured else window(recorded)
+    return Logs(loss, names, measured, iterations, notes)
 
 
-def _measured(steps: Mapping[int, Step], stock: LoggedRun) -> Measured | None:
-    """Compare the times of two runs of one model on the same data; None for others.
-
-    Speed is steady in the last half.
-    """
-    numbers = [
-        at
+def _measured(
+    names: Sequence[str], own: Mapping[int, Step], stock: LoggedRun, recorded: Sequence[int]
+) -> Measured | None:
+    """Compare the times of two runs of one model on the same data; None for others."""
+    both = {
+        at: (own[at].values, step.values)
         for at, step in sorted(stock.steps.items())
-        if at in steps and {LOSS, STEP_MS} <= steps[at].values.keys() & step.values.keys()
-    ]
-    both = [(steps[at].values, stock.steps[at].values) for at in numbers]
+        if at in own and {LOSS, STEP_MS} <= own[at].values.keys() & step.values.keys()
+    }
     if not both:
         return None
-    mine, theirs = both[0]
+    mine, theirs = next(iter(both.values()))
     is_same = abs(mine[LOSS] - theirs[LOSS]) <= _SAME_LOSS * abs(theirs[LOSS])
-    if not is_same or any(one.get(_SAMPLES) != other.get(_SAMPLES) for one, other in both):
+    if not is_same or any(one.get(_SAMPLES) != other.get(_SAMPLES) for one, other in both.values()):
         return None
-    later = both[-len(steady(numbers)) :]
-    own_ms = statistics.median(one[STEP_MS] for one, _ in later)
-    stock_ms = statistics.median(other[STEP_MS] for _, other in later)
-    return Measured(stock.name, own_ms, stock_ms, numbers[-len(later)], numbers[-1])
+    iterations = window([at for at in recorded if at <= max(both)])
+    times = [
+        (one[STEP_MS], other[STEP_MS]) for at, (one, other) in both.items() if at in iterations
+    ]
+    if not times:
+        return None
+    own_ms, stock_ms = map(statistics.median, zip(*times, strict=True))
+    return Measured(names, stock.name, own_ms, stock_ms, iterations)

@@ -49,6 +49,39 @@ class MetricsRecording:
         steps_T: Int64 = self.of_steps["step"].astype(np.int64)
         return steps_T
 
+    @property
+    def iterations_T(self) -> Int64:
+        """Return the steps as Megatron counts them, from 1."""
+        return self.steps_T + 1
+
+    @property
+    def imbalance_TL(self) -> Float64:
+        """Return the tokens of the busiest rank over the mean."""
+        return self.of_layers["max_over_mean"]
+
+    @property
+    def stock_TL(self) -> Float64:
+        """Return the tokens of stock's busiest rank over the mean."""
+        return self.of_layers["stock_max_over_mean"]
+
+    @property
+    def layer_ms_TL(self) -> Float64:
+        """Return the time over all passes of a step."""
+        return self.of_layers["layer_ms"] * self.of_layers["passes"]
+
+    def during(self, iterations: range) -> MetricsRecording:
+        """Return what is recorded of these iterations."""
+        is_in_T = np.isin(self.iterations_T, iterations)
+        return MetricsRecording(
+            self.shape,
+            self.runs,
+            self.clusters,
+            {name: values_T[is_in_T] for name, values_T in self.of_steps.items()},
+            {name: values_TL[is_in_T] for name, values_TL in self.of_layers.items()},
+            self.rank_tokens_TLN[is_in_T],
+            {name: values_T[is_in_T] for name, values_T in self.metrics.items()},
+        )
+
 
 def read_metrics(path: Path) -> MetricsRecording:
     """Read a group's recording of `--fsep-record DIR metrics`, without an incomplete last record.

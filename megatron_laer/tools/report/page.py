@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from megatron_laer.telemetry.log import in_words
 from megatron_laer.telemetry.metrics import LOGGED
 from megatron_laer.tools.report.assessment import assess, percent, seconds
 from megatron_laer.tools.report.figures import measured_over_predicted, sections
@@ -45,11 +45,11 @@ _WORTH_A_TRY = 0.02
 
 def page(run: RunData, rows: Sequence[WhatIf], predicted_for: str = "") -> str:
     """Render the page; `predicted_for` describes the settings of the predictions in `rows`."""
-    assessment = assess(run)
+    assessment = assess(run, run.logs)
     shown = list(sections(run))
     data = {
         "format": "megatron_laer-report",
-        "version": 3,
+        "version": 4,
         "name": run.name,
         "verdict": {name: getattr(assessment, name) for name in _OF_VERDICT},
         "figures": [vars(figure) for section in shown for figure in section.figures],
@@ -89,14 +89,23 @@ def page(run: RunData, rows: Sequence[WhatIf], predicted_for: str = "") -> str:
 
 
 def _predicted_for(run: RunData, cases: int, settings: str) -> str:
-    """Describe the cases, which have an earlier step, and the step's share that they are of."""
-    step_ms = float(np.nansum(run.of_steps["step_ms"]))
-    share = float(np.nansum(run.layer_ms_TL)) / step_ms if step_ms > 0 else math.nan
-    took = f", which took {100 * share:.0f} % of this run's steps" if 0 < share < 1 else ""
-    return (
-        f"Times are of MoE layers alone{took}; a whole step gains less. Of {cases} microbatches of "
-        f"one layer each, in the {ranges(run.traced[1:])}, for {settings}."
+    """Describe the cases, and the share of a step that they are of."""
+    took = (
+        f", which took {percent(share)} of this run's steps" if (share := _moe_share(run)) else ""
     )
+    steps = [step for step in run.traced[1:] if step + 1 in run.logs.iterations]
+    return (
+        f"Layers' times are predicted{took}. Of {cases} microbatches of one layer each, in the "
+        f"{ranges(steps or run.traced[1:])}, for {settings}."
+    )
+
+
+def _moe_share(run: RunData) -> float:
+    """Return the share of steps that MoE layers took; 0 if it is not known."""
+    of = run.during(run.logs.iterations)
+    step_ms = float(np.nansum(of.of_steps["step_ms"]))
+    share = float(np.nansum(of.layer_ms_TL)) / step_ms if step_ms > 0 else 0.0
+    return share if share < 1 else 0.0
 
 
 def _embedded(data: dict[str, Any]) -> str:
@@ -119,21 +128,18 @@ def _about(run: RunData) -> str:
 
 def _six_numbers(run: RunData) -> Iterator[tuple[str, str, str]]:
     """Yield the numbers next to the maps of balance: with stock's placement, FSEP's, meaning."""
-    assessment = assess(run)
-    steps = f"of the {ranges(run.steps_T.tolist())}"
-    means = _mean(run.stock_TL), _mean(run.imbalance_TL)
-    yield *means, f"max/mean tokens per rank, mean {steps}"
-    shares = percent(assessment.kept_by_stock), percent(assessment.kept)
-    yield *shares, "of perfectly balanced speed; stock's is an estimate"
-    lost = seconds(assessment.stock_s), seconds(assessment.imbalance_s)
-    yield *lost, f"lost to imbalance; {seconds(assessment.total_s)} were measured in all"
-    if (found := run.measured) is not None:
+    assessment, of = assess(run, run.logs), run.during(run.logs.iterations)
+    when = in_words(run.logs.iterations)
+    if (found := run.logs.measured) is not None:
         times = seconds(found.stock_ms * 1e-3), seconds(found.own_ms * 1e-3)
-        yield (
-            *times,
-            f"a step, median of the iterations {found.first} to {found.last} in "
-            f"{', '.join(run.loss_from)} and in {found.stock_log}",
-        )
+        logs = f"{', '.join(found.own_logs)} and in {found.stock_log}"
+        yield *times, f"a step, median of the {when} in {logs}"
+    means = _mean(of.stock_TL), _mean(of.imbalance_TL)
+    yield *means, f"max/mean tokens per rank, mean of the {when}"
+    shares = percent(assessment.kept_by_stock), percent(assessment.kept)
+    yield *shares, f"of perfectly balanced speed in the {when}; stock's is an estimate"
+    lost = seconds(assessment.stock_s), seconds(assessment.imbalance_s)
+    yield *lost, f"lost to imbalance, of {seconds(assessment.total_s)} in the {when}"
 
 
 def _mean(values: Float64) -> str:
@@ -142,22 +148,23 @@ def _mean(values: Float64) -> str:
 
 
 def _all_numbers(run: RunData) -> Iterator[tuple[str, str]]:
-    assessment = assess(run)
-    yield "steps", f"{len(run.steps_T)} ({run.steps_T[0]} to {run.steps_T[-1]})"
-    if np.isfinite(run.of_steps["step_ms"]).any():
-        median_ms = float(np.nanmedian(run.of_steps["step_ms"]))
+    of = run.during(run.logs.iterations)
+    yield "iterations", f"{len(run.steps_T)} ({run.iterations_T[0]} to {run.iterations_T[-1]})"
+    yield "of which averaged here", in_words(run.logs.iterations)
+    if np.isfinite(of.of_steps["step_ms"]).any():
+        median_ms = float(np.nanmedian(of.of_steps["step_ms"]))
         yield "step time, median", seconds(median_ms * 1e-3)
-    yield "waits for exchanges and decisions", seconds(assessment.exchanges_s)
+    yield "waits for exchanges and decisions", seconds(assess(run, run.logs).exchanges_s)
     for name, values in (
-        (f"max/mean tokens per rank, {ranges(run.steps_T.tolist())}", run.imbalance_TL),
-        ("the same under stock's placement", run.stock_TL),
+        ("max/mean tokens per rank", of.imbalance_TL),
+        ("the same under stock's placement", of.stock_TL),
     ):
         there = values[np.isfinite(values)]
         if there.size:
             parts = [f"p{p} {np.percentile(there, p):.3f}" for p in (50, 95, 99)]
             yield name, ", ".join([*parts, f"max {there.max():.3f}"])
     for metric in LOGGED:
-        logged = run.metrics.get(metric.name)
+        logged = of.metrics.get(metric.name)
         if metric.over_layers or metric.name in _LEFT_OUT or logged is None:
             continue
         if np.isfinite(logged).any():
@@ -166,8 +173,8 @@ def _all_numbers(run: RunData) -> Iterator[tuple[str, str]]:
     verified = run.metrics.get(_VERIFIED)
     if verified is not None and np.isfinite(verified[-1]):
         yield "exchanges verified since the last start", f"{verified[-1]:,.0f}, all right"
-    if run.loss:
-        step, loss = run.loss[-1]
+    if run.logs.loss:
+        step, loss = run.logs.loss[-1]
         yield "loss", f"{loss:.4f} in iteration {step}"
 
 
@@ -212,10 +219,11 @@ def _line(
     *numbers, off_node = _numbers(row)
     cells = [("setting", row.strategy if row.strategy == STOCK else _settings(equal)), *numbers]
     if own is not None:
-        gain = row.layer_ms / own.row.layer_ms - 1
-        cells.append(
-            ("MoE time against this run", "this run's" if is_own else f"{100 * gain:+.1f} %")
-        )
+        # Of a step, if it is known how much of it layers take.
+        share = _moe_share(run)
+        more = (share or 1.0) * (row.layer_ms / own.row.layer_ms - 1)
+        of = "step" if share else "MoE time"
+        cells.append((f"{of} against this run", "this run's" if is_own else f"{100 * more:+.1f} %"))
     if run.shape.node_size < run.shape.num_ranks:
         cells.append(off_node)
     return cells, (own if own is not None and is_own else equal[0]).command, is_own

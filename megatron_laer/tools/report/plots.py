@@ -57,7 +57,7 @@ class Section:
 class Axis:
     """Values of an axis with plotly's settings for it, and the text before a value's readout.
 
-    `resumed` are steps with which a run went on after a stop; figures mark them.
+    `resumed` are iterations with which a run went on after a stop; figures mark them.
     """
 
     values: Sequence[Any]
@@ -196,20 +196,20 @@ def stacked_bars(
 def steps_axis(
     bins: Sequence[Sequence[int]], ends: tuple[int, int], resumed: Sequence[int] = ()
 ) -> Axis:
-    """Return the axis of bins of steps, given by the first and last step of each.
+    """Return the axis of bins of steps, given by the first and last iteration of each.
 
-    `ends` are the first and last step of all figures.
+    `ends` are the first and last iteration of all figures.
     """
     first, last = ends
     width = max(end - begin + 1 for begin, end in bins)
     means = f" (each column is a mean of up to {width})" if width > 1 else ""
     middles = [(begin + end) / 2 if width > 1 else begin for begin, end in bins]
     settings = {
-        "title": {"text": f"step{means}"},
+        "title": {"text": f"iteration{means}"},
         "dtick": _tick(last - first),
         "range": [first - 0.5, last + 0.5],
     }
-    return Axis(middles, settings, "step ", resumed)
+    return Axis(middles, settings, "iteration ", resumed)
 
 
 def names_axis(title: str, names: Sequence[str], before: str = "") -> Axis:

@@ -20,8 +20,8 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.planning.layout_recording import LAYOUTS, read_layouts
 from megatron_laer.telemetry.trace_file import TRACE
-from megatron_laer.tools.report.logs import Logs, Measured, read_logs
-from megatron_laer.tools.report.metrics_recording import Float64, MetricsRecording
+from megatron_laer.tools.report.logs import Logs, read_logs
+from megatron_laer.tools.report.metrics_recording import MetricsRecording
 from megatron_laer.tools.report.run_files import RunFiles, lacks, ranges
 from megatron_laer.tools.traces.records import Trace
 
@@ -33,40 +33,23 @@ class RunData(MetricsRecording):
     """Metrics of a run, with its other recordings.
 
     `experts_TLE` is None without a trace, and `traced` are the trace's steps. `layouts` are planned
-    ones by their first step, or None where they are lost. `loss` is by iteration from 1, from the
-    logs `loss_from`. `recorded` is the time of the last step, as text.
+    ones by their first step, or None where they are lost. `logs` are those next to the recording.
+    `recorded` is the time of the last step, as text.
     """
 
     name: str
     experts_TLE: Int64 | None
     traced: Sequence[int]
     layouts: Sequence[tuple[int, Sequence[ExpertLayout] | None]]
-    loss: Sequence[tuple[int, float]]
-    loss_from: Sequence[str]
-    measured: Measured | None
+    logs: Logs
     recorded: str
     notes: Sequence[str]
     sharding: Sharding
 
     @property
-    def imbalance_TL(self) -> Float64:
-        """Return the tokens of the busiest rank over the mean."""
-        return self.of_layers["max_over_mean"]
-
-    @property
-    def stock_TL(self) -> Float64:
-        """Return the tokens of stock's busiest rank over the mean."""
-        return self.of_layers["stock_max_over_mean"]
-
-    @property
-    def layer_ms_TL(self) -> Float64:
-        """Return the time over all passes of a step."""
-        return self.of_layers["layer_ms"] * self.of_layers["passes"]
-
-    @property
     def resumed(self) -> list[int]:
-        """Return the first steps of later runs that went on with the recording."""
-        return [step for step, _ in self.runs[1:]]
+        """Return the first iterations of later runs that went on with the recording."""
+        return [step + 1 for step, _ in self.runs[1:]]
 
     @property
     def geometry(self) -> Geometry:
@@ -96,7 +79,7 @@ def recorded_run(
     """
     if len(recording.steps_T) == 0:
         raise ValueError(f"{files.metrics} holds no step yet; wait for the first one")
-    logs = read_logs(files)
+    logs = read_logs(files, recording)
     experts_TLE, traced = None, list[int]()
     lacking = list[str]()
     if trace is not None:
@@ -121,9 +104,7 @@ def recorded_run(
         experts_TLE=experts_TLE,
         traced=traced,
         layouts=sorted([*layouts, *((step, None) for step in lost)], key=lambda of: of[0]),
-        loss=logs.loss,
-        loss_from=logs.names,
-        measured=logs.measured,
+        logs=logs,
         recorded=f"recorded until {written:%Y-%m-%d %H:%M} UTC",
         notes=[*_notes(files, recording, logs), *(f"{lack}." for lack in lacking)],
         sharding=sharding,
@@ -152,13 +133,13 @@ def _notes(files: RunFiles, recording: MetricsRecording, logs: Logs) -> Iterator
     if len(files.groups) > 1:
         yield f"Group {files.group} of the groups {list(files.groups)}."
     if len(recording.runs) > 1:
-        begun = ", ".join(str(step) for step, _ in recording.runs)
-        yield f"Written by {len(recording.runs)} runs, which began with the steps {begun}."
+        begun = ", ".join(str(step + 1) for step, _ in recording.runs)
+        yield f"Written by {len(recording.runs)} runs, which began with the iterations {begun}."
     if lost := [iteration for iteration, value in logs.loss if not math.isfinite(value)]:
         number = f"{len(lost)} of {len(logs.loss)}"
         yield (
             f"The run diverged: its loss is NaN or infinite in {number} logged iterations, first "
-            f"in iteration {lost[0]}, which is step {lost[0] - 1} here."
+            f"in iteration {lost[0]}."
         )
     yield from logs.notes
     for format, file, without in (

@@ -70,16 +70,26 @@ def find_run(given: Path, group: int | None) -> RunFiles:
             f"--group {chosen}: {quoted(given)} has metrics of the groups {groups}; give one"
         )
     _check_files(found[chosen].values())
-    logs = tuple(path for path in sorted(given.iterdir()) if _LOG.fullmatch(path.name))
-    others = (files.values() for group, files in sorted(found.items()) if group != chosen)
-    of_other_groups = tuple(path for paths in others for path in paths)
+    return _run_files(given, chosen, found)
+
+
+def run_of_metrics(metrics: Path) -> RunFiles:
+    """Return the files of the run next to a group's metrics."""
+    match = _NAME.fullmatch(metrics.name)
+    assert match is not None
+    return _run_files(metrics.parent, int(match[1]), _recordings(metrics.parent))
+
+
+def _run_files(folder: Path, group: int, found: Mapping[int, Mapping[str, Path]]) -> RunFiles:
     return RunFiles(
-        str(given),
-        chosen,
-        tuple(groups),
-        **found[chosen],
-        logs=logs,
-        of_other_groups=of_other_groups,
+        str(folder),
+        group,
+        tuple(of for of, files in sorted(found.items()) if METRICS.suffix in files),
+        **found[group],
+        logs=tuple(path for path in sorted(folder.iterdir()) if _LOG.fullmatch(path.name)),
+        of_other_groups=tuple(
+            path for of, files in sorted(found.items()) if of != group for path in files.values()
+        ),
     )
 
 
@@ -156,17 +166,17 @@ def _passes_of(path: Path) -> dict[int, float]:
 
 
 def ranges(steps: Iterable[int]) -> str:
-    """Return steps in words: "step 3", or "steps 3, 5 to 9"."""
+    """Return steps in words, as Megatron counts: "iteration 4", or "iterations 4, 6 to 10"."""
     ends: list[list[int]] = []
-    for step in sorted(steps):
-        if ends and step == ends[-1][1] + 1:
-            ends[-1][1] = step
+    for iteration in sorted(step + 1 for step in steps):
+        if ends and iteration == ends[-1][1] + 1:
+            ends[-1][1] = iteration
         else:
-            ends.append([step, step])
+            ends.append([iteration, iteration])
     shown = [str(a) if a == b else f"{a} to {b}" for a, b in ends[:_MOST_RANGES]]
     more = f" and {len(ends) - _MOST_RANGES} further ranges" if len(ends) > _MOST_RANGES else ""
     one = len(ends) == 1 and ends[0][0] == ends[0][1]
-    return f"step{'' if one else 's'} {', '.join(shown)}{more}"
+    return f"iteration{'' if one else 's'} {', '.join(shown)}{more}"
 
 
 def _check_files(paths: Iterable[Path]) -> None:

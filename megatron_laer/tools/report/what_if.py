@@ -40,6 +40,7 @@ def what_if(
     most_cases: int,
     flags: Sequence[str] = (),
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
+    iterations: range | None = None,
 ) -> list[WhatIf]:
     """Compute rows from at most `most_cases` microbatches; none for a trace of one step.
 
@@ -47,7 +48,7 @@ def what_if(
     """
     if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) < 2:
         return []
-    cases = len(chosen_cases(trace, 1))
+    cases = len(chosen_cases(trace, 1, iterations))
     every = -(-cases // most_cases)
     while math.gcd(every, cases) > 1 and every < cases:  # such a stride would miss layers
         every += 1
@@ -66,6 +67,7 @@ def what_if(
         [mode.value for mode in GUARD_MODES] + [TOLERANCE] * (tolerance is not None),
         tolerance=tolerance or 0.0,
         every=every,
+        iterations=iterations,
         progress=progress,
     )
     return [

@@ -125,17 +125,19 @@ def simulate(
     *,
     tolerance: float = 0.05,
     every: int = 1,
+    iterations: range | None = None,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[PlanRow]:
     """Run all strategies and modes over a trace; `progress` wraps the cases, as tqdm does.
 
     Stock expert parallelism is the first row if E is a multiple of N. The geometries, each with
     its prices, differ in capacity alone. `every` is the stride over the cases; one that is coprime
-    to the numbers of layers and microbatches samples all of them.
+    to the numbers of layers and microbatches samples all of them. Cases are those of `iterations`,
+    from 1, if the trace has any there; layouts are of the counts of all earlier steps.
     """
     for geometry in priced:
         geometry.check_counts(trace.counts_RNE.shape[1:])
-    cases = chosen_cases(trace, every)
+    cases = chosen_cases(trace, every, iterations)
     planners = [*_planners(priced, strategies, modes, tolerance)]
     wanted = set(cases)
     bar = iter(progress(cases))
@@ -155,7 +157,7 @@ def simulate(
     return [row for planner in planners for row in planner.rows()]
 
 
-def chosen_cases(trace: Trace, every: int) -> list[int]:
+def chosen_cases(trace: Trace, every: int, iterations: range | None = None) -> list[int]:
     """Return the evaluated records in order; refuse a trace or stride that leaves none."""
     has_tokens_R = trace.counts_RNE.any(axis=(1, 2))
     if not has_tokens_R.any():
@@ -171,6 +173,8 @@ def chosen_cases(trace: Trace, every: int) -> list[int]:
             "no microbatch with tokens has an earlier step in its layer; the trace holds "
             f"{len(set(trace.step_R.tolist()))} step(s), so record at least 2"
         )
+    if iterations is not None:
+        cases = [record for record in cases if trace.step_R[record] + 1 in iterations] or cases
     if every > len(cases):
         raise ValueError(
             f"--every {every}: the trace has {len(cases)} case(s); give a number of at most that"
