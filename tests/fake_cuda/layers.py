@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -132,4 +133,6 @@ def _digest(tensor: torch.Tensor) -> str:
 def watch(case: str, one_queue: bool = False, fault: Fault | None = None) -> Watched:
     """Train on the labelled device, with a fault or none, and digests as results."""
     steps, kernels = 2 if fault else 3, CASES[case].kernels
-    return device.watch(lambda: train(case, steps), fault, kernels=kernels, one_queue=one_queue)
+    # Where a fault is verified first, its files are written into the working folder.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        return device.watch(lambda: train(case, steps), fault, kernels=kernels, one_queue=one_queue)
