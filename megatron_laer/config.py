@@ -103,47 +103,47 @@ class FSEPConfig:
 
     preset: Preset | None = _option(
         None,
-        "settings of a published system: laer (rows, planner laer, even splits, flat exchanges)",
+        "the settings of a published system: laer (rows, its planner, even splits, flat exchanges)",
     )
     sharding: Sharding | Auto = _option(
-        Auto.AUTO, "rows (1/N of every expert), experts (E/N whole ones), or auto"
+        Auto.AUTO, "ranks keep rows (1/N of every expert), experts (E/N whole ones), or auto"
     )
     capacity: int | None = _option(
         None,
-        "expert slots C per rank and layer; default auto: the fastest predicted number",
+        "number C of expert slots per rank and layer; default auto: the fastest by prediction",
         minimum=Bound(1, "1 slot per rank"),
         maximum=Bound(2**15 - 1, "32767; no layer has more experts"),
     )
-    planner: str = _option("greedy", "strategy for layouts: {strategies}; random for tests")
+    planner: str = _option("greedy", "strategy that plans layouts: {strategies}; random for tests")
     plan_mode: PlanMode | None = _option(
         None,
-        "layouts: forecast (planned ahead), exact (after the gate), adaptive (the cheaper), "
-        "announced (from announced routing)",
+        "when layouts are made: forecast (ahead), exact (after the router), adaptive (whichever is "
+        "faster), announced (from routing that is announced before the step)",
     )
     restore: Restore | float = _option(
         Restore.LAYER,
-        "restore experts every microbatch (layer), keep up to GIB until backward, or restore once "
-        "(step)",
+        "when experts are fetched: in each layer and microbatch (layer), the same but with up to "
+        "GIB of them kept until backward, or once per step (step)",
         minimum=Bound(0, "0; 1.5 keeps 1.5 GiB"),
         maximum=Bound(4096, "4096; no card has more"),
     )
     late_plan: LatePlan = _option(
-        LatePlan.KEEP, "if a plan is late: keep old layouts, or wait, which repeats bits"
+        LatePlan.KEEP, "if a plan is late: keep old layouts, or wait, so that runs repeat bitwise"
     )
     node_size: int | None = _option(
         None,
-        "ranks of the FSEP group per node G; default: the launcher's number",
+        "number G of ranks of the FSEP group on each node; default: as the launcher says",
         minimum=Bound(1, "1 rank"),
         maximum=Bound(2**20, "1048576; no node has more ranks"),
     )
     token_exchange: TokenExchange | Auto = _option(
         TokenExchange.RANK,
-        "tokens travel once per expert (rank), once per node and in it per rank (node), or auto",
+        "a token travels once per expert (rank), once per node and in it per rank (node), or auto",
     )
     homes: str | None = _option(
-        None, "file of each rank's home experts by layer, for sharding experts; default: stock's"
+        None, "file of the home experts of each rank, by layer; default: as in stock Megatron"
     )
-    record_layouts: str | None = _option(None, "every applied layout")
+    record_layouts: str | None = _option(None, "every layout that was used")
     record_trace: str | None = _option(None, "routing of every microbatch, for `plan`")
     record_metrics: str | None = _option(
         None, "values and times of every step and layer, for `report`"
@@ -155,17 +155,17 @@ class FSEPConfig:
     )
     split: Split = _option(
         Split.EXACT,
-        "tokens over an expert's replicas: exact (least maximum load), even (the paper's)",
+        "how replicas share tokens: exact (least maximum load), even (as in the paper)",
     )
     imbalance_tolerance: float | None = _option(
         None,
-        "excess over mean load above which adaptive takes a fresh layout; default: by cost",
+        "excess over the mean load at which adaptive makes a fresh layout; default: by cost",
         minimum=Bound(0, "0; 0.05 allows a rank 5 % above the mean"),
         maximum=Bound(2**16, "65536; no rank of N has more than N times the mean load"),
     )
     plan_lag: int = _option(
         1,
-        "steps from a plan's routing to its first use",
+        "number of steps from the routing that a plan is made from to its first use",
         minimum=Bound(1, "1; a plan cannot act on the step whose routing it was made from"),
         maximum=Bound(
             MAX_PLAN_LAG,
@@ -177,15 +177,15 @@ class FSEPConfig:
     )
     restore_algorithm: ExchangeAlgorithm | Auto = _option(
         Auto.AUTO,
-        "experts cross nodes by flat (one All-to-All), node (once per node each), or auto",
+        "how experts cross nodes: flat (one All-to-All), node (once per node), or auto",
     )
     grad_wire_dtype: WireDtype | None = _option(
         None,
-        "dtype of gradients between nodes by restore_algorithm node; default: the weights'",
+        "dtype of gradients that restore_algorithm node sends between nodes; default: the weights'",
     )
     gemm: GemmBackEnd = _option(
         GemmBackEnd.LOOP,
-        "experts' GEMMs: loop (torch.mm), te (Transformer Engine), torch (grouped_mm)",
+        "how experts multiply: loop (torch.mm), te (Transformer Engine), torch (grouped_mm)",
     )
     cluster: str | None = _option(
         None, "hardware constants: a name in configs/clusters or a path; default: by device"
@@ -204,13 +204,13 @@ class FSEPConfig:
     )
     pairs_interval: int | None = _option(
         None,
-        "steps between counts of expert pairs in the recorded trace; default: none",
+        "number of steps between counts of expert pairs in the recorded trace; default: no counts",
         minimum=Bound(1, "1; 100 counts every hundredth step"),
         maximum=Bound(2**24, "16777216; no run has more steps"),
     )
     sampled_sets: int | None = _option(
         None,
-        "tokens per layer, evenly from all ranks, whose experts are recorded with pairs",
+        "number of tokens per layer, evenly from all ranks, whose experts are recorded as well",
         minimum=Bound(1, "1 token"),
         maximum=Bound(2**24, "16777216; no rank has more in a microbatch"),
     )
