@@ -240,6 +240,19 @@ def test_imbalance_that_the_host_hides_stays_where_memory_has_room(
             assert decision.gain_s == 0.0 and not decision.solved, "nothing is left to gain"
 
 
+def test_exchanges_of_replicas_at_home_are_no_gain_of_fresh_ones() -> None:
+    """Fresh replicas have exchanges too: a plan that balances is kept, whatever its own take."""
+    geometry = Geometry(3, 3, 2, 3, Sharding.EXPERTS)
+    counts_NE = np.array([[4, 3, 3]] * 3) * 10
+    costs = make_costs(intra=Link(1e8, 0.0), points=((1, 1e12),), ffn=40, solve=SOLVES[1])
+    planned = replicate(counts_NE, geometry).layout
+    placed = Placed(planned, geometry)
+    exposed_s = costs.exposed(placed, costs.layer_seconds(counts_NE, placed)).backward_s
+    assert exposed_s > costs.least_change_seconds(geometry)
+    decision = Guard(PlanMode.ADAPTIVE, costs, geometry).decide(counts_NE, planned)
+    assert not decision.solved and decision.layout is planned and decision.gain_s == 0.0
+
+
 @pytest.mark.parametrize("tokens", [TokenPrices(), NODE])
 def test_replicas_are_chosen_anew_only_where_balance_could_pay(tokens: TokenPrices) -> None:
     """Qwen3-235B on four nodes: chance alone leaves little to gain, and a jump much."""

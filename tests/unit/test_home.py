@@ -18,12 +18,43 @@ from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.home import replicate
+from megatron_laer.planner.home import Replication, replicate
 from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.placed import Placed
 from tests.costs import FREE, make_costs
-from tests.oracles.home_layouts import least_of_all
+from tests.oracles.home_layouts import least_of_all, replicas
 from tests.unit.planner_cases import KINDS, counts_of, home_geometries
+
+
+def replicas_of(made: Replication) -> list[dict[int, int]]:
+    """Return the tokens of each rank's replicas by expert."""
+    home = made.layout.num_experts // made.layout.num_ranks
+    slots_NC, loads_NC = (
+        of_S.reshape(made.layout.num_ranks, -1)[:, home:].tolist()
+        for of_S in (made.layout.slot_expert_S, made.loads_S)
+    )
+    return [
+        {expert: load for expert, load in zip(*of_rank, strict=True) if expert != EMPTY}
+        for of_rank in zip(slots_NC, loads_NC, strict=True)
+    ]
+
+
+@settings(max_examples=100)
+@given(home_geometries(48), st.sampled_from(KINDS), st.integers(0, 2**16))
+def test_a_forecasts_experts_have_an_eighth_more_and_at_most_that_of_a_ranks_share(
+    geometry: Geometry, kind: str, seed: int
+) -> None:
+    """Without costs, their replicas are those of the raised forecast."""
+    counts_NE = counts_of(kind, geometry, seed) * 1000
+    load_E = counts_NE.sum(axis=0)
+    room_E = np.minimum(load_E, load_E.sum() // geometry.num_ranks) // 8
+    raised_NE = np.zeros_like(counts_NE)
+    node_QE = counts_NE.reshape(geometry.num_nodes, -1, geometry.num_experts).sum(axis=1)
+    raised_NE[:: geometry.node_size] = node_QE + node_QE * room_E // np.maximum(load_E, 1)
+    layout = GreedyStrategy(geometry).plan(counts_NE, geometry.static_layout)
+    for rank, of_rank in enumerate(replicas(raised_NE, geometry, 0)):
+        filled = {*layout.experts_of(rank)[geometry.home_slots :]} - {EMPTY}
+        assert filled == of_rank.keys()
 
 
 @settings(max_examples=150)
@@ -62,10 +93,19 @@ def test_replicas_are_legal_and_never_above_stock(geometry: Geometry, kind: str,
     level = (ideal + int(stock_N.max())) // 2
     fewer = replicate(counts_NE, geometry, level)
     geometry.check_layout(fewer.layout)
+    for found, of_level in ((made, 0), (fewer, level)):
+        assert replicas_of(found) == replicas(counts_NE, geometry, of_level)
     # A level that every rank keeps needs no replica; one between may need more than the ideal.
     assert replicate(counts_NE, geometry, int(stock_N.max())).layout == geometry.static_layout
     if made.is_ideal and geometry.home_slots == 1:
         assert fewer.loads_S.reshape(geometry.num_ranks, -1).sum(axis=1).max() <= max(level, ideal)
+
+
+def test_an_expert_that_just_fills_the_room_is_taken_from_the_most_loaded_rank() -> None:
+    geometry = Geometry(3, 9, 4, 3, Sharding.EXPERTS)
+    counts_NE = np.array([[10, 0, 0, 8, 8, 8, 20, 0, 0], [0] * 9, [0] * 9])
+    found = replicas_of(replicate(counts_NE, geometry))
+    assert found == [{3: 8}, {6: 2}, {}] == replicas(counts_NE, geometry, 0)
 
 
 @pytest.mark.parametrize(("num_ranks", "home"), [(2, 2), (2, 4), (3, 2), (4, 1), (4, 2)])
