@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import engine
 
 from megatron_laer.cpu.ranks import RankPools
 from tests import durations, slurm
+from tests.limits import limited
 from tests.text_data import write_text_data
 
 # A busy machine is slow to run an example, and to make one.
 settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any")
+# A failing example is made smaller for half a minute, in place of five.
+assert engine.MAX_SHRINKING_SECONDS == 300
+engine.MAX_SHRINKING_SECONDS = 30
+
+# Of a test of one process, ten times what the longest one takes.
+LIMIT_S = 600.0
 
 # Limit of live ranks. A rank grows to some 500 MB, and three sessions may run at once.
 RANKS_KEPT = 8
@@ -31,6 +40,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     if not any(item.get_closest_marker(kind) for kind in KINDS):
         folder = item.path.parent.name
         item.add_marker("unit" if folder == "tools" else folder)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test of one process that hangs (hook of pytest)."""
+    is_short = item.get_closest_marker("unit") and not item.get_closest_marker("nightly")
+    with limited(LIMIT_S) if is_short else nullcontext():
+        return (yield)
 
 
 @pytest.hookimpl(trylast=True)

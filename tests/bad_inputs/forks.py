@@ -157,6 +157,7 @@ def _run_job(job: Job, output: Path, errors: Path) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         resource.setrlimit(resource.RLIMIT_CPU, (job.cpu_s, job.cpu_s + 5))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # of the test's own limit
         signal.alarm(WALL_S)
         for number, path in ((1, output), (2, errors)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
