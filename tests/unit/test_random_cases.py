@@ -18,6 +18,7 @@ from tests.parity.random.on_ranks import Outcome
 from tests.parity.random.rules import refusals
 from tests.parity.random.settings import BALANCING, FP8, GRAPHS, MODES, SETTINGS
 from tests.parity.row import AT_HOME
+from tests.parity.rows import BEHIND_DISPATCH, COMBINED, DELAYED
 
 IN_FP8, GRAPHED = ([*table][1:] for table in (FP8, GRAPHS))
 CASES = [draw(seed) for seed in range(1000)]
@@ -46,6 +47,25 @@ def test_no_case_recomputes_a_dense_layer_with_a_bias_which_megatron_does_withou
     dense = {"first layer dense", "experts in every second layer"}
     checkpointed = [case for case in CASES if case.has("mlp") and case.has("linear bias")]
     assert checkpointed and all(dense.isdisjoint(case.features) for case in checkpointed)
+
+
+def test_schedules_are_drawn_where_megatron_takes_them_and_stock_has_the_plain_one() -> None:
+    combined = [case for case in CASES if case.has("combined 1F1B")]
+    assert len(combined) >= 20
+    for case in combined:
+        assert case.has("bf16") and case.row.expert_parallel != 1
+        assert case.has("virtual pipeline") or not case.has("pipeline 2")
+    together = {"combined 1F1B", "delayed weight gradients", "fused weight gradients"}
+    assert any(together <= {*case.features} for case in CASES)
+    for case in CASES:
+        moves = case.has("combined 1F1B", "weight gradients behind the dispatch")
+        plain, own = case.plain_schedule("data"), case.row.fsep_run("data")
+        assert moves == (plain is not None)
+        if plain is not None:
+            left_out = {*own[1]} - {*plain[1]}
+            assert left_out <= {*(COMBINED + DELAYED + BEHIND_DISPATCH).split()}
+            assert left_out.isdisjoint(case.row.reference("data")[1])
+            assert left_out <= {*case.stock_in_schedule("data")[1]}
 
 
 def test_features_go_together_unless_the_rules_of_fsep_refuse_them() -> None:
@@ -77,12 +97,13 @@ class Made:
 
     `apart` has the gaps of FSEP by itself, given stock's choices, and with exact sums. `floor` is
     that of the other stock run, or None where it does not train. Commands with the word in `fails`
-    do not train.
+    do not train. `scheduled` is the gap that FSEP has besides in combined 1F1B.
     """
 
     apart: tuple[float, float, float] = (0.0, 0.0, 0.0)
     floor: float | None = 0.0
     fails: str = "never"
+    scheduled: float = 0.0
     runs: int = 0
 
     def __call__(self, _size: int) -> Made:
@@ -97,6 +118,7 @@ class Made:
             return [Raised("ValueError", "is\nnot possible", "")]
         if "fsep" in flags:
             apart = self.apart[2 if exact else 1 if given is not None else 0]
+            apart += self.scheduled * (COMBINED.strip() in flags)
         elif self.runs == 1:
             apart = 0.0
         elif self.floor is None:
@@ -126,6 +148,7 @@ def case_with(*names: str, but: tuple[str, ...] = ()) -> Case:
 
 PLAIN = case_with("fp32", "Adam", "no fp8")
 BF16_NODES = case_with("bf16", "no fp8", "tokens by nodes")
+IN_PARTS = case_with("combined 1F1B", "random layouts")
 BF16_RANKS = case_with("bf16", "no fp8", but=("tokens by nodes",))
 
 
@@ -146,6 +169,10 @@ BF16_RANKS = case_with("bf16", "no fp8", but=("tokens by nodes",))
         (BF16_NODES, Made((5e-2, 4e-2, 1e-2), floor=5e-3), Verdict.ROUNDING),
         (BF16_NODES, Made((5e-2, 4e-2, 3e-2), floor=5e-3), Verdict.BEYOND),
         (BF16_RANKS, Made((5e-2, 4e-2, 0), floor=5e-3), Verdict.BEYOND),
+        (IN_PARTS, Made((1e-3, 0, 0), floor=5e-3), Verdict.WITHIN_FLOORS),
+        (IN_PARTS, Made((1e-3, 0, 0), floor=5e-3, scheduled=1e-6), Verdict.BEYOND),
+        (IN_PARTS, Made(fails=COMBINED.strip()), Verdict.SKIPPED),
+        (IN_PARTS, Made(fails="fsep"), Verdict.FAILED),
     ],
 )
 def test_a_verdict_follows_from_distances(case: Case, made: Made, verdict: Verdict) -> None:

@@ -84,6 +84,22 @@ class Case:
                 return None
         return ranks, command
 
+    @property
+    def keeps_layouts(self) -> bool:
+        """Return True if no price decides a layout, as prices depend on Megatron's schedule."""
+        return self.has("random layouts", "random layouts, forecast", "static planner")
+
+    def stock_in_schedule(self, data: str) -> tuple[int, list[str]]:
+        """Return a stock run in the case's own schedule, which needs experts on several ranks."""
+        most = max(self.row.stock_parallel)
+        flags = self.row.flags
+        return replace(self.row, stock_parallel=(most, most), reference_flags=flags).reference(data)
+
+    def plain_schedule(self, data: str) -> tuple[int, list[str]] | None:
+        """Return FSEP's run in Megatron's plain schedule, or None if the case's own is that."""
+        flags = settings.in_plain_schedule(self.row.flags)
+        return None if flags == self.row.flags else replace(self.row, flags=flags).fsep_run(data)
+
 
 class Draft:
     """Settings of a case drawn so far: features in order, flags of both sides and of FSEP alone.
@@ -178,6 +194,7 @@ def _draw(seed: int, draft: Draft, steps: int) -> Case:
     _draw_training(draft)
     capacity = _draw_fsep(draft, sizes)
     _draw_sharding(draft, sizes, capacity)
+    _draw_schedule(draft)
 
     # Megatron's local layers cannot train an expert's bias with one expert-parallel rank.
     stock = [size for size in sizes.stock if size > 1 or not draft.has("linear bias")]
@@ -191,7 +208,7 @@ def _draw(seed: int, draft: Draft, steps: int) -> Case:
         stock_parallel=(reference, other),
         accumulation=sizes.accumulation,
         flags=draft.flags,
-        reference_flags=settings.without_fsdp(draft.flags),
+        reference_flags=settings.of_reference(draft.flags),
         without=draft.without,
         capacity=capacity,
         fsep=draft.fsep,
@@ -339,6 +356,18 @@ def _draw_sharding(draft: Draft, sizes: _Sizes, capacity: int | None) -> None:
         draft.option(settings.FSEP_LATER, "replicas that pay")
         if draft.option(settings.HOMES, "permuted homes"):
             draft.fsep += f" --fsep-homes {_homes(sizes)}"
+
+
+def _draw_schedule(draft: Draft) -> None:
+    """Draw Megatron's schedule by parts of layers, and when weight gradients are computed."""
+    but = set[str]()
+    if draft.has("pipeline 2") and not draft.has("virtual pipeline"):
+        but.add("combined 1F1B")
+    for name in settings.SCHEDULE:
+        # Graphs of the router have shared experts, whose gradients must then stay in one place.
+        if draft.has("shared experts") and draft.has(*settings.GRAPHED):
+            but |= set() if draft.has("fused weight gradients") else {"delayed weight gradients"}
+        draft.option(settings.SCHEDULE, name, legal=name not in but)
 
 
 def _homes(sizes: _Sizes) -> Path:

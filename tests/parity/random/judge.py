@@ -7,6 +7,9 @@ rounding of sums must be within it. Quantisers to fp8, and Lion's signs, make a 
 rounding. Then the floor is also that of stock with its own choices, from weights that are a
 rounding larger or smaller. Routers' z-losses are means in the logits' dtype, so that the floor of
 logged losses in bf16 is a tenth of a step at least. No bound is ever widened.
+
+Combined 1F1B and delayed weight gradients must change no bit of FSEP's results where layouts do not
+depend on prices. That is far below a floor in bf16. Stock's reference has the plain schedule.
 """
 
 from __future__ import annotations
@@ -111,13 +114,26 @@ def judge(case: Case, ranks: RankPools, data: str) -> Judgement:
     try:
         return _compare(runs, reference, data)
     except _RunFailed as error:
-        return Judgement(case, Verdict.FAILED, message=_one_line(error))
+        failed = Judgement(case, Verdict.FAILED, message=_one_line(error))
+    if case.plain_schedule(data) is None:
+        return failed
+    try:
+        runs.train(case.stock_in_schedule(data))
+    except _RunFailed as error:
+        return Judgement(case, Verdict.SKIPPED, message=_one_line(error))
+    return failed
 
 
 def _compare(runs: _Runs, reference: list[Outcome], data: str) -> Judgement:
     case, command, stock = runs.case, runs.case.row.fsep_run(data), reference[0].record
-    found = distance(runs.train(command)[0].record, stock)
+    trained = runs.train(command)[0].record
+    found = distance(trained, stock)
     distances, chosen = {"FSEP": found}, None
+    if (plain := case.plain_schedule(data)) is not None:
+        scheduled = distance(trained, runs.train(plain)[0].record)
+        distances["from its plain schedule"] = scheduled
+        if case.keeps_layouts and any(scheduled.parts()):
+            return Judgement(case, Verdict.BEYOND, distances, "its schedule changes bits")
     judged = partial(Judgement, case, distances=distances)
     smallest = Distance(*(SMALLEST_FLOOR,) * len(found.parts()))
     if found.within(smallest.times(FLOOR_FACTOR)):

@@ -27,7 +27,7 @@ def refusals(row: Row) -> list[str]:
     others_of_megatron = {
         "world_size": row.ranks,
         "fp8": given.pop("fp8_format", None),
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": "no_gradient_accumulation_fusion" not in given,
         "moe_permute_fusion": False,
         "moe_flex_dispatcher_backend": None,
         "moe_layer_freq": 1,

@@ -317,6 +317,33 @@ DISPATCHERS: Choice = {
     "DeepEP": Setting(0.06, rows.DEEPEP, never=("tokens by nodes",)),
     "HybridEP": Setting(0.06, rows.HYBRIDEP, never=("tokens by nodes",)),
 }
+_WHOLE_LAYERS = ("full recompute", "recompute by block", "recompute of the MoE layer", "moe")
+_FSDP = tuple(name for name in SHARDING if name.startswith("Megatron-FSDP"))
+_NOT_SCHEDULED = (*_FROZEN, *_FSDP, *_WHOLE_LAYERS, *HYBRIDS)
+# Drawn last. The reference has the plain schedule: that of parts of layers needs bf16, and experts
+# on several ranks.
+SCHEDULE: Choice = {
+    "fused weight gradients": Setting(0.3, "", rows.UNFUSED, never=(*_FROZEN, *_FSDP)),
+    "combined 1F1B": Setting(
+        0.9,
+        rows.COMBINED,
+        needs=("bf16",),
+        never=(
+            *(*_NOT_SCHEDULED, "overlapped shared experts", "repeated multi-token prediction"),
+            *("router replay", "graphs of attention", "graphs up to the counts"),
+        ),
+    ),
+    "delayed weight gradients": Setting(0.7, rows.DELAYED, needs=("combined 1F1B",)),
+    # With overlapped reduces, gradients of home experts would be reduced before they are computed.
+    "weight gradients behind the dispatch": Setting(
+        0.2,
+        rows.BEHIND_DISPATCH,
+        never=(
+            *(*_NOT_SCHEDULED, "combined 1F1B"),
+            *("overlapped reduce", "distributed optimizer, both overlaps"),
+        ),
+    ),
+}
 # All settings, by the feature that they are.
 SETTINGS: Choice = {}
 for _table in [value for value in vars().values() if isinstance(value, dict)]:
@@ -324,10 +351,17 @@ for _table in [value for value in vars().values() if isinstance(value, dict)]:
         SETTINGS |= _table
 
 
-def without_fsdp(flags: str) -> str | None:
-    """Return flags with DDP in place of Megatron-FSDP, or None where there is no such.
+def of_reference(flags: str) -> str | None:
+    """Return flags with DDP and the plain schedule, or None where they are those.
 
     Megatron-FSDP's gradients of stock's experts may be wrong: see its rows in `rows.py`.
     """
-    others, found = re.subn(rf"{rows.FSDP}\w+", " --use-distributed-optimizer", flags)
-    return others if found else None
+    others = re.sub(rf"{rows.FSDP}\w+", " --use-distributed-optimizer", flags)
+    others = in_plain_schedule(others)
+    return None if others == flags else others
+
+
+def in_plain_schedule(flags: str) -> str:
+    for setting in SCHEDULE.values():
+        flags = flags.replace(setting.flags, "")
+    return flags
