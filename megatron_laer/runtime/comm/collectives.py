@@ -118,9 +118,8 @@ class CountsExchange:
 def routing_words(routing_map_TE: torch.Tensor) -> torch.Tensor:
     """Add up a router's map over tokens by another way than its counts: int64 [W], in one call.
 
-    A word's sum is that of 256**e · count over its experts e = 0 to 3. It does not overflow, so
-    tokens cannot move from one expert to another unseen. Eight experts would fit into 64 bits, but
-    256 tokens of the last one would vanish from the sum.
+    A word's sum is that of 256**e · count over its experts e. With four of them it cannot overflow,
+    so no tokens can move between experts unseen.
     """
     dtype = _WORDS[experts_of_a_word(routing_map_TE.shape[1])]
     return routing_map_TE.view(dtype).sum(dim=0, dtype=torch.int64)
