@@ -99,8 +99,12 @@ laer_install() {
         size="torch with CUDA, Megatron and tools; that is 3.2 GB to download and 5.8 GB on disk: some"
         size+=" 10 minutes. 0.3 and 1.2 GB with TORCH_INDEX_URL: docs/start.md"
     fi
-    # An estimate: a line of 100 Mbit/s, and two to five minutes to unpack and to build the core.
-    echo "Installing into .venv. The first time: $size ..."
+    if [[ -f $laer_venv/stamp ]]; then
+        echo "Updating .venv, since the checkout has changed since it was installed ..."
+    else
+        # An estimate: a line of 100 Mbit/s, two to five minutes to unpack and to build the core.
+        echo "Installing into .venv: $size ..."
+    fi
     if ! {
         # Alone, since such an index has few other packages; what torch needs comes with the rest.
         { [[ -z $index_url ]] ||

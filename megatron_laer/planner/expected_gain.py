@@ -42,11 +42,7 @@ class ExpectedGain:
         found = f"{low:.2f} to {high:.2f} times as fast as stock's"
         if high <= 1.0:
             found += ", no gain (leave --expert-parallel-mode fsep out)"
-        fsep, stock = ("{:.3g} to {:.3g} ms".format(*ms) for ms in (self.fsep_ms, self.stock_ms))
-        return (
-            f"expected on {self.cluster}, from even routing to typical skew: MoE layers {found}, "
-            f"{fsep} per microbatch against {stock}"
-        )
+        return f"expected on {self.cluster}, from even routing to typical skew: MoE layers {found}"
 
 
 def expected_gain(config: FSEPConfig, geometry: Geometry, costs: CostModel) -> ExpectedGain | None:

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -112,6 +113,7 @@ def _refuse_yaml(path: str) -> None:
 )
 def _validate(original: Any, args: Namespace, *rest: Any, **kwargs: Any) -> Any:
     with _refusing():
+        _refuse_without_gpu(args)
         config = fsep_flags.config_from_args(args)
         if config is not None:
             config, said = _checked(args, config, rest[0] if rest else kwargs.get("defaults"))
@@ -141,6 +143,23 @@ def _validate(original: Any, args: Namespace, *rest: Any, **kwargs: Any) -> Any:
         enable(config, seed=args.seed)
     install_metrics(args.log_interval, args.num_layers, args.mtp_num_layers or 0)
     return result
+
+
+def _refuse_without_gpu(args: Namespace) -> None:
+    """Refuse flags for GPUs on a machine without one, with one message per machine.
+
+    A launcher ends the other ranks as soon as the first has said it.
+    """
+    if cpu_installed() and args.distributed_backend == "nccl":
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_ONE_SPEAKS_S)
+        raise ValueError(
+            "this machine has no GPU that torch can use, and these flags need one; to train on the "
+            "CPU, take the flags of `python -m megatron_laer flags tiny-moe --cpu`"
+        )
+
+
+_ONE_SPEAKS_S = 30.0
 
 
 def _checked(

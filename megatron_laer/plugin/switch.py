@@ -76,7 +76,8 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     repoint_hybrid_specs()
     if int(os.environ.get("RANK", "0")) == 0:
         if fresh:
-            logger.info("FSEP is on:\n%s", patch_table())
+            logger.info("FSEP is on")
+            logger.debug("FSEP: changes in Megatron:\n%s", patch_table())
         if not wanted.config.quantises_experts:
             logger.info("FSEP: experts compute with --fsep-set gemm=%s", wanted.config.gemm)
         for word in wanted.config.allow_unproven:

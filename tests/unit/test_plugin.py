@@ -18,7 +18,7 @@ from megatron_laer.environment import UNRELEASED_MEGATRON
 from megatron_laer.plugin import sharded_models
 from megatron_laer.releases import NEXT, NUMBERS, TESTED_RANGE, release_after
 from megatron_laer.support.torch_version import problem_on_cuda
-from tests.processes import python
+from tests.processes import finished, python
 
 UNSUPPORTED = ("0.16.1", "0.17.1", f"{release_after(NEXT.number)}.0")
 
@@ -225,3 +225,21 @@ def test_a_loop_of_ones_own_is_refused_what_its_optimizer_cannot_do(
             optimizer._create_emerging_optimizer(settings, [], name, [], None)
     finally:
         megatron_laer.disable()
+
+
+def test_flags_for_gpus_on_a_machine_without_one_get_one_sentence_that_names_the_way_out() -> None:
+    root = Path(__file__).resolve().parents[2]
+    flags = python("-m", "megatron_laer", "flags", "tiny-moe").split()  # of README's command
+    result = finished(
+        *(root / "pretrain_gpt.py", *flags, "--mock-data"),
+        *"--micro-batch-size 1 --global-batch-size 8 --train-iters 1 --lr 1e-3".split(),
+        *"--expert-parallel-mode fsep --expert-model-parallel-size 8".split(),
+        MEGATRON_LAER_DEVICE="cpu",
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="8",
+    )
+    said = result.stderr.splitlines()
+    (problem,) = [line for line in said if line.startswith("pretrain_gpt.py: ")]
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "no GPU" in problem and "`python -m megatron_laer flags tiny-moe --cpu`" in problem

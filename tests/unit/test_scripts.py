@@ -82,14 +82,15 @@ esac
 
 @pytest.fixture
 def install(tmp_path):
-    def run(version=None, **environment):
+    def run(version=None, again=False, **environment):
         top, asked = tmp_path / "top", tmp_path / "asked"
-        shutil.rmtree(top, ignore_errors=True)
-        (top / "scripts").mkdir(parents=True)
+        if not again:
+            shutil.rmtree(top, ignore_errors=True)
+        (top / "scripts").mkdir(parents=True, exist_ok=True)
         shutil.copy(_ROOT / "scripts" / "environment.sh", top / "scripts")
         for name in ("pyproject.toml", "setup.py", "constraints.txt"):
             shutil.copy(_ROOT / name, top)
-        (top / "megatron_laer" / "planner" / "native").mkdir(parents=True)
+        (top / "megatron_laer" / "planner" / "native").mkdir(parents=True, exist_ok=True)
         (top / "megatron_laer" / "planner" / "native" / "x.cpp").touch()
         # An interpreter without packages, or with one named torch.
         elsewhere = tmp_path / "elsewhere"
@@ -122,10 +123,21 @@ def install(tmp_path):
 
 def test_torch_with_cuda_is_installed_where_nothing_else_is_asked_for(install):
     said, (asked,), venv = install("2.5.1")  # too old
-    assert f"Installing into .venv. The first time: {_DEFAULT}" in said
+    assert f"Installing into .venv: {_DEFAULT}" in said
     assert "--index-url" not in asked and asked.endswith(f"--editable {venv.parent}[test]")
     assert f"--constraint {venv.parent}/constraints.txt " in asked
     assert not (venv / "bin" / "torchrun").exists()  # torch brings its own
+
+
+def test_a_first_installation_is_announced_only_once(install):
+    _, (first,), venv = install()
+    said, asked, _ = install(again=True)
+    assert asked == [] and said == f"PYTHON={venv}/bin/python\n"
+    # What is installed is brought up to date where the sources have changed since.
+    (venv / "stamp").write_text("of other sources\n")
+    said, asked, _ = install(again=True)
+    assert asked == [first] and said.startswith("Updating .venv, since the checkout has changed")
+    assert "GB" not in said and "minutes" not in said
 
 
 def test_torch_comes_from_its_index_alone_and_everything_else_does_not(install):
@@ -143,9 +155,7 @@ def test_torch_comes_from_its_index_alone_and_everything_else_does_not(install):
 @pytest.mark.parametrize("version", ["2.6.0+cpu", "2.15.1", "3.0.0a0+git1234"])
 def test_the_torch_of_the_interpreter_is_used(version, install):
     said, (asked,), venv = install(version)
-    assert (
-        f"The first time: torch=={version} is there already; Megatron and tools are 0.14 GB" in said
-    )
+    assert f".venv: torch=={version} is there already; Megatron and tools are 0.14 GB" in said
     assert f"--constraint {venv}/constraints.txt " in asked and "--index-url" not in asked
     pinned = (venv / "constraints.txt").read_text().splitlines()
     assert [line for line in pinned if line.startswith("torch==")] == [f"torch=={version}"]
