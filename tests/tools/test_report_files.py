@@ -244,3 +244,28 @@ def test_the_report_and_plan_say_one_gain_of_one_window(folder, tmp_path, capsys
     assert {row["cases"] for row in planned["rows"]} == {12}
     assert {row["cases"] for row in data_of(page)["what_if"]} == {12}
     assert "in the iterations 3 to 5, for" in page
+
+
+def test_stray_logs_are_named_in_one_line_and_refuse_no_page(folder, tmp_path, caplog):
+    (folder / "train.log").write_text(logged())
+    (folder / "folder.log").mkdir()
+    (folder / "loop.log").symlink_to("loop.log")
+    (folder / "long.log").touch()
+    os.truncate(folder / "long.log", 2**36)  # sparse: a line that is not read to its end
+    page = html.unescape(written(tmp_path, folder))
+    assert figure_of(data_of(page), "Loss")
+    (said,) = caplog.messages
+    assert said == (
+        "logs that are not read: 'folder.log' is no regular file; "
+        f"{folder}/long.log, line 1: longer than 33,554,432 characters; "
+        "'loop.log' is no regular file"
+    )
+    assert said[0].upper() + said[1:] + "." in page
+
+
+@pytest.mark.parametrize("name", ["x.pdf", "page", "x.html.json"])
+def test_a_page_of_another_kind_than_html_is_refused(folder, tmp_path, capsys, name):
+    assert report(folder, "--out", tmp_path / name) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--out '{tmp_path / name}': the page is HTML; give a name that ends in .html" in line
+    assert not (tmp_path / name).exists()

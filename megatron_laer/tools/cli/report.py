@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_laer.files.checks import one_line, refuse_overwriting, refuse_unwritable
+from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import write_output
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -28,6 +28,7 @@ from megatron_laer.tools.report.what_if import WhatIf, what_if
 from megatron_laer.tools.traces import read_trace
 
 _DEFAULT_OUT = "report.html"
+_SUFFIXES = (".html", ".htm")
 _MAX_CASES = 10**6
 
 _EXAMPLES = """\
@@ -69,6 +70,11 @@ def run(args: argparse.Namespace) -> int:
     files = find_run(args.run, args.group)
     refuse_overwriting(args.out, files.all_files(), "--out")
     refuse_as_source(args.out, args.run, "--out")
+    if args.out.suffix.lower() not in _SUFFIXES:
+        raise ValueError(
+            f"--out {quoted(args.out)}: the page is HTML; give a name that ends in "
+            f"{' or '.join(_SUFFIXES)}"
+        )
     refuse_replacing(args.out, "--out", force=args.force)
 
     recording = read_metrics(files.metrics)

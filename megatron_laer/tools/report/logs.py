@@ -6,6 +6,7 @@ this number are the run's. A log of stock has neither a number nor any of FSEP's
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from megatron_laer.files.recording import run_of
 from megatron_laer.telemetry.log import LOSS, RUN, STEP_MS, LoggedRun, Step, read_log, window
 from megatron_laer.tools.report.metrics_recording import MetricsRecording
 from megatron_laer.tools.report.run_files import RunFiles
+
+logger = logging.getLogger(__name__)
 
 # The first losses of stock and FSEP differ by rounding, those of other models or data by more.
 _SAME_LOSS = 0.01
@@ -57,13 +60,16 @@ def read_logs(files: RunFiles, recording: MetricsRecording) -> Logs:
     Training prints the number of the first group, whose recordings may be those `of_other_groups`.
     """
     numbers = {run_of(path) for path in (files.metrics, *files.of_other_groups)} - {None}
-    own, stock, notes = list[LoggedRun](), list[LoggedRun](), list[str]()
+    own, stock, notes, unread = list[LoggedRun](), list[LoggedRun](), list[str](), list[str]()
     for path in files.logs:
-        if not path.is_file():
-            notes.append(f"{quoted(path.name)} is no regular file, and is not read.")
+        try:
+            if not path.is_file():
+                raise ValueError(f"{quoted(path.name)} is no regular file")
+            with naming(path):
+                log = read_log(one_line(path.name), path)
+        except ValueError as error:
+            unread.append(one_line(error))
             continue
-        with naming(path):
-            log = read_log(one_line(path.name), path)
         if not log.steps:
             continue
         runs = {step.run for step in log.steps.values()} - {None}
@@ -82,6 +88,9 @@ def read_logs(files: RunFiles, recording: MetricsRecording) -> Logs:
             )
         else:
             stock.append(log)
+    if unread:
+        logger.warning("logs that are not read: %s", "; ".join(unread))
+        notes.append(f"Logs that are not read: {'; '.join(unread)}.")
     own.sort(key=lambda log: max(log.steps))  # repeated steps as in the later log
     steps = {at: step for log in own for at, step in log.steps.items()}
     loss = sorted((at, of.values[LOSS]) for at, of in steps.items() if LOSS in of.values)
