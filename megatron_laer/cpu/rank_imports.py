@@ -5,6 +5,7 @@ So imports cost time and memory once. Forked ranks also share the order of sets,
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 
@@ -38,3 +39,5 @@ SET_BY_PREPARE = _import()
 # Keep imported objects from being walked or copied by ranks.
 gc.collect()
 gc.freeze()
+# Else triton reports its functions as leaked, in twenty lines after a program's last word.
+atexit.register(gc.unfreeze)
