@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,13 +13,15 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def yaml_file(kind: str, path_or_name: str | Path) -> Path:
-    """Return a shipped file by name, or a path: a text with a slash, .yaml or .yml."""
+    """Return a shipped file by name, or a path: a text with a slash, .yaml or .yml, or a file."""
     name = str(path_or_name)
     if isinstance(path_or_name, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(path_or_name)
     # The package's own data first: `configs` next to an installed package may be another project's.
     folders = (_PACKAGE / "configs" / f"{kind}s", _PACKAGE.parent / "configs" / f"{kind}s")
     known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
+    if name not in known and os.path.lexists(name):  # read, or refused by what it is
+        return Path(name)
     if name not in known:
         raise ValueError(
             f"unknown {kind} {quoted(name)}{did_you_mean(name, known) or ';'} known are "

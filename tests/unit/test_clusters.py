@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -246,3 +247,23 @@ def test_time_is_linear_between_points_and_constant_below_the_first() -> None:
     np.testing.assert_allclose(curve.unit_seconds(tokens), [0, 0.01, 0.01, 0.015, 0.02, 0.04])
     with pytest.raises(ValueError, match="at least one point"):
         GemmCurve(())
+
+
+def test_a_name_that_exists_is_read_or_refused_by_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("of-ours").write_text(yaml_file("cluster", "h100-8").read_text())
+    assert load_cluster("of-ours") == load_cluster("h100-8")
+    os.mkfifo("pipe")
+    Path("folder").mkdir()
+    Path("dangling").symlink_to("nowhere")
+    Path("loop").symlink_to("loop")
+    for name, said in (
+        ("pipe", "'pipe' is a pipe; give a regular file"),
+        ("folder", "'folder' is a folder; give a regular file"),
+        ("dangling", "No such file or directory"),
+        ("loop", "Too many levels of symbolic links"),
+    ):
+        with pytest.raises((ValueError, OSError), match=said):
+            load_cluster(name)
+    with pytest.raises(ValueError, match="unknown cluster 'absent'"):
+        load_cluster("absent")
