@@ -43,6 +43,7 @@ def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path):
         ("", "has no flags and cannot be judged; give a command line"),
         ('{"num-experts": 8}\n', "it looks like JSON; give a command line"),
         ("num_experts,8\nhidden,64\n", "it looks like CSV; give a command line"),
+        ("flag,value\n--num-experts,8\n", "rows with commas .*; it looks like CSV; give a command"),
         ("{it's\n", "no command line: No closing quotation; it looks like JSON"),
     ],
 )

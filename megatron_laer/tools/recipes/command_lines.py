@@ -24,6 +24,8 @@ NOT_EXPANDED = (
 # A variable of a shell, or the output of a command; all words of a list.
 _VARIABLE = re.compile(r"\$[A-Za-z_{(@*0-9]|`")
 _LIST = re.compile(r"\$\{\w+\[[@*]\]|\$[@*]")
+# A flag with its value in a row of CSV.
+_ROW = re.compile(r"--[\w-]+,")
 # The time of shlex grows with the square of a word.
 _MAX_BYTES = 2**18
 
@@ -36,8 +38,10 @@ def flags_in_file(path: Path) -> list[str]:
             flags = script_flags(shlex.split(text, comments=True))
         except ValueError as error:
             raise ValueError(f"{path}: no command line: {error}{_looks_like(text)}") from error
-        if not any(word.startswith(("--", "$")) for word in flags):
-            raise ValueError(f"{path}: has no flags and cannot be judged{_looks_like(text)}")
+        is_list = any(_ROW.match(word) for word in flags)
+        if is_list or not any(word.startswith(("--", "$")) for word in flags):
+            lacks = "has flags in rows with commas" if is_list else "has no flags"
+            raise ValueError(f"{path}: {lacks} and cannot be judged{_looks_like(text)}")
         return flags
     content = read_yaml(path)
     if not isinstance(content, Mapping):
