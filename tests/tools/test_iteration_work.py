@@ -339,3 +339,23 @@ def test_steps_that_lack_a_layer_are_not_simulated():
     counts_RNE = np.ones((len(keys), 2, 4), dtype=np.int32)
     trace = Trace(("1", "2"), step_R, layer_R, np.zeros_like(step_R), counts_RNE)
     assert [number(trace, step) for step, _ in Routing(trace, 2, topk=2).walk(9)] == [3, 4]
+
+
+def test_many_microbatches_are_extended_from_few_to_the_same_iteration():
+    model = replace(read_model("tiny-moe"), sequence=512)
+    trace = workload_trace("W6", WorkloadShape(4, 8, 2, 512), 4, layers=2, microbatches=3)
+    routing, cluster = Routing(trace, 4, 2), load_cluster("h100-8")
+    geometry = Geometry(4, 8, 3, 4)
+    settings = MethodSettings(geometry, model.costs(cluster, Recompute.NONE, routing.pairs), topk=2)
+    rates = Rates(cluster, model.bytes_per_element)
+    methods = [METHODS[name](settings, rates) for name in METHODS]
+    for stages, chunks in ((1, 1), (2, 1), (2, 2)):
+        run = RunShape(4, 4, 512, 24, stages, chunks)
+        whole, short = (
+            predict_iterations(routing, model, run, methods, [rates], most=most) for most in (24, 0)
+        )
+        for one, other in zip(whole, short, strict=True):
+            assert other.iteration_s == pytest.approx(one.iteration_s, rel=1e-2)
+            assert other.peak_bytes == pytest.approx(one.peak_bytes, rel=1e-6)
+            spent = sum((*other.compute_s.values(), *other.exposed_s.values(), other.waiting_s))
+            assert spent == pytest.approx(other.iteration_s)

@@ -79,22 +79,28 @@ FITS = "{path} --model mixtral-8x7b-e8k2 --node-size 2 --tokens 32768 --steps 1 
         (
             f"{FITS} --cluster h100-8",
             r"^Nothing fits 78.6 GiB of a rank: the least need is of EP4 .* \d{3} and stock "
-            r"EP\d \d{3} GiB\. Recompute more, .* with 78.6 GiB each;",
+            r"EP\d \(\w+\) \d{3} GiB\. Spread the model .* with 78.6 GiB each; recompute full",
         ),
-        (f"{FITS} --memory-gib 10000", r"C=.* as stock EP1; "),
         (
-            f"{FITS} --memory-gib 480 --stock-expert-parallel 1",
-            r"^Use FSEP \(EP4 .*\): stock does not fit 480 GiB; .* of stock EP1, \d+ GiB\. ",
+            f"{FITS} --cluster h100-8 --recompute none",
+            r"^Nothing fits 78.6 GiB of .* GiB\. Recompute more, .* each; recompute none",
+        ),
+        (f"{FITS} --memory-gib 10000", r"C=.* as stock EP1 \(alltoall\); .* recompute none "),
+        (
+            f"{FITS} --memory-gib 480 --stock-expert-parallel 1 --recompute none",
+            r"^Use FSEP \(EP4 .*\): stock does not fit 480 GiB; "
+            r".* of stock EP1 \(alltoall\), \d+ GiB\. ",
         ),
         (f"{FITS} --cluster cpu-gloo", r" cpu-gloo has no card, so only --memory-gib limits "),
         (
-            f"{W0} --restore step --memory-gib 190",
-            r"^Take stock EP8: no setting of FSEP fits 190 GiB; the least need is of EP8 .*, "
-            r"2\d\d GiB\..* EP8 experts C=2, tokens rank, restore step, forecast; ",
+            f"{W0} --restore step --memory-gib 190 --recompute none --stock-dispatcher flex",
+            r"^Take stock EP8 \(flex\): no setting of FSEP fits 190 GiB; the least need is of "
+            r"EP8 .*, 2\d\d GiB\..* EP8 experts C=2, tokens rank, restore step, forecast; ",
         ),
     ],
     ids=[
         "the card is too small for both",
+        "more can be recomputed",
         "enough memory",
         "stock does not fit",
         "a cluster without a card",
@@ -112,21 +118,30 @@ def test_stock_has_the_fastest_group_that_fits_and_all_outputs_name_it(tmp_path,
     cluster.write_text(cluster_text(without))
 
     def stock(*words):
-        flags = "--ranks 8 --method stock fsep --steps 1 --tokens 4096 --cluster".split()
-        flags += [cluster]
+        flags = "--ranks 8 --method stock fsep --steps 1 --tokens 4096 --recompute none".split()
+        flags += ["--cluster", cluster]
         found = simulated(tmp_path / "x", path, *TINY, *flags, *words, capsys=capsys)
         of_method = found["methods"]["stock"]
-        assert any(f"stock EP{of_method['group']} " in line for line in found["lines"])
+        title = f"stock EP{of_method['group']} ({of_method['dispatcher']})"
+        assert any(f"{title} " in line for line in found["lines"])
         assert found["methods"]["fsep"]["group"] is None
         return of_method, found["advice"]
 
     fixed = {group: stock("--stock-expert-parallel", group)[0] for group in (1, 2, 4, 8)}
     assert [of["group"] for of in fixed.values()] == list(fixed)
+    for group, of in fixed.items():  # each with its faster dispatcher
+        words = "--stock-expert-parallel", group, "--stock-dispatcher"
+        ways = [stock(*words, dispatcher)[0] for dispatcher in ("alltoall", "flex")]
+        assert of == min(ways, key=lambda way: way["iteration_s"]["value"])
+        assert [way["dispatcher"] for way in ways] == [
+            "alltoall",
+            "flex" if group > 1 else "alltoall",
+        ]
     assert fixed[8] == min(fixed.values(), key=lambda of: of["peak_bytes"])
     in_a_node = min((2, 4, 8), key=lambda group: fixed[group]["iteration_s"]["value"])
     chosen, advice = stock()
     assert chosen == fixed[in_a_node]
-    assert f"as fast as stock EP{in_a_node}; " in advice
+    assert f"as fast as stock EP{in_a_node} ({chosen['dispatcher']}); " in advice
     for group in fixed:
         limit = fixed[group]["peak_bytes"] / 2**30 + 1e-3
         fits = [of for of in fixed.values() if of["peak_bytes"] <= limit * 2**30]
@@ -135,6 +150,17 @@ def test_stock_has_the_fastest_group_that_fits_and_all_outputs_name_it(tmp_path,
     # Nothing fits: the group that needs least.
     chosen, advice = stock("--memory-gib", 1)
     assert chosen == fixed[8] and advice.startswith("Nothing fits 1 GiB of a rank: ")
+
+
+def test_the_most_microbatches_end_soon_and_take_as_long_as_their_number(tmp_path, capsys):
+    words = "--workload W1 --model tiny-moe --cluster h100-8 --ranks 4 --microbatches".split()
+    some, most = (
+        simulated(tmp_path / "x", *words, number, capsys=capsys)["methods"]["fsep"]
+        for number in (64, 2**16)
+    )
+    assert most["iteration_s"]["value"] == pytest.approx(
+        2**10 * some["iteration_s"]["value"], rel=0.02
+    )
 
 
 def test_sharding_slots_and_exchange_are_those_of_training_by_default(tmp_path, path, capsys):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from megatron_laer.choices import Dispatch, Sharding, Unproven
+from megatron_laer.choices import Dispatch, Recompute, Sharding, Unproven
 from megatron_laer.config import flag_name
 from megatron_laer.files.checks import one_line
 from megatron_laer.planner.clusters import Cluster
@@ -26,7 +26,7 @@ from megatron_laer.tools.cli.program import describe
 from megatron_laer.tools.cli.progress import bar
 from megatron_laer.tools.recipes.command_lines import script_flags
 from megatron_laer.tools.simulator.advisor import output
-from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run
+from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run, Variant
 from megatron_laer.tools.simulator.advisor.search import search
 from megatron_laer.tools.simulator.advisor.settings import group_flags, group_sizes
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
@@ -72,32 +72,65 @@ def run(args: argparse.Namespace) -> int:
     settings = parsed(words) if words else Namespace(**run_flags.DEFAULTS)
     model = run_flags.model_with(settings, model)
     asked, balanced = _runs(args, cluster, model, settings, most_gib)
-    common = [] if words else list(run_flags.ASSUMED)
-    if words:
-        asked = replace(asked, allow=_allowed(args, asked, words))
     predictor = Predictor(asked)
     results = search(
         predictor, Predictor(balanced), lambda title, items: bar(title, leave=False)(items)
     )
     shape = asked.shape
+    recompute = ", or ".join(
+        [shape.recompute, *["full where that does not fit"] * (len(asked.variants) > 1)]
+    )
     routing = f"workload {args.workload}" if args.trace is None else str(args.trace)
     title = (
         f"{args.model} on {args.gpus} GPUs of {cluster.name}, {routing}: {shape.tokens} tokens per "
         f"rank and microbatch, {shape.microbatches} microbatches; tensor {shape.tensor}, pipeline "
-        f"{shape.stages} x {shape.chunks}; recompute {shape.recompute}"
+        f"{shape.stages} x {shape.chunks}; recompute {recompute}"
     )
-    write_json(args.json, {"title": title} | output.content(asked, results, common))
-    print(output.text(one_line(title), asked, results, common))
+    write_json(args.json, {"title": title} | output.content(asked, results))
+    print(output.text(one_line(title), asked, results))
     return 0 if results.best.found or results.stocks.found else 1  # nothing fits
 
 
-def _allowed(args: argparse.Namespace, asked: Run, words: list[str]) -> tuple[Unproven, ...]:
+def _allowed(args: argparse.Namespace, asked: Run, words: Sequence[str]) -> tuple[Unproven, ...]:
     """Return what the flags need of `--fsep-allow-unproven`; refuse them as training does."""
     whole = [size for size in asked.sizes if size > 1 and not asked.model.num_experts % size]
-    group = group_flags(max(whole or asked.sizes), is_flex=False)
+    group = group_flags(max(whole or asked.sizes), "alltoall")
     if Sharding.ROWS not in asked.shardings:
         group += [flag_name("sharding"), Sharding.EXPERTS.value]
     return run_flags.allowed(args.model, [*words, *group], args.gpus)
+
+
+def _takes(args: argparse.Namespace, asked: Run, words: Sequence[str]) -> bool:
+    """Return True if training takes these flags beside the given ones."""
+    try:
+        _allowed(args, asked, [*script_flags(args.flags), *words])
+    except ValueError:
+        return False
+    return True
+
+
+def _with_open_flags(args: argparse.Namespace, settings: Namespace, asked: Run) -> Run:
+    """Return the run with what flags leave open: a sharded optimizer, and recompute."""
+    given = asked.as_given
+    assumed = given.flags
+    if args.flags:
+        assumed = tuple(flag for flag in run_flags.ASSUMED if not getattr(settings, _name(flag)))
+        if not _takes(args, asked, assumed):
+            assumed = ()
+    shape = given.shape
+    if assumed:
+        shape = replace(shape, shards_optimizer=True, overlaps_data_parallel=True)
+    variants = [Variant(shape, assumed, given.overlaps)]
+    again = (*assumed, *run_flags.RECOMPUTE)
+    is_open = settings.recompute_granularity is None and given.overlaps != (True,)
+    if is_open and (not args.flags or _takes(args, asked, again)):
+        shape = replace(shape, recompute=Recompute.FULL, attention_again=True)
+        variants.append(Variant(shape, again, (False,)))
+    return replace(asked, variants=tuple(variants))
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def _runs(
@@ -128,14 +161,19 @@ def _runs(
     dispatches = [Dispatch.RANK]
     if not settings.moe_permute_fusion:  # training refuses both
         dispatches.append(Dispatch.NODE)
-    if settings.moe_token_dispatcher_type != "alltoall":
+    gives_flex = settings.moe_token_dispatcher_type == "flex"
+    if gives_flex or not settings.gives_dispatcher:
         dispatches.append(Dispatch.FLEX)
     at_home = model.precision.is_quantised
     if args.flags:
         at_home |= sharding_for(settings)[0] == Sharding.EXPERTS
+    flags = () if args.flags else run_flags.ASSUMED
+    as_given = Variant(shape, flags, run_flags.overlaps(settings, shape))
     asked = Run(
         model=model,
-        shape=shape,
+        as_given=as_given,
+        gives_flex=gives_flex,
+        variants=(as_given,),
         sizes=tuple(sizes),
         node_size=min(cluster.ranks_per_node, max(sizes)),
         rates=prediction_input.rates_of(model, cluster),
@@ -144,10 +182,12 @@ def _runs(
         most_bytes=most_gib * 2**30,
         dispatches=tuple(dispatches),
         flex_backend=settings.moe_flex_dispatcher_backend,
-        overlaps=run_flags.overlaps(settings, shape),
         shardings=(Sharding.EXPERTS,) if at_home else tuple(Sharding),
         allow=(Unproven.FP8_EXPERTS,) if model.precision.is_quantised else (),
     )
+    if args.flags:
+        asked = replace(asked, allow=_allowed(args, asked, script_flags(args.flags)))
+    asked = _with_open_flags(args, settings, asked)
     even = _trace_of(model, "W0", shape.tokens, None)
     return asked, replace(asked, trace_of=even, tokens=None)
 

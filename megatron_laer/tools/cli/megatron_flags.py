@@ -82,6 +82,7 @@ def parsed(words: list[str], ranks: int | None = None) -> Namespace:
     _check_bounds(settings)
     settings.expert_parallel_mode = ExpertParallelMode.FSEP
     settings.world_size = ranks or settings.expert_model_parallel_size
+    settings.gives_dispatcher = settings.moe_token_dispatcher_type is not None
     arguments.fill_in(settings, {})
     arguments.leave_out(settings)
     return settings

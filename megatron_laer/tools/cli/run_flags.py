@@ -48,6 +48,9 @@ _NOT_SIMULATED = (
 )
 # Settings of a run without flags: `ASSUMED`, and Megatron's defaults.
 ASSUMED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+RECOMPUTE = tuple(
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+)
 DEFAULTS = {
     **_OF_RUN,
     **{name: without for name, without, _ in _NOT_SIMULATED},
@@ -59,7 +62,8 @@ DEFAULTS = {
     **dict.fromkeys(("use_distributed_optimizer", "overlap_grad_reduce"), True),
     **dict.fromkeys(("recompute_granularity", "fp8")),
     "optimizer": "adam",
-    "moe_token_dispatcher_type": "flex",
+    "moe_token_dispatcher_type": "alltoall",
+    "gives_dispatcher": False,
     "moe_flex_dispatcher_backend": "deepep",
 }
 

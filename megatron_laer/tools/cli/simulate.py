@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -30,7 +31,11 @@ from megatron_laer.tools.cli.progress import bar
 from megatron_laer.tools.simulator import output
 from megatron_laer.tools.simulator.iteration.methods import METHODS, STOCK, MethodSettings
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
-from megatron_laer.tools.simulator.iteration.predict import fastest_stock, predict_iterations
+from megatron_laer.tools.simulator.iteration.predict import (
+    IterationPrediction,
+    fastest_stock,
+    predict_iterations,
+)
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.replay import Routing
@@ -41,6 +46,7 @@ _MAX_COUNT, _MAX_STEPS = 2**16, 10**5
 _AUTO = Auto.AUTO.value
 # Word of --recompute for the module `moe` of Megatron's selective recomputation.
 _ALL_BUT_ATTENTION = "moe"
+_STOCK_DISPATCHERS = ("alltoall", Dispatch.FLEX.value)
 
 _EXAMPLES = """\
 examples:
@@ -80,13 +86,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--account-for-loss", "with the LM head, as a layer of the last chunk"),
     ):
         run.add_argument(flag, action="store_true", help=text)
-    again = "what backward computes again; moe: layers without attention; compute: no exchanges"
+    again = (
+        "what backward computes again; moe: layers without attention; compute: no exchanges; auto: "
+        "none, and full if memory is too small without"
+    )
     ours = parser.add_argument_group("FSEP")
     shared(ours, "--capacity C", "as in training")
-    sent = "how stock sends tokens: a row per expert, or once per node"
+    sent = "how stock sends tokens: a row per expert, once per node, or the faster of them"
     for group, flag, words, word, text in (
-        (run, "--recompute", [*Recompute, _ALL_BUT_ATTENTION], Recompute.NONE.value, again),
-        (run, "--stock-dispatcher", ["alltoall", Dispatch.FLEX], Dispatch.FLEX.value, sent),
+        (run, "--recompute", [*Recompute, _ALL_BUT_ATTENTION, _AUTO], _AUTO, again),
+        (run, "--stock-dispatcher", [*_STOCK_DISPATCHERS, _AUTO], _AUTO, sent),
         (ours, "--sharding", [*Sharding, _AUTO], _AUTO, "experts at home, or rows on every rank"),
         (ours, "--token-exchange", [*Dispatch, _AUTO], _AUTO, "flex: DeepEP's"),
         (ours, "--restore", [*Restore], Restore.LAYER.value, "as in training"),
@@ -132,34 +141,28 @@ def run(args: argparse.Namespace) -> int:
     config = FSEPConfig(sharding=sharding, capacity=args.capacity, restore=args.restore)
     scaled = args.tokens if args.workload is None else None
     routing = Routing(trace, num_ranks, model.topk, scaled)
-    chosen = _chosen(args, model, rates[0], config, asked, routing)
-    geometry, recorded = chosen.geometry, int(trace.microbatch_R.max()) + 1
-    shape = _run_shape(args, model, geometry, routing.tokens(model.topk), recorded)
+    most_bytes = None if most_gib is None else most_gib * 2**30
+    for recompute, attention_again in _recomputes(args):
+        chosen = _chosen(args, model, rates[0], config, asked, routing, recompute)
+        geometry, recorded = chosen.geometry, int(trace.microbatch_R.max()) + 1
+        shape = replace(
+            _run_shape(args, model, geometry, routing.tokens(model.topk), recorded),
+            recompute=recompute,
+            attention_again=attention_again,
+        )
+        _check_overlap(args, shape)
+        predicted = _predicted(args, model, chosen, config, shape, routing, rates, most_bytes)
+        if most_bytes is None or all(of.peak_bytes <= most_bytes for of in predicted.values()):
+            break
     dispatch = chosen.costs.tokens.dispatch
     label = output.setting_label(geometry, dispatch, config.restore, combined=args.overlap)
-    most_bytes = None if most_gib is None else most_gib * 2**30
+    is_full = shape.recompute == Recompute.FULL
+    label += ", full recompute" * is_full
 
-    predict = partial(predict_iterations, routing, model, shape, steps=args.steps)
-    settings = MethodSettings(
-        geometry,
-        chosen.costs,
-        config,
-        stock_group=args.stock_expert_parallel,
-        topk=model.topk,
-        stock_flex=args.stock_dispatcher == Dispatch.FLEX,
-        combined=args.overlap,
+    over_nodes = geometry.num_nodes > 1
+    sentence = output.advice(
+        label, predicted, most_gib, leaves_nodes=over_nodes, can_recompute=not is_full
     )
-    methods = [
-        fastest_stock(settings, rates[0], predict, most_bytes)
-        if name == STOCK
-        else METHODS[name](settings, rates[0])
-        for name in args.method
-    ]
-    progress = bar("simulating", total=args.steps, unit="step", leave=False)
-    found = predict(methods, rates, progress=progress)
-    predicted = {prediction.method: prediction for prediction in found}
-
-    sentence = output.advice(label, predicted, most_gib)
     source = str(args.trace) if args.workload is None else f"workload {args.workload}"
     about = {
         "trace": source,
@@ -195,9 +198,52 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _recompute(args: argparse.Namespace) -> Recompute:
-    """Return the recomputation of layers with experts."""
-    return Recompute.FULL if args.recompute == _ALL_BUT_ATTENTION else Recompute(args.recompute)
+def _recomputes(args: argparse.Namespace) -> list[tuple[Recompute, bool]]:
+    """Return recomputations of layers with experts, tried until memory suffices.
+
+    Each has whether attention is computed again.
+    """
+    if args.recompute == _AUTO:
+        again = [Recompute.NONE] if args.overlap else [Recompute.NONE, Recompute.FULL]
+        return [(recompute, True) for recompute in again]
+    if args.recompute == _ALL_BUT_ATTENTION:
+        return [(Recompute.FULL, False)]
+    return [(Recompute(args.recompute), True)]
+
+
+def _predicted(
+    args: argparse.Namespace,
+    model: ModelShape,
+    chosen: Candidate,
+    config: FSEPConfig,
+    shape: RunShape,
+    routing: Routing,
+    rates: Sequence[Rates],
+    most_bytes: float | None,
+) -> dict[str, IterationPrediction]:
+    """Predict iterations of each method, by name."""
+    predict = partial(predict_iterations, routing, model, shape, steps=args.steps)
+    progress = bar("simulating", total=args.steps, unit="step", leave=False)
+    of_groups = bar("comparing groups of stock", total=args.steps, unit="step", leave=False)
+    shortly = partial(predict, progress=of_groups, most=0)
+    settings = MethodSettings(
+        chosen.geometry,
+        chosen.costs,
+        config,
+        stock_group=args.stock_expert_parallel,
+        topk=model.topk,
+        combined=args.overlap,
+    )
+    given = args.stock_dispatcher
+    flex = (False, True) if given == _AUTO else (given == Dispatch.FLEX,)
+    methods = [
+        fastest_stock(settings, rates[0], shortly, most_bytes, flex)
+        if name == STOCK
+        else METHODS[name](settings, rates[0])
+        for name in args.method
+    ]
+    found = predict(methods, rates, progress=progress)
+    return {prediction.method: prediction for prediction in found}
 
 
 def _chosen(
@@ -207,9 +253,10 @@ def _chosen(
     config: FSEPConfig,
     asked: Geometry,
     routing: Routing,
+    recompute: Recompute,
 ) -> Candidate:
     """Return the sharding, slots and prices that training takes."""
-    costs = model.costs(rates.cluster, _recompute(args), routing.pairs)
+    costs = model.costs(rates.cluster, recompute, routing.pairs)
     layers = len(model.layer_has_experts) * (2 if args.overlap and args.pipeline == 1 else 1)
     kinds = config.kinds | kinds_of({Kind.PARTS: args.overlap})
     costs = replace(costs, layers=layers, sharers=args.tensor_parallel, kinds=kinds)
@@ -251,15 +298,16 @@ def _run_shape(
         chunks=args.virtual_pipeline,
         replicas=replicas,
         tensor=args.tensor_parallel,
-        recompute=_recompute(args),
-        attention_again=args.recompute != _ALL_BUT_ATTENTION,
         embedding_counts=args.account_for_embedding,
         loss_counts=args.account_for_loss,
     )
+    shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
+    return shape
+
+
+def _check_overlap(args: argparse.Namespace, shape: RunShape) -> None:
     if args.overlap and not shape.can_overlap:
         raise ValueError(
             "--overlap: not with --recompute full or moe, nor with --pipeline without "
             "--virtual-pipeline; leave one out, or give --recompute compute"
         )
-    shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
-    return shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_laer.choices import Dispatch, Restore
@@ -23,10 +23,10 @@ _GIB, _WIDTH = 2**30, 100
 
 LEGEND = """\
 s/iteration at the cluster's constants, and from their fastest to their slowest. x stock: how many
-times as fast as stock, with the same range; EP8: its fastest groups, of 8 ranks. MFU: FLOPs of the
-model over the peak's. waiting: for ranks that compute longer; exposed: exchanges, counts and
-bubbles that compute waits for; both are means over ranks. memory: with estimates for CUDA and NCCL,
-without the allocator's loss."""
+times as fast as stock, with the same range; EP8 (flex): its fastest groups, of 8 ranks, and its
+fastest dispatcher. MFU: FLOPs of the model over the peak's. waiting: for ranks that compute longer;
+exposed: exchanges, counts and bubbles that compute waits for; both are means over ranks. memory:
+with estimates for CUDA and NCCL, without the allocator's loss."""
 
 
 def filled(words: str) -> str:
@@ -78,6 +78,7 @@ class Option:
 
     label: str
     prediction: IterationPrediction
+    leaves_nodes: bool = field(default=False, kw_only=True)
 
 
 def columns(stock: IterationPrediction | None) -> dict[str, Callable[[Option], str]]:
@@ -125,16 +126,23 @@ def parts_text(methods: Mapping[str, IterationPrediction]) -> str:
     return aligned(lines)
 
 
-def advice(label: str, methods: Mapping[str, IterationPrediction], most_gib: float | None) -> str:
+def advice(
+    label: str,
+    methods: Mapping[str, IterationPrediction],
+    most_gib: float | None,
+    *,
+    leaves_nodes: bool,
+    can_recompute: bool,
+) -> str:
     """Return the verdict on FSEP, whose settings the label names."""
     ours, stock = methods.get(FSEP), methods.get(STOCK)
     if ours is None or stock is None:
         return "No advice: FSEP and stock EP were not both simulated."
-    both = Option(label, ours), Option(f"stock EP{stock.group}", stock)
+    both = Option(label, ours, leaves_nodes=leaves_nodes), Option(stock.title, stock)
     least_bytes = [(of.label, of.prediction.peak_bytes) for of in both]
     most_bytes = math.inf if most_gib is None else most_gib * _GIB
     mine, theirs = (of if of.prediction.peak_bytes <= most_bytes else None for of in both)
-    return verdict(mine, theirs, least_bytes, most_gib)
+    return verdict(mine, theirs, least_bytes, most_gib, can_recompute=can_recompute)
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,12 @@ def gain(method: IterationPrediction, over: IterationPrediction) -> Gain:
     return Gain(ratios[0], min(ratios), max(ratios))
 
 
+def is_worth(ours: Option, theirs: Option) -> bool:
+    """Return True if FSEP gains enough: over nodes, whose links vary most, in its worst case."""
+    found = gain(ours.prediction, theirs.prediction)
+    return (found.low if ours.leaves_nodes else found.times) >= WORTH
+
+
 def _reason(ours: IterationPrediction, theirs: IterationPrediction, *, gains: bool) -> str:
     """Return the part of an iteration that shrinks most with FSEP, or that grows most."""
     less = {"the slowest rank": theirs.waiting_s - ours.waiting_s}
@@ -170,6 +184,8 @@ def verdict(
     theirs: Option | None,
     least_bytes: Sequence[tuple[str, float]],
     most_gib: float | None,
+    *,
+    can_recompute: bool,
 ) -> str:
     """Compare the best of FSEP with the best of stock; None does not fit in memory.
 
@@ -179,9 +195,10 @@ def verdict(
     needs = [(label, f"{size / 2**30:.3g}") for label, size in least_bytes]
     if ours is None and theirs is None:
         of_both = " and ".join(f"{label} {size}" for label, size in needs)
+        way_out = "Recompute more, or spread" if can_recompute else "Spread"
         return (
-            f"Nothing fits {limit} of a rank: the least need is of {of_both} GiB. Recompute more, "
-            "or spread the model over more pipeline stages, tensor-parallel ranks or GPUs."
+            f"Nothing fits {limit} of a rank: the least need is of {of_both} GiB. {way_out} the "
+            "model over more pipeline stages, tensor-parallel ranks or GPUs."
         )
     if ours is None or theirs is None:
         label, size = needs[ours is not None]
@@ -190,10 +207,11 @@ def verdict(
             return f"Take {theirs.label}: no setting of FSEP fits {need}"
         assert ours is not None
         return f"Use FSEP ({ours.label}): stock does not fit {need}"
-    found = gain(ours.prediction, theirs.prediction)
-    gains = found.times >= WORTH
+    found, gains = gain(ours.prediction, theirs.prediction), is_worth(ours, theirs)
     reason = _reason(ours.prediction, theirs.prediction, gains=gains)
     compared = f"it is {found} as fast as {theirs.label}; {reason}."
+    if not gains and found.times >= WORTH:
+        compared = f"it is {found} as fast as {theirs.label}; over nodes the worst case must gain."
     if gains:
         more = "" if found.low >= WORTH else _MEASURE.format("worst", "not ")
         return f"Use FSEP ({ours.label}): {compared}{more}"

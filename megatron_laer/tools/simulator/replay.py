@@ -142,6 +142,7 @@ class Routing:
         self._trace = trace
         self.num_ranks = num_ranks
         self.layers = len(trace.layers)
+        self.microbatches = int(trace.microbatch_R.max()) + 1
         total = float(trace.counts_RNE.sum(dtype=np.float64)) / len(trace)
         if total == 0:
             raise ValueError("the trace holds no tokens; record a run that routes some")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
+from itertools import product
 
 import numpy as np
 
-from megatron_laer.choices import Auto, Dispatch, Sharding, Unproven
+from megatron_laer.choices import Auto, Dispatch, Recompute, Sharding, Unproven
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.tools.simulator.advisor.settings import Setting
@@ -19,13 +20,13 @@ from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import Method, MethodSettings, fsep, stock
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import (
-    SPENT,
     IterationPrediction,
     StepWorks,
+    extended,
+    fewer_microbatches,
     price_steps,
     replay_steps,
     stock_sizes,
-    weighted,
 )
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
@@ -40,17 +41,33 @@ _LAYERS, _STAGES, _RECORDED_LAYERS, _RECORDED_MICROBATCHES, _ROUGH_STEPS = 8, 2,
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A shape of the run, which `flags` beside the given ones ask for.
+
+    It has a stage's ranks as one group. `overlaps` are possible values of combined 1F1B.
+    """
+
+    shape: RunShape
+    flags: tuple[str, ...]
+    overlaps: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """A run whose settings are sought.
 
-    `shape` has a stage's ranks as one group, `sizes` are those of possible groups, 1 for stock, and
-    `node_size` is the cluster's. `trace_of` makes the routing of a number of ranks, with other
-    `tokens` of a rank if these are given. `flex_backend` is the flex dispatcher's, `overlaps` are
-    possible values of combined 1F1B, and `allow` words for `--fsep-allow-unproven`.
+    `as_given` is the run by its flags alone, where stock has the flex dispatcher if `gives_flex`.
+    `variants` are those in which settings are sought; one is tried where the one before it does not
+    fit in memory. `sizes` are those of possible groups, 1 for stock, and `node_size` is the
+    cluster's. `trace_of` makes the routing of a number of ranks, with other `tokens` of a rank if
+    these are given. `dispatches` are those that the flags allow, `flex_backend` is the flex
+    dispatcher's, and `allow` has words for `--fsep-allow-unproven`.
     """
 
     model: ModelShape
-    shape: RunShape
+    as_given: Variant
+    gives_flex: bool
+    variants: tuple[Variant, ...]
     sizes: tuple[int, ...]
     node_size: int
     rates: tuple[Rates, ...]
@@ -59,9 +76,16 @@ class Run:
     most_bytes: float
     dispatches: tuple[Dispatch, ...]
     flex_backend: str
-    overlaps: tuple[bool, ...]
     shardings: tuple[Sharding, ...] = tuple(Sharding)
     allow: tuple[Unproven, ...] = ()
+
+    @property
+    def shape(self) -> RunShape:
+        return self.as_given.shape
+
+    @property
+    def allows_flex(self) -> bool:
+        return Dispatch.FLEX in self.dispatches
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,7 @@ class Candidate:
 
     num_ranks: int
     method: Method
+    variant: Variant
     setting: Setting | None = None
 
     @property
@@ -88,10 +113,28 @@ class Candidate:
         return self.label if of is None else (self.num_ranks, of.geometry.sharding)
 
     @property
-    def label(self) -> str:
+    def layout(self) -> Hashable:
+        """Return what other variants of the run have too: the geometry; the group for stock."""
+        return self.method.group if self.setting is None else self.setting.geometry
+
+    @property
+    def leaves_nodes(self) -> bool:
+        return self.setting is not None and self.setting.geometry.num_nodes > 1
+
+    @property
+    def dispatcher(self) -> str:
+        """Return Megatron's dispatcher of tokens, for `--moe-token-dispatcher-type`."""
         if self.setting is None:
-            return f"stock EP{self.method.group}{', overlap' if self.combined else ''}"
-        return self.setting.label
+            return str(self.method.dispatcher)
+        return "flex" if self.setting.is_flex else "alltoall"
+
+    @property
+    def label(self) -> str:
+        again = ["full recompute"] * (self.variant.shape.recompute == Recompute.FULL)
+        if self.setting is not None:
+            return ", ".join([self.setting.label, *again])
+        words = [self.dispatcher, *["overlap"] * self.combined, *again]
+        return f"stock EP{self.method.group} ({', '.join(words)})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,16 +147,10 @@ class _Extent:
     model: ModelShape
     shape: RunShape
     routing: Routing
-    steps: int
     few: int
     many: int
     wanted: float
     factor: float = 1.0
-
-    @cached_property
-    def walked(self) -> list[Step]:
-        """Return the steps with FSEP's forecasts, which are those of any number of microbatches."""
-        return list(self.routing.walk(self.steps, self.many))
 
 
 class Predictor:
@@ -122,21 +159,24 @@ class Predictor:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._trace = cache(run.trace_of)
+        self._routing = cache(self._new_routing)
+        self._walked = cache(self._new_walk)
         self._extent = cache(self._new_extent)
         self._costs = cache(self._priced)
-        self._works: dict[tuple[Setting | int, bool], list[StepWorks]] = {}
+        self._works: dict[Hashable, list[StepWorks]] = {}
 
-    def stocks(self) -> list[Candidate]:
+    def stocks(self, variant: Variant, flex: Sequence[bool]) -> list[Candidate]:
         """Return stock in each group that divides the ranks and the experts, as it may overlap."""
         groups = stock_sizes(self.run.shape.ranks, self.run.model.num_experts)
         return [
-            self.stock(group, combined)
+            self.stock(group, variant, is_flex=is_flex, combined=combined)
             for group in groups
             if any(size % group == 0 for size in self.run.sizes)
-            for combined in (self.run.overlaps if group > 1 else (False,))
+            for is_flex, combined in product(flex, variant.overlaps)
+            if group > 1 or not (is_flex or combined)  # each of which needs a group
         ]
 
-    def stock(self, group: int, combined: bool) -> Candidate:
+    def stock(self, group: int, variant: Variant, *, is_flex: bool, combined: bool) -> Candidate:
         """Return stock in groups of X ranks, simulated on the ranks of whole nodes.
 
         Where a node's are too many, they are the most that whole groups make.
@@ -146,29 +186,29 @@ class Predictor:
         ranks = min(sizes, key=lambda size: (size % run.node_size != 0, size))
         settings = MethodSettings(
             Geometry(ranks, experts, experts, min(run.node_size, ranks)),
-            self._by_rank(ranks),
+            self._by_rank(ranks, variant.shape),
             stock_group=group,
             topk=run.model.topk,
-            stock_flex=Dispatch.FLEX in run.dispatches,
+            stock_flex=is_flex,
             combined=combined,
         )
-        return Candidate(ranks, stock(settings, run.rates[0]))
+        return Candidate(ranks, stock(settings, run.rates[0]), variant)
 
-    def fsep(self, setting: Setting) -> Candidate:
+    def fsep(self, setting: Setting, variant: Variant) -> Candidate:
         geometry = setting.geometry
         settings = MethodSettings(
             geometry,
-            self._costs(geometry, setting.tokens),
+            self._costs(geometry, setting.tokens, variant.shape),
             setting.config,
             topk=self.run.model.topk,
             combined=setting.combined,
         )
         method = fsep(settings, self.run.rates[0])
-        return Candidate(geometry.num_ranks, method, setting)
+        return Candidate(geometry.num_ranks, method, variant, setting)
 
     def least_bytes(self, candidate: Candidate) -> float:
         """Return a lower bound on a rank's memory: some rank has the mean tokens."""
-        of = self._extent(candidate.num_ranks, False)
+        of = self._extent(candidate.num_ranks, candidate.variant.shape, False)
         return sum(memory_bytes(of.model, of.shape, candidate.method, of.routing.pairs).values())
 
     def roughly(self, candidate: Candidate) -> float:
@@ -177,65 +217,76 @@ class Predictor:
         Layers, microbatches and the pipeline's bubbles are scaled up. Only the LM head is then
         counted wrongly, in all candidates alike.
         """
-        of = self._extent(candidate.num_ranks, True)
+        of = self._extent(candidate.num_ranks, candidate.variant.shape, True)
         return of.factor * self.predict(candidate, self.run.rates[:1], rough=True).iteration_s
 
     def predict(
         self, candidate: Candidate, sets: Sequence[Rates], *, rough: bool = False
     ) -> IterationPrediction:
         """Predict few and many microbatches, and more of them, each of which adds as much."""
-        of, method = self._extent(candidate.num_ranks, rough), candidate.method
+        of = self._extent(candidate.num_ranks, candidate.variant.shape, rough)
+        method = candidate.method
         # Stock's work is the same whether tokens overlap or not.
-        key = candidate.setting or method.group
-        assert key is not None
-        if (key, rough) not in self._works:
-            replayed = replay_steps(of.routing, of.walked, of.model, [method], of.many)
-            self._works[key, rough] = list(replayed)
+        setting = candidate.setting or (method.group, method.dispatcher)
+        key = setting, of.shape.recompute, rough, of.many
+        if key not in self._works:
+            walked = self._walked(candidate.num_ranks, rough, of.many)
+            replayed = replay_steps(of.routing, walked, of.model, [method], of.many)
+            self._works[key] = list(replayed)
 
         def predicted(number: int) -> IterationPrediction:
             shape = replace(of.shape, microbatches=number)
-            (found,) = price_steps(self._works[key, rough], of.model, shape, [method], sets)
+            (found,) = price_steps(self._works[key], of.model, shape, [method], sets)
             return found
 
         by_many = predicted(of.many)
         if of.many == of.wanted:
             return by_many
-        share = (of.wanted - of.many) / (of.many - of.few)
-        return weighted([by_many, predicted(of.few)], [1 + share, -share], SPENT)
+        return extended(predicted(of.few), by_many, of.few, of.many, of.wanted)
 
-    def _new_extent(self, num_ranks: int, rough: bool) -> _Extent:
+    def _new_extent(self, num_ranks: int, whole: RunShape, rough: bool) -> _Extent:
         """Return the whole run, or a rough one with fewer layers, stages and records."""
-        run, trace = self.run, self._trace(num_ranks)
-        topk, stages, replicas = run.model.topk, run.shape.stages, run.shape.ranks // num_ranks
+        run = self.run
+        stages, replicas = whole.stages, whole.ranks // num_ranks
         node_size = min(run.node_size, num_ranks)
-        full = replace(run.shape, ranks=num_ranks, node_size=node_size, replicas=replicas)
+        full = replace(whole, ranks=num_ranks, node_size=node_size, replicas=replicas)
         if rough:
             model, shape, factor = _shortened(run.model, full)
-            routing = Routing(_short_trace(trace), num_ranks, topk, run.tokens)
             few = shape.stages
             # A bubble per further stage takes as long as one of a stage's chunks.
             wanted = full.microbatches + (stages - few) / full.chunks
-            return _Extent(model, shape, routing, _ROUGH_STEPS, few, 2 * few, wanted, factor)
-        routing = Routing(trace, num_ranks, topk, run.tokens)
-        recorded, few = int(trace.microbatch_R.max()) + 1, 2 * stages
-        many = few + stages * -(-recorded // stages)
+            routing = self._routing(num_ranks, rough)
+            return _Extent(model, shape, routing, few, 2 * few, wanted, factor)
+        routing = self._routing(num_ranks, rough)
+        few, many = fewer_microbatches(full, routing)
         if full.microbatches <= few + many:
             many = full.microbatches
-        return _Extent(run.model, full, routing, _STEPS, few, many, full.microbatches)
+        return _Extent(run.model, full, routing, few, many, full.microbatches)
 
-    def _by_rank(self, num_ranks: int) -> CostModel:
+    def _new_routing(self, num_ranks: int, rough: bool) -> Routing:
+        trace = self._trace(num_ranks)
+        return Routing(
+            _short_trace(trace) if rough else trace, num_ranks, self.run.model.topk, self.run.tokens
+        )
+
+    def _new_walk(self, num_ranks: int, rough: bool, microbatches: int) -> list[Step]:
+        """Return the steps with FSEP's forecasts, which variants of the run share."""
+        steps = _ROUGH_STEPS if rough else _STEPS
+        return list(self._routing(num_ranks, rough).walk(steps, microbatches))
+
+    def _by_rank(self, num_ranks: int, whole: RunShape) -> CostModel:
         """Return prices of a group's planner, for tokens that travel by rank."""
-        run, pairs = self.run, self._extent(num_ranks, False).routing.pairs
-        costs = run.model.costs(run.rates[0].cluster, run.shape.recompute, pairs)
+        run, pairs = self.run, self._extent(num_ranks, whole, False).routing.pairs
+        costs = run.model.costs(run.rates[0].cluster, whole.recompute, pairs)
         # Combined 1F1B may hold twice as many, which work that both share leaves out.
-        return replace(costs, layers=len(run.model.layer_has_experts), sharers=run.shape.tensor)
+        return replace(costs, layers=len(run.model.layer_has_experts), sharers=whole.tensor)
 
-    def _priced(self, geometry: Geometry, tokens: Dispatch) -> CostModel:
+    def _priced(self, geometry: Geometry, tokens: Dispatch, whole: RunShape) -> CostModel:
         """Return prices with training's choice of the exchange of experts."""
         topk = self.run.model.topk
-        routing = self._extent(geometry.num_ranks, False).routing
+        routing = self._extent(geometry.num_ranks, whole, False).routing
         sizes = geometry, topk, routing.tokens(topk)
-        return priced(self._by_rank(geometry.num_ranks), sizes, tokens, Auto.AUTO)
+        return priced(self._by_rank(geometry.num_ranks, whole), sizes, tokens, Auto.AUTO)
 
 
 def _shortened(model: ModelShape, run: RunShape) -> tuple[ModelShape, RunShape, float]:

@@ -50,7 +50,8 @@ class Setting:
         """Return Megatron's flags, and those of settings that are not training's defaults."""
         config = self.config
         words = ["--expert-parallel-mode", "fsep"]
-        words += group_flags(self.geometry.num_ranks, self.is_flex, self.combined)
+        dispatcher = "flex" if self.is_flex else "alltoall"
+        words += group_flags(self.geometry.num_ranks, dispatcher, self.combined)
         for name in ("sharding", "capacity", "restore", "token_exchange"):
             if (value := getattr(config, name)) != getattr(_DEFAULTS, name):
                 words += setting(name, value).split()
@@ -61,9 +62,8 @@ class Setting:
         return self.tokens == Dispatch.FLEX
 
 
-def group_flags(size: int, is_flex: bool, combined: bool = False) -> list[str]:
+def group_flags(size: int, dispatcher: str, combined: bool = False) -> list[str]:
     """Return Megatron's flags for a group's size, its dispatcher of tokens and its schedule."""
-    dispatcher = "flex" if is_flex and size > 1 else "alltoall"  # its buffers need a group
     return [
         *("--expert-model-parallel-size", str(size)),
         *("--moe-token-dispatcher-type", dispatcher),

@@ -45,7 +45,7 @@ class MethodSettings:
     """Settings that methods are made from; `geometry` is of those that lay out experts.
 
     `stock_group` is X of stock; None for the largest possible. With `stock_flex` it has the flex
-    dispatcher. With `combined` all methods run Megatron's combined 1F1B.
+    dispatcher, unless a rank is alone. With `combined` all methods run Megatron's combined 1F1B.
     """
 
     geometry: Geometry
@@ -68,8 +68,8 @@ class Method:
     With `one_stream` parameters and gradients share a communicator. `layer_planner` makes a planner
     of one layer. A rank owns `experts_held` experts' worth of weights in each layer, as do
     `replicas` ranks of an FSEP group. It restores `restored` whole ones, in another `form` than
-    gradients' if it is given. `group` are the ranks of a group of stock. `fixed_bytes` are of
-    libraries and buffers, by part, and do not depend on the run.
+    gradients' if it is given. `group` are the ranks of a group of stock, and `dispatcher` is its
+    dispatcher. `fixed_bytes` are of libraries and buffers, by part, and do not depend on the run.
     """
 
     name: str
@@ -80,6 +80,7 @@ class Method:
     restored: int
     replicas: int
     group: int | None = None
+    dispatcher: str | None = None
     fixed_bytes: Mapping[str, float] = field(default_factory=dict)
     form: WireForm | None = None
 
@@ -94,9 +95,9 @@ def stock(settings: MethodSettings, rates: Rates) -> Method:
             f"stock expert parallelism of size {group}: it must divide {geometry.num_ranks} ranks "
             f"and {geometry.num_experts} experts; use a divisor of {fits}"
         )
-    each = geometry.num_experts // group
-    passing = TokenPassing(group, sorts_chunks=not settings.stock_flex)
-    if settings.stock_flex:
+    each, is_flex = geometry.num_experts // group, settings.stock_flex and group > 1
+    passing = TokenPassing(group, sorts_chunks=not is_flex)
+    if is_flex:  # its buffers need a group
         passing = replace(passing, prices=_by_flex(settings, group))
     return Method(
         STOCK,
@@ -107,6 +108,7 @@ def stock(settings: MethodSettings, rates: Rates) -> Method:
         restored=0,
         replicas=geometry.num_ranks // group,
         group=group,
+        dispatcher="flex" if is_flex else "alltoall",
         fixed_bytes=library_bytes(rates.cluster.card, [(group, geometry.node_size)]),
     )
 

@@ -29,6 +29,9 @@ _TRAINING_PASSES = 3
 # Fields of a prediction that grow with its microbatches.
 SPENT = ("by_rates_s", "tokens", "flops", "compute_s", "exposed_s", "waiting_s")
 
+# Microbatches that are simulated one by one.
+_MOST_MICROBATCHES = 64
+
 Predict = Callable[[Sequence[Method], Sequence[Rates]], Sequence["IterationPrediction"]]
 
 
@@ -39,7 +42,7 @@ class IterationPrediction:
     `by_rates_s` has the time for each set of rates, nominal first. `tokens` are of all ranks, and
     `flops` of a rank, without recompute. `compute_s` and `exposed_s`, by kind, and `waiting_s` for
     slower ranks add up to `iteration_s`.
-    `memory_bytes` are of the rank and stage that need most. `group` is stock's.
+    `memory_bytes` are of the rank and stage that need most. `group` and `dispatcher` are stock's.
     """
 
     method: str
@@ -53,6 +56,7 @@ class IterationPrediction:
     memory_bytes: Mapping[str, float]
     max_over_mean: float
     group: int | None = None
+    dispatcher: str | None = None
 
     @property
     def iteration_s(self) -> float:
@@ -76,7 +80,9 @@ class IterationPrediction:
 
     @property
     def title(self) -> str:
-        return self.method if self.group is None else f"{self.method} EP{self.group}"
+        if self.group is None:
+            return self.method
+        return f"{self.method} EP{self.group} ({self.dispatcher})"
 
     @property
     def peak_bytes(self) -> float:
@@ -110,11 +116,40 @@ def predict_iterations(
     *,
     steps: int = 1,
     progress: Callable[[Iterable[Step]], Iterable[Step]] = iter,
+    most: int = _MOST_MICROBATCHES,
 ) -> list[IterationPrediction]:
-    """Replay steps of a trace, and price iterations of all methods with their work."""
+    """Replay steps of a trace, and price iterations of all methods with their work.
+
+    Iterations of more microbatches than `most` are extended from shorter ones.
+    """
     walked = progress(routing.walk(steps, run.microbatches))
-    replayed = replay_steps(routing, walked, model, methods, run.microbatches)
-    return price_steps(replayed, model, run, methods, rate_sets)
+    few, many = fewer_microbatches(run, routing)
+    if run.microbatches <= max(most, many):
+        replayed = replay_steps(routing, walked, model, methods, run.microbatches)
+        return price_steps(replayed, model, run, methods, rate_sets)
+    works = list(replay_steps(routing, walked, model, methods, many))
+    by_few, by_many = (
+        price_steps(works, model, replace(run, microbatches=number), methods, rate_sets)
+        for number in (few, many)
+    )
+    return [extended(*of, few, many, run.microbatches) for of in zip(by_few, by_many, strict=True)]
+
+
+def fewer_microbatches(run: RunShape, routing: Routing) -> tuple[int, int]:
+    """Return two numbers of microbatches, between which each one adds as much as any further one.
+
+    They are beyond the pipeline's warm-up, and as far apart as the recorded microbatches.
+    """
+    few = 2 * run.stages
+    return few, few + run.stages * -(-routing.microbatches // run.stages)
+
+
+def extended(
+    by_few: IterationPrediction, by_many: IterationPrediction, few: int, many: int, wanted: float
+) -> IterationPrediction:
+    """Extend predictions of few and many microbatches to a wanted number."""
+    share = (wanted - many) / (many - few)
+    return weighted([by_many, by_few], [1 + share, -share], SPENT)
 
 
 def replay_steps(
@@ -198,6 +233,7 @@ def _of_step(method: Method, works: StepWorks, timings: Sequence[Timing]) -> Ite
         memory_bytes=memory_bytes(model, run, method, most_pairs, _kept_pairs(model, run, work)),
         max_over_mean=float(np.mean([each.max_over_mean for each in done])),
         group=method.group,
+        dispatcher=method.dispatcher,
     )
 
 
@@ -233,12 +269,17 @@ def stock_sizes(num_ranks: int, num_experts: int) -> list[int]:
 
 
 def fastest_stock(
-    settings: MethodSettings, rates: Rates, predict: Predict, most_bytes: float | None
+    settings: MethodSettings,
+    rates: Rates,
+    predict: Predict,
+    most_bytes: float | None,
+    flex: Sequence[bool] = (False, True),
 ) -> Method:
     """Return stock in the group that was given, else in the fastest of those that fit in memory.
 
-    Groups smaller than a node only count under a limit of memory: without one, each rank could hold
-    all experts. If none fits, it is the group that needs least.
+    `flex` are the dispatchers that are tried. Groups smaller than a node only count under a limit
+    of memory: without one, each rank could hold all experts. If none fits, it is the group that
+    needs least.
     """
     geometry = settings.geometry
     groups = stock_sizes(geometry.num_ranks, geometry.num_experts)
@@ -247,10 +288,16 @@ def fastest_stock(
         groups = [size for size in groups if size >= in_node]
     if settings.stock_group is not None:
         groups = [settings.stock_group]
-    made = [stock(replace(settings, stock_group=group), rates) for group in groups]
+    made = [
+        stock(replace(settings, stock_group=group, stock_flex=is_flex), rates)
+        for group in groups
+        for is_flex in (flex if group > 1 else (False,))
+    ]
     if len(made) == 1:
         return made[0]
-    found = predict([replace(method, name=f"{STOCK} EP{method.group}") for method in made], [rates])
+    names = [f"{STOCK} EP{method.group} {method.dispatcher}" for method in made]
+    named = [replace(method, name=name) for method, name in zip(made, names, strict=True)]
+    found = predict(named, [rates])
     order = sorted(range(len(made)), key=lambda place: found[place].iteration_s)
     fits = [place for place in order if most_bytes is None or found[place].peak_bytes <= most_bytes]
     least = min(order, key=lambda place: found[place].peak_bytes)
