@@ -381,16 +381,30 @@ def test_flags_give_the_shape_of_the_run():
         ({"seq_length": 99, "tensor_model_parallel_size": 2}, "--seq-length 99: is no multiple"),
         ({"context_parallel_size": 2}, "--context-parallel-size 2: is not simulated"),
         ({"use_megatron_fsdp": True}, "--use-megatron-fsdp: is not simulated"),
+        ({"tensor_model_parallel_size": 3}, "-size 3: the model's 32 attention heads are no mul"),
         (
             {"decoder_first_pipeline_num_layers": 99},
             "--decoder-first-pipeline-num-layers 99: is",
         ),
+        ({"rampup_batch_size": [1, 2, 3]}, "--rampup-batch-size 1 2 3: is not simulated; leave"),
+        ({"optimizer": "sgd"}, "--optimizer sgd: is not simulated, since memory and time of adam"),
         ({"num_layers_per_virtual_pipeline_stage": 5}, "32 layers on 1 stages are no multiple"),
     ],
 )
 def test_flags_that_give_no_shape_are_refused(given, says):
     with pytest.raises(ValueError, match=says):
         run_flags.run_shape(flags(**given), 6, read_model("mixtral-8x7b-e8k2"), 4096, 8)
+
+
+def test_heads_that_share_no_width_are_refused(tmp_path, model, capsys):
+    path = tmp_path / "three-heads.yaml"
+    path.write_text(model.read_text().replace("num-attention-heads: 32", "num-attention-heads: 3"))
+    for command in ("advise --gpus 8", "simulate --workload W1 --ranks 8"):
+        given = [*command.split(), "--model", str(path), "--cluster", "h100-8"]
+        assert cli.main(given) == 2
+        assert "has hidden-size 4096, which is no multiple of its num-attention-heads, 3; mend" in (
+            capsys.readouterr().err
+        )
 
 
 def test_combined_1f1b_is_tried_where_megatron_allows_it(advised):

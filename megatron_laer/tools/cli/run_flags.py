@@ -10,6 +10,7 @@ from megatron_laer.choices import Recompute, Unproven
 from megatron_laer.config import setting
 from megatron_laer.files.checks import quoted
 from megatron_laer.fsep_flags import config_from_args, given_flags
+from megatron_laer.rules import value_text
 from megatron_laer.support import arguments
 from megatron_laer.tools.cli.megatron_flags import parsed, ranks_problem
 from megatron_laer.tools.model_flags import model_flags, precision_of
@@ -45,6 +46,9 @@ _NOT_SIMULATED = (
     ("context_parallel_size", 1, "leave it out, and give --seq-length of a rank"),
     ("pipeline_model_parallel_layout", None, "give --num-virtual-stages-per-pipeline-rank"),
     ("use_megatron_fsdp", False, "leave it out, and what it needs"),
+    ("decoder_first_pipeline_num_layers", None, "leave it out; stages are taken to be alike"),
+    ("decoder_last_pipeline_num_layers", None, "leave it out; stages are taken to be alike"),
+    ("rampup_batch_size", None, "leave it out, and give --global-batch-size"),
 )
 # Settings of a run without flags: `ASSUMED`, and Megatron's defaults.
 ASSUMED = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
@@ -85,6 +89,7 @@ def run_shape(
         )
     if problem := ranks_problem(settings, gpus):
         raise ValueError(problem)
+    model.check_tensor(tensor, "--tensor-model-parallel-size")
     micro = settings.micro_batch_size or 1
     if settings.micro_batch_size is not None or settings.seq_length is not None:
         sequence = settings.seq_length or model.sequence
@@ -181,9 +186,15 @@ def _check(settings: Namespace) -> None:
             )
     for name, without, way_out in _NOT_SIMULATED:
         if (value := getattr(settings, name)) != without:
-            shown = quoted(value) if isinstance(value, str) else value
+            shown = quoted(value) if isinstance(value, str) else value_text(value)
             given = _flag(name) if value is True else f"{_flag(name)} {shown}"
             raise ValueError(f"{given}: is not simulated; {way_out}")
+
+    if settings.optimizer == "sgd":
+        raise ValueError(
+            "--optimizer sgd: is not simulated, since memory and time of adam's state are counted; "
+            "leave it out"
+        )
 
 
 def _chunks(settings: Namespace, model: ModelShape) -> int:

@@ -302,6 +302,7 @@ def _run_shape(
         loss_counts=args.account_for_loss,
     )
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
+    model.check_tensor(shape.tensor, "--tensor-parallel")
     return shape
 
 

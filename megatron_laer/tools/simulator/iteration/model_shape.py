@@ -128,6 +128,14 @@ class ModelShape:
             precision=self.precision,
         )
 
+    def check_tensor(self, ranks: int, flag: str) -> None:
+        """Refuse tensor-parallel ranks that Megatron cannot share the heads between."""
+        if self.heads % ranks:
+            raise ValueError(
+                f"{flag} {ranks}: the model's {self.heads} attention heads are no multiple of it; "
+                "give a divisor"
+            )
+
     def _ffn_weights(self, width: int) -> int:
         return (3 if self.gated else 2) * self.hidden * width
 
@@ -141,6 +149,11 @@ def read_model(config: str) -> ModelShape:
     layers = whole_number(values, "--num-layers", least=1)
     extra = whole_number(values, "--mtp-num-layers", default=0)
     heads = whole_number(values, "--num-attention-heads", least=1)
+    if "--kv-channels" not in values and sizes.hidden % heads:
+        raise ValueError(
+            f"has hidden-size {sizes.hidden}, which is no multiple of its num-attention-heads, "
+            f"{heads}; mend one of them, or add kv-channels"
+        )
     head = whole_number(values, "--kv-channels", default=max(sizes.hidden // heads, 1))
     groups = whole_number(values, "--num-query-groups", default=heads)
     topk = whole_number(values, "--moe-router-topk", least=1, default=2)
