@@ -21,7 +21,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 
-from megatron_laer.choices import Auto, ExchangeAlgorithm, Sharding, Unproven
+from megatron_laer.choices import (
+    Auto,
+    ExchangeAlgorithm,
+    FixedPlanner,
+    Restore,
+    Sharding,
+    Split,
+    Unproven,
+)
 from megatron_laer.files.checks import quoted
 
 # The paper's planner; names of its variants begin with it. It leaves no expert at home.
@@ -50,6 +58,8 @@ _SHARDING = "--fsep-sharding"
 _NOT_RUN = "nobody has run it with FSEP, and no test on a GPU has shown it"
 _PLAIN = re.compile(r"[\w.+,/:-]+")
 _LONGEST = 200
+_LONGEST_FLOAT = 1e15
+_MODE = "--fsep-plan-mode"
 
 
 class LeftOut(StrEnum):
@@ -90,6 +100,8 @@ class NextTo(NamedTuple):
             return f" without {self.flag}"
         if self.values[0] is True:
             return f" with {self.flag}"
+        if self.flag == _MODE and (by := getattr(settings, "fsep_mode_by", "")):
+            return f" with {by}"
         if settings is not None:
             return f" with {said(self.flag, getattr(settings, argument_of(self.flag)))}"
         first, *more = self.values
@@ -180,7 +192,7 @@ class Rule:
                 f"{given}: {_NOT_RUN}; to run it all the same give "
                 f"--fsep-allow-unproven {self.allow}, or {self.said_way_out}"
             )
-        others = _together(other.said(settings) for other in self.next_to)
+        others = _together(dict.fromkeys(other.said(settings) for other in self.next_to))
         return f"{given}{others}: {self.reason}; {self.said_way_out}"
 
     def asks_for_unproven(self, settings: Any) -> bool:
@@ -348,8 +360,18 @@ def sharding_for(settings: Any) -> tuple[Sharding | Auto, str]:
 def settings_with(settings: Any, config: Any, **more: object) -> SimpleNamespace:
     """Return Megatron's settings and FSEP's in one object, as rules read them."""
     ours = {f"fsep_{name}": value for name, value in vars(config).items()}
-    ours |= {"fsep_plan_mode": config.mode, "fsep_given": ()}
+    by = "" if config.plan_mode is not None else _mode_by(config)
+    ours |= {"fsep_plan_mode": config.mode, "fsep_mode_by": by, "fsep_given": ()}
     return SimpleNamespace(**vars(settings) | ours | more)
+
+
+def _mode_by(config: Any) -> str:
+    """Return the setting that decides the plan mode if none is given, or ""."""
+    if config.planner in list(FixedPlanner):
+        return said("--fsep-planner", config.planner)
+    if config.split == Split.EVEN:
+        return said("--fsep-set split", config.split)
+    return said("--fsep-restore", config.restore) if config.restore == Restore.STEP else ""
 
 
 def of_fields(config: Any) -> SimpleNamespace:
@@ -388,6 +410,8 @@ def value_text(value: object) -> str:
     """Return a value in a command line's form; "none" for an empty list of words."""
     if isinstance(value, list | tuple):
         return " ".join(names_of(value)) or "none"
+    if isinstance(value, float) and value.is_integer() and abs(value) < _LONGEST_FLOAT:
+        value = int(value)  # as it is usually written
     return str(getattr(value, "value", value))
 
 

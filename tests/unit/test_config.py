@@ -84,6 +84,19 @@ DIGITS = "9" * 100_000
         ("--fsep-set plan_lag=\t2", "plan_lag='\\t2': must be an integer"),
         ("--fsep-set plan_lag=+2", "plan_lag=+2: must be an integer"),
         ("--fsep-restore \uff11.5", "--fsep-restore \uff11.5: must be one of"),
+        # Settings that were not given are not named, but what decides them.
+        (
+            "--fsep-planner static --fsep-set plan_lag=2",
+            "--fsep-set plan_lag=2 with --fsep-planner static: no effect, since it makes no plans",
+        ),
+        (
+            "--fsep-restore step --fsep-set imbalance_tolerance=5",
+            "--fsep-set imbalance_tolerance=5 with --fsep-restore step: no effect, since adaptive",
+        ),
+        (
+            "--fsep-plan-mode forecast --fsep-set imbalance_tolerance=0.5",
+            "--fsep-set imbalance_tolerance=0.5 with --fsep-plan-mode forecast: no effect",
+        ),
         # No message repeats a long value.
         (f"--fsep-set plan_lag={DIGITS}", "...9999"),
         (f"--fsep-set split={DIGITS}", "...9999"),
