@@ -101,7 +101,7 @@ def _allowed(args: argparse.Namespace, asked: Run, words: Sequence[str]) -> tupl
 
 
 def _takes(args: argparse.Namespace, asked: Run, words: Sequence[str]) -> bool:
-    """Return True if training takes these flags beside the given ones."""
+    """Return True if training takes these flags next to the given ones."""
     try:
         _allowed(args, asked, [*script_flags(args.flags), *words])
     except ValueError:

@@ -56,7 +56,7 @@ def _numbers(chosen: Found, results: Results, most_gib: float) -> str:
 
 
 def flags(run: Run, candidate: Candidate) -> str:
-    """Return Megatron's flags of a candidate beside the given ones."""
+    """Return Megatron's flags of a candidate next to the given ones."""
     common = candidate.variant.flags
     if candidate.setting is not None:
         allow = [flag_name("allow_unproven"), *map(str, run.allow)] if run.allow else []

@@ -42,7 +42,7 @@ _LAYERS, _STAGES, _RECORDED_LAYERS, _RECORDED_MICROBATCHES, _ROUGH_STEPS = 8, 2,
 
 @dataclass(frozen=True)
 class Variant:
-    """A shape of the run, which `flags` beside the given ones ask for.
+    """A shape of the run, which `flags` next to the given ones ask for.
 
     It has a stage's ranks as one group. `overlaps` are possible values of combined 1F1B.
     """
