@@ -309,6 +309,9 @@ def test_a_group_over_nodes_is_advised_only_if_its_worst_case_gains():
     near, far = option("near", 0.9, 1.0), option("far", 0.7, 1.2, leaves_nodes=True)
     best = search._by_worth(ranking(near), ranking(far), stock)
     assert [of.label for of in best.found] == ["near", "far"] and best.fastest is near
+    said = search.Results(best, ranking(stock), stock, None, None, None, False).verdict(80.0)
+    assert said.startswith("Use FSEP (near): ")
+    assert said.endswith(" far takes 22.2% less time, but may lose over nodes.")
     sure = option("sure", 0.7, 0.9, leaves_nodes=True)
     best = search._by_worth(ranking(near), ranking(sure), stock)
     assert [of.label for of in best.found] == ["sure", "near"] and best.fastest is sure

@@ -97,6 +97,12 @@ class Results:
             ours, self.stocks.first, least_bytes, most_gib, can_recompute=self.can_recompute
         )
         sentence = " ".join(filter(None, [self._without_fsep(), sentence]))
+        over = [
+            of for of in self.best.found if of.leaves_nodes and ours and of.seconds < ours.seconds
+        ]
+        if over and ours and not ours.leaves_nodes:
+            less = 1 - over[0].seconds / ours.seconds
+            sentence += f" {over[0].label} takes {less:.1%} less time, but may lose over nodes."
         if ours is None or fastest is None or fastest.label == ours.label:
             return sentence
         more_gib = (fastest.prediction.peak_bytes - ours.prediction.peak_bytes) / 2**30
