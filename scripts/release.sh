@@ -2,6 +2,7 @@
 # Builds what is released, checks it, and publishes it; docs/internals/releasing.md has the order of things.
 #
 #   scripts/release.sh check [TAG]   version, changelog and tag agree
+#   scripts/release.sh picture [PAGE]  of a quick start's page, for README and docs/report.md
 #   scripts/release.sh sdist         dist/*.tar.gz; its README is rendered as the index does
 #   scripts/release.sh wheel         from it, one wheel for this machine and Python, audited
 #   scripts/release.sh wheels        from it, wheels for all Pythons, in containers (cibuildwheel)
@@ -52,6 +53,11 @@ check() {
             stop "CHANGELOG.md says '$heading'; give the day, as in ## $version (2026-12-31)"
     fi
     echo "version $version${1:+, tag $1}"
+}
+
+# The page of scripts/quickstart.sh, which is run first, on a machine that does nothing else.
+picture() {
+    "$python" scripts/report_picture.py "$@"
 }
 
 sdist() {
@@ -126,6 +132,6 @@ page() {
 
 python=${PYTHON:-python3}
 case ${1:-} in
-    check | sdist | wheel | wheels | try | publish | page) "$@" ;;
-    *) stop "unknown command '${1:-}'; there are check, sdist, wheel, wheels, try, publish and page" ;;
+    check | picture | sdist | wheel | wheels | try | publish | page) "$@" ;;
+    *) stop "unknown command '${1:-}'; there are check, picture, sdist, wheel, wheels, try, publish and page" ;;
 esac

@@ -98,7 +98,7 @@ def test_the_workflow_runs_the_scripts_commands_in_their_order() -> None:
     commands = [line.split()[1] for lines in found.values() for line in lines]
     assert commands == ["check", "sdist", "try", "wheels", "try", "publish", "page"]
     documented = re.findall(r"^#   scripts/release\.sh (\w+)", SCRIPT.read_text(), re.MULTILINE)
-    assert {*commands, "wheel"} == {*documented}
+    assert {*commands, "wheel", "picture"} == {*documented}
     # A run by hand can have a tag too, and must publish nothing.
     pushed = "github.event_name == 'push' && github.ref_type == 'tag'"
     assert {name for name, job in JOBS if job.get("if") == pushed} == {"publish", "page"}
