@@ -89,10 +89,10 @@ class Case:
         """Return True if no price decides a layout, as prices depend on Megatron's schedule."""
         return self.has("random layouts", "random layouts, forecast", "static planner")
 
-    def stock_in_schedule(self, data: str) -> tuple[int, list[str]]:
+    def stock_in_schedule(self, data: str, *, plain: bool = False) -> tuple[int, list[str]]:
         """Return a stock run in the case's own schedule, which needs experts on several ranks."""
         most = max(self.row.stock_parallel)
-        flags = self.row.flags
+        flags = settings.in_plain_schedule(self.row.flags) if plain else self.row.flags
         return replace(self.row, stock_parallel=(most, most), reference_flags=flags).reference(data)
 
     def plain_schedule(self, data: str) -> tuple[int, list[str]] | None:
