@@ -361,7 +361,16 @@ def _draw_sharding(draft: Draft, sizes: _Sizes, capacity: int | None) -> None:
 def _draw_schedule(draft: Draft) -> None:
     """Draw Megatron's schedule by parts of layers, and when weight gradients are computed."""
     but = set[str]()
-    if draft.has("pipeline 2") and not draft.has("virtual pipeline"):
+    illegal = (
+        # Megatron cuts a chunk alone into parts, and on the CPU masks need one stage.
+        draft.has("pipeline 2") and not draft.has("virtual pipeline"),
+        draft.has("pipeline 2") and draft.has("context parallel 2"),
+        # Only layers with experts predict in parts.
+        draft.has("multi-token prediction") and draft.has("experts in every second layer"),
+        # The norm before the router is in its graph, and Megatron would discard its output outside.
+        draft.has("layernorm") and draft.has("graphs of router and counts"),
+    )
+    if any(illegal):
         but.add("combined 1F1B")
     for name in settings.SCHEDULE:
         # Graphs of the router have shared experts, whose gradients must then stay in one place.
