@@ -5,6 +5,8 @@ twice with each, follows its log and compares; it trains nothing itself. The gai
 `report`, from the last pair of runs. Other programs may take time from a training, so no gain is
 claimed where two of a kind differ, or where steps take far longer than their processor time.
 
+Over 400 lines: one program, in the order of its output.
+
 Legend: N ranks, E experts.
 """
 

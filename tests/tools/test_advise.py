@@ -1,4 +1,7 @@
-"""`advise`: its choice, its figures and its refusals."""
+"""`advise`: its choice, its figures and its refusals.
+
+Over 400 lines: one suite for one command, whose cases share a search.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Restored experts go through their states in order, and free their memory in time or keep it."""
+"""Restored experts go through their states in order, and free their memory in time or keep it.
 
-# Over 400 lines: one life of weights and gradients, told by one set of small experts.
+Over 400 lines: one life of weights and gradients, told by one set of small experts.
+"""
 
 from __future__ import annotations
 
