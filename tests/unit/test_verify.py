@@ -20,6 +20,7 @@ from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.runtime import verifier
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.verifier import Verifier
+from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.slots import ExchangeStreams
 from megatron_laer.verify.checked import Checked, VerificationError
 from megatron_laer.verify.gradients import Roundings
@@ -321,6 +322,23 @@ class FirstReads:
 
     def sends(self, *_: object) -> Callable[[], None]:
         return lambda: None
+
+
+@pytest.mark.parametrize("slots", [[0, 1], [1, 0]], ids=["one layout", "two layouts"])
+def test_observers_see_the_first_read_of_weights_that_are_handed_on(
+    streams: ExchangeStreams, slots: list[int]
+) -> None:
+    streams.observers.append(reads := FirstReads())
+    first = restored_experts(streams)
+    index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, slots)), CPU)
+    second = RestoredExperts("layer 1", first.share, index, streams)
+    first.weights.hand_on(second.weights)
+    second.follow = first.first_in_backward
+    middle = compute(first, ones(needs_grad=True), ones(needs_grad=True))
+    output = compute(second, middle, ones(needs_grad=True))
+    assert reads.directions == ["forward"] * 2
+    output.sum().backward()
+    assert reads.directions == ["forward"] * 2 + ["backward"] * 2
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 2**20], ids=["restored twice", "kept until backward"])
