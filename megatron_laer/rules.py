@@ -395,6 +395,9 @@ def said(flag: str, value: object) -> str:
 
     A text that is long or no plain word is quoted, and an empty list is "none".
     """
+    is_ours = flag.startswith("--fsep-")
+    if is_ours and isinstance(value, float) and value.is_integer() and abs(value) < _LONGEST_FLOAT:
+        value = int(value)  # as it is usually written
     text = value_text(value)
     if len(text) > _LONGEST or (isinstance(value, str) and not _PLAIN.fullmatch(text)):
         text = quoted(text, _LONGEST)
@@ -410,8 +413,6 @@ def value_text(value: object) -> str:
     """Return a value in a command line's form; "none" for an empty list of words."""
     if isinstance(value, list | tuple):
         return " ".join(names_of(value)) or "none"
-    if isinstance(value, float) and value.is_integer() and abs(value) < _LONGEST_FLOAT:
-        value = int(value)  # as it is usually written
     return str(getattr(value, "value", value))
 
 

@@ -29,7 +29,7 @@ from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import used_here
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.main_grads import hook_stream
-from megatron_laer.runtime.weights.share import Share
+from megatron_laer.runtime.weights.share import Owned, Share
 from megatron_laer.runtime.weights.slots import ExchangeStreams, RestoredWeights
 from megatron_laer.telemetry.log import say
 from megatron_laer.verify.checked import Checked, VerificationError, described, end_with_status
@@ -143,7 +143,9 @@ class Verifier:
         if (checked := self._chosen(*of_layer)) is None:
             return
         if id(share) not in self._owned:
-            self._owned[id(share)] = share.bit_sums(placed, self.groups.rank)
+            every, experts = range(len(share.sizes)), range(placed.geometry.num_experts)
+            of = every, Owned.weight, bit_sums, placed, self.groups.rank, experts
+            self._owned[id(share)] = share.summed(*of)
         of_slots = torch.stack([bit_sums(of) for of in matrices], dim=1)
         differences = partial(of_weights, checked)
         self._checks.append(_Check(checked, of_slots, self._owned[id(share)], differences))
@@ -167,9 +169,9 @@ class Verifier:
         roundings = Roundings(wire, into, len(exchange.choose(placed).links))
         parts = share.grads_form.parts_of(slots_CRK)
         of_slots = torch.stack([signed_sums(part) for part in parts], dim=1)
-        of_owned = partial(
-            share.summed, share.trained_at, tensor, signed_sums, placed, self.groups.rank
-        )
+        experts = {*placed.replica_expert_S[placed.filled_S].tolist()}
+        of = share.trained_at, tensor, signed_sums, placed, self.groups.rank, experts
+        of_owned = partial(share.summed, *of)
         before = of_owned()
 
         def arrived() -> None:

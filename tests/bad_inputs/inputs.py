@@ -219,6 +219,7 @@ def _checkpoints(folder: Path) -> None:
 
 def _texts(folder: Path) -> None:
     (folder / "good.txt").write_text("some text")
+    (folder / "good.html").write_text("<p>some text</p>")
     (folder / "empty.txt").touch()
     (folder / "out").mkdir()
     (folder / "prefix").mkdir()

@@ -94,7 +94,7 @@ def held(command: list[str]) -> tuple[Held, Schedule, int]:
     def take(pool: BufferPool, *_: Any) -> None:
         most[pool] = max(most[pool], pool.in_use + 1)
 
-    def use(weights: RestoredWeights, _position: int) -> None:
+    def use(weights: RestoredWeights, *_: Any) -> None:
         nonlocal late, ran
         late += not weights.are_here
         ran = running()

@@ -83,7 +83,7 @@ def operations_of(flags: list[str]) -> list[Ran]:
             (schedules, "backward_step", begin),
             (RestoredWeights, "start_restore", fetch),
             (RestoredWeights, "hand_on", hand_on),
-            (RestoredWeights, "matrix", lambda weights, _: note("uses", weights)),
+            (RestoredWeights, "matrix", lambda weights, *_: note("uses", weights)),
         ),
     ):
         train(flags)

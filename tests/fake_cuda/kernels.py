@@ -109,9 +109,9 @@ def _replaced(launches: Launches, *, runs: bool) -> Iterator[None]:
 
     begin_step = Coordinator.begin_step
 
-    def begin(coordinator: Coordinator, *args: Any) -> None:
+    def begin(coordinator: Coordinator, *args: Any, **more: Any) -> None:
         launches.begin_step()
-        begin_step(coordinator, *args)
+        begin_step(coordinator, *args, **more)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(InterpretedFunction, "run", launch))

@@ -198,7 +198,7 @@ def _injected(
         mock.patch.object(ThreadStream, "submit", observed(ThreadStream.submit)),
         mock.patch.object(InlineStream, "submit", observed(InlineStream.submit)),
         watching(
-            (Coordinator, "begin_step", lambda _, step, *__: begin_step(step)),
+            (Coordinator, "begin_step", lambda _, step, *__, **___: begin_step(step)),
             (Stage, "all_to_all", slow_stage),
             (Guard, "decide", slow("decision")),
             (CountsExchange, "start", slow("counts")),

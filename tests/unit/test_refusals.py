@@ -210,7 +210,8 @@ warned = []
 def validated(line, script=(), checkpoint=(), rank=0, has_muon=True, ranks_here=2):
     os.environ.update(RANK=str(rank), WORLD_SIZE="4", LOCAL_WORLD_SIZE=str(ranks_here))
     warned.clear()
-    sys.argv = ["script", *REST, *line.split()]
+    # This machine has no GPU, on which flags for NCCL are refused before any other.
+    sys.argv = ["script", *REST, "--distributed-backend", "gloo", *line.split()]
     loaded = ({"args": argparse.Namespace(**dict(checkpoint)), "iteration": 1}, "", False, None)
     output = io.StringIO()
     with (

@@ -134,7 +134,7 @@ class Reads:
         self.share: Any = SimpleNamespace(
             form=SimpleNamespace(parts=("bf16",)),
             sizes=[(3, 4)],
-            bit_sums=lambda *_: bit_sums(self.owned).unsqueeze(1),
+            summed=lambda *_: bit_sums(self.owned).unsqueeze(1),
         )
 
     def read(self, layer: str) -> None:

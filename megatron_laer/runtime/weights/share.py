@@ -6,7 +6,7 @@ Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns, h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -17,7 +17,6 @@ import torch
 from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.runtime.comm.memory import Memory, empty
 from megatron_laer.runtime.weights import main_grads
-from megatron_laer.verify.sums import bit_sums
 
 
 class Carried(NamedTuple):
@@ -101,7 +100,7 @@ class Owned(NamedTuple):
         """Return this tensor's part of one that belongs to the parameter."""
         return whole if self.expert is None else whole[self.expert]
 
-    def weight(self, memory: Memory) -> torch.Tensor:
+    def weight(self, memory: Memory = empty) -> torch.Tensor:
         weight = self.part(self.parameter)
         return weight if self.packer is None else self.packer.pack(weight.detach(), memory)
 
@@ -236,32 +235,35 @@ class Share:
         sums: Callable[[torch.Tensor, int], torch.Tensor],
         placed: Placed,
         rank: int,
+        experts: Collection[int],
     ) -> torch.Tensor:
-        """Return sums of this rank's part of all experts, `[E, M, …]`; zeros if it has none.
+        """Return sums of this rank's part of experts, `[E, M, …]`; zeros if it has none.
 
         Args:
             positions: of the M matrices.
             tensor: returns a tensor of the size of what it is given.
             sums: of N tensors, `[N, …]`, as `verify.sums` has them.
+            experts: those that are wanted; others at home are zeros too.
         """
-        experts, sums_M = placed.geometry.num_experts, []
+        num_experts, first, sums_M = placed.geometry.num_experts, rank * self.num_home, []
         for at in positions:
             rows, columns = self.sizes[at]
             if self.at_home:
-                of_homes = [sums(tensor(one).unsqueeze(0), 0) for one in self.owned[at]]
-                own = torch.cat(of_homes)
-                sums_E = own.new_zeros(experts, *own.shape[1:])
-                sums_E[rank * self.num_home : (rank + 1) * self.num_home] = own
+                # Without memory of a tensor that is not wanted, which may be a payload to pack.
+                none = sums(self.matrices[at][0].detach().new_empty(0, rows * columns), 0)
+                of_homes = [
+                    sums(tensor(one).unsqueeze(0), 0)
+                    if expert in experts
+                    else none.new_zeros(1, *none.shape[1:])
+                    for expert, one in enumerate(self.owned[at], start=first)
+                ]
+                sums_E = none.new_zeros(num_experts, *none.shape[1:])
+                sums_E[first : first + self.num_home] = torch.cat(of_homes)
             else:
                 begin = row_bounds(rows, placed.geometry.num_ranks)[rank] * columns
-                sums_E = sums(tensor(self.owned[at][0]).view(experts, -1), begin)
+                sums_E = sums(tensor(self.owned[at][0]).view(num_experts, -1), begin)
             sums_M.append(sums_E)
         return torch.stack(sums_M, dim=1)
-
-    def bit_sums(self, placed: Placed, rank: int) -> torch.Tensor:
-        """Return the sums of bits of all experts in this form, int64 `[E, M]`, as `summed` does."""
-        every = range(len(self.matrices))
-        return self.summed(every, lambda one: one.weight(empty), bit_sums, placed, rank)
 
     def new_sums(self) -> tuple[torch.Tensor, ...]:
         """Return zeros for the sums of `trained`, or nothing where main gradients take them."""
